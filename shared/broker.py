@@ -1,0 +1,74 @@
+"""One way to connect to NATS, with the client's dangerous defaults put right."""
+
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Any, TypedDict
+
+import nats
+import structlog
+from nats.aio.client import Client
+
+log = structlog.get_logger()
+
+
+class ConnectOptions(TypedDict):
+    name: str
+    max_reconnect_attempts: int
+    reconnect_time_wait: int
+    connect_timeout: int
+    ping_interval: int
+    max_outstanding_pings: int
+    inbox_prefix: bytes
+    error_cb: Callable[[Exception], Awaitable[None]]
+    disconnected_cb: Callable[[], Awaitable[None]]
+    reconnected_cb: Callable[[], Awaitable[None]]
+    closed_cb: Callable[[], Awaitable[None]]
+
+
+def connect_options(name: str, *, on_reconnect: Callable[[], None] | None = None) -> ConnectOptions:
+    """Reconnect for ever, and notice a dead link within ten seconds.
+
+    By default the client gives up after 60 attempts without a word and needs minutes to notice a dead link.
+    `inbox_prefix` lets permissions list `_INBOX_<name>.>`.
+    """
+
+    async def failed(error: Exception) -> None:
+        log.warning("nats_error", error=repr(error))
+
+    async def disconnected() -> None:
+        log.warning("nats_disconnected")
+
+    async def reconnected() -> None:
+        log.info("nats_reconnected")
+        if on_reconnect:
+            on_reconnect()
+
+    async def closed() -> None:
+        log.info("nats_closed")
+
+    return {
+        "name": f"chatrail-{name}",
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": 1,
+        "connect_timeout": 2,
+        "ping_interval": 5,
+        "max_outstanding_pings": 2,
+        "inbox_prefix": f"_INBOX_{name}".encode(),
+        "error_cb": failed,
+        "disconnected_cb": disconnected,
+        "reconnected_cb": reconnected,
+        "closed_cb": closed,
+    }
+
+
+async def connect(url: str, *, name: str, on_reconnect: Callable[[], None] | None = None) -> Client:
+    """A client that fails at once while disconnected; by default it sends later what it said had failed."""
+    options: dict[str, Any] = {**connect_options(name, on_reconnect=on_reconnect)}
+    return await nats.connect(url, pending_size=0, **options)
+
+
+def end_process(reason: str) -> None:
+    """Stop this process in order, so that its supervisor starts a fresh one: some states are not worth repairing."""
+    log.critical("process_ends", reason=reason)
+    os.kill(os.getpid(), signal.SIGTERM)

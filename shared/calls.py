@@ -1,0 +1,191 @@
+"""The calls between services: core NATS request/reply, answered by any replica of the queue group.
+
+    quota.authorize   Authorize     -> Granted | Refused
+    quota.usage       UsageQuery    -> Usage
+    ledger.history    HistoryQuery  -> History
+    ledger.logs       LogsQuery     -> Logs
+
+A fault is an answer, too: the reply then carries the headers of NATS' service protocol (ADR-32),
+`Nats-Service-Error-Code` (400: never repeat, 503: later) and `Nats-Service-Error`, in words.
+"""
+
+from datetime import date, datetime
+from typing import Annotated, Literal, Protocol
+
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic.alias_generators import to_camel
+
+from shared.errors import BadCall, Unavailable
+from shared.events import Contract, Generation, Name, Outcome, Tokens, UsageSource, UserId
+from shared.plans import PeriodKind
+
+AUTHORIZE = "quota.authorize"
+USAGE = "quota.usage"
+HISTORY = "ledger.history"
+LOGS = "ledger.logs"
+
+ERROR_CODE = "Nats-Service-Error-Code"
+ERROR = "Nats-Service-Error"
+
+# Callers promise a 503 within two seconds; this leaves them time to say it.
+TIMEOUT_S = 1.5
+
+
+class View(BaseModel):
+    """A body that front ends see: camelCase on the wire, passed through by chat byte for byte."""
+
+    model_config = ConfigDict(frozen=True, alias_generator=to_camel, populate_by_name=True)
+
+
+class Usage(View):
+    """What a user has used and what is left. Unlimited plans have null limits and 0 per cent."""
+
+    tier: str
+    tokens_used: int
+    tokens_limit: int | None
+    tokens_remaining: int | None
+    usage_percentage: float
+    tokens_held: int
+    period: PeriodKind
+    period_start: datetime | None
+    resets_at: datetime | None
+    upgrade_to: str | None
+    cost_usd: str
+
+
+class Pending(Contract):
+    """Usage that is durable (stream or outbox) and that quota may not have applied yet.
+
+    Callers send along what they know of, so that a user's next question already includes it;
+    quota adds what it has not settled, by id, and nothing twice.
+    """
+
+    id: Name
+    user_id: UserId
+    started_at: datetime
+    tokens_used: Tokens
+    input_tokens: Tokens = 0
+    output_tokens: Tokens = 0
+    cache_creation_input_tokens: Tokens = 0
+    cache_read_input_tokens: Tokens = 0
+
+    @classmethod
+    def of(cls, event_id: str, generation: Generation) -> "Pending":
+        return cls(
+            id=event_id,
+            user_id=generation.user_id,
+            started_at=generation.started_at,
+            tokens_used=generation.tokens_used,
+            input_tokens=generation.input_tokens or 0,
+            output_tokens=generation.output_tokens or 0,
+            cache_creation_input_tokens=generation.cache_creation_input_tokens or 0,
+            cache_read_input_tokens=generation.cache_read_input_tokens or 0,
+        )
+
+
+class Authorize(Contract):
+    """Hold room for a generation: all of the input, and between `output_tokens_min` and `_max` of output."""
+
+    generation_id: Name
+    user_id: UserId
+    input_tokens_max: Tokens
+    output_tokens_min: Tokens
+    output_tokens_max: Tokens
+    pending: tuple[Pending, ...] = ()
+
+
+class Granted(Contract):
+    """The hold stands. `started_at` is the database's clock: it names the period that the hold is in."""
+
+    kind: Literal["granted"] = "granted"
+    output_tokens_max: int
+    started_at: datetime
+
+
+class Refused(Contract):
+    """Nothing is held. `tokens_available` is what a smaller generation could still have."""
+
+    kind: Literal["refused"] = "refused"
+    tokens_available: int
+    retry_after_s: int
+    usage: Usage
+
+
+Authorization = Granted | Refused
+authorization: TypeAdapter[Authorization] = TypeAdapter(Annotated[Authorization, Field(discriminator="kind")])
+
+
+class UsageQuery(Contract):
+    user_id: UserId
+    pending: tuple[Pending, ...] = ()
+
+
+class HistoryQuery(Contract):
+    """Days from `from_date` to `to_date`, both included, in UTC."""
+
+    user_id: UserId
+    from_date: date
+    to_date: date
+
+
+class Day(View):
+    date: date
+    tokens_used: int
+    input_tokens: int
+    output_tokens: int
+    generations: int
+    cost_usd: str
+
+
+class History(View):
+    days: list[Day]
+
+
+class LogsQuery(Contract):
+    """`cursor` is the `next_cursor` of the page before; absent, the newest page."""
+
+    user_id: UserId
+    cursor: str | None = Field(default=None, max_length=512)
+    limit: int = Field(default=50, ge=1, le=1000)
+
+
+class Record(View):
+    id: str
+    time: datetime
+    action_type: str
+    model: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cache_creation_input_tokens: int | None
+    cache_read_input_tokens: int | None
+    tokens_used: int
+    outcome: Outcome | None
+    usage_source: UsageSource | None
+    metadata: dict[str, JsonValue]
+
+
+class Logs(View):
+    records: list[Record]
+    next_cursor: str | None
+
+
+class Encodable(Protocol):
+    def model_dump_json(self) -> str: ...
+
+
+async def call(nc: Client, subject: str, request: Encodable, *, timeout_s: float = TIMEOUT_S) -> bytes:
+    """The answer's body, as the service wrote it.
+
+    Raises BadCall when the service rejects the request, Unavailable when it cannot be asked or cannot answer.
+    """
+    service = subject.partition(".")[0]
+    try:
+        reply = await nc.request(subject, request.model_dump_json().encode(), timeout=timeout_s)
+    except (NatsError, OSError) as error:
+        raise Unavailable(f"The {service} service cannot be asked right now.") from error
+    if reply.headers and (code := reply.headers.get(ERROR_CODE)):
+        detail = reply.headers.get(ERROR, "")
+        raise BadCall(detail) if code == "400" else Unavailable(detail)
+    return reply.data

@@ -1,0 +1,191 @@
+"""The events on the stream: CloudEvents 1.0 in structured JSON, the record that everything is rebuilt from.
+
+    generation.completed   tokens were spent, or a back end reports that they were
+    subscription.changed   from now on a user has another plan
+    usage.adjusted         a correction, signed, with a reason and an actor
+
+`id` is a UUIDv7 made by our server and is the idempotency key everywhere, for ever; `subject` is the user.
+No event carries a prompt, an answer or a secret.
+"""
+
+import json
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from uuid6 import uuid7
+
+from shared.errors import PoisonMessage
+
+CONTENT_TYPE = "application/cloudevents+json"
+# One event reports at most this many tokens: far above any context window, far below what would overflow a sum.
+EVENT_TOKENS_MAX = 100_000_000
+METADATA_BYTES_MAX = 4096
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562): unique without asking anybody, and ordered by time."""
+    return str(uuid7())
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _small(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    text = json.dumps(metadata)
+    if len(text) > METADATA_BYTES_MAX:
+        raise ValueError(f"metadata may take at most {METADATA_BYTES_MAX} bytes as JSON")
+    if "\\u0000" in text:
+        raise ValueError("metadata must not contain NUL characters")
+    return metadata
+
+
+# No control characters (PostgreSQL cannot store NUL); dots, stars, slashes, spaces and all of Unicode are fine.
+Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\p{Cc}]+$")]
+UserId = Name
+Tokens = Annotated[int, Field(ge=0, le=EVENT_TOKENS_MAX, strict=True)]
+SignedTokens = Annotated[int, Field(ge=-EVENT_TOKENS_MAX, le=EVENT_TOKENS_MAX, strict=True)]
+Metadata = Annotated[dict[str, JsonValue], AfterValidator(_small)]
+
+Outcome = Literal["completed", "disconnected", "provider_error", "interrupted"]
+UsageSource = Literal["provider", "estimated", "reported"]
+
+
+class Contract(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class TokenCounts(Contract):
+    """Tokens as the provider counts them. The total input is the sum of the three input counts."""
+
+    input_tokens: Tokens = 0
+    output_tokens: Tokens = 0
+    cache_creation_input_tokens: Tokens = 0
+    cache_read_input_tokens: Tokens = 0
+
+    @property
+    def total(self) -> int:
+        return (
+            self.input_tokens + self.output_tokens + self.cache_creation_input_tokens + self.cache_read_input_tokens
+        )
+
+
+class Generation(Contract):
+    """One generation and what it cost. The four counts are null where a report does not split its total."""
+
+    generation_id: Name
+    user_id: UserId
+    action_type: Name
+    model: Name | None
+    input_tokens: Tokens | None
+    output_tokens: Tokens | None
+    cache_creation_input_tokens: Tokens | None
+    cache_read_input_tokens: Tokens | None
+    tokens_used: Tokens
+    outcome: Outcome
+    usage_source: UsageSource
+    provider_request_id: Name | None = None
+    # The moment of authorization: it decides the period in which the tokens count.
+    started_at: AwareDatetime
+    completed_at: AwareDatetime
+    metadata: Metadata = {}
+
+    @model_validator(mode="after")
+    def _the_split_adds_up(self) -> "Generation":
+        split = (
+            self.input_tokens,
+            self.output_tokens,
+            self.cache_creation_input_tokens,
+            self.cache_read_input_tokens,
+        )
+        known = [tokens for tokens in split if tokens is not None]
+        if known and (len(known) < len(split) or sum(known) != self.tokens_used):
+            raise ValueError("tokens_used must be the sum of the four counts, or all four must be null")
+        return self
+
+
+class Subscription(Contract):
+    user_id: UserId
+    tier: Name
+    time_zone: Name | None = None
+    changed_at: AwareDatetime
+    actor: Name
+
+
+class Adjustment(Contract):
+    """A signed correction of a user's total, in the period that `effective_at` falls into."""
+
+    user_id: UserId
+    tokens_used: SignedTokens
+    reason: Name
+    actor: Name
+    effective_at: AwareDatetime
+
+
+class CloudEvent(Contract):
+    """The envelope (CloudEvents 1.0, structured mode)."""
+
+    specversion: Literal["1.0"] = "1.0"
+    id: Name = Field(default_factory=new_id)
+    source: Name = "/chatrail/chat"
+    subject: UserId
+    time: AwareDatetime = Field(default_factory=utc_now)
+    datacontenttype: Literal["application/json"] = "application/json"
+
+    @model_validator(mode="after")
+    def _the_subject_is_the_user(self) -> "CloudEvent":
+        data: Any = getattr(self, "data", None)
+        if data is not None and data.user_id != self.subject:
+            raise ValueError("subject must be the user that data.user_id names")
+        return self
+
+
+class GenerationCompleted(CloudEvent):
+    type: Literal["generation.completed"] = "generation.completed"
+    dataschema: Literal["urn:chatrail:generation.completed:1"] = "urn:chatrail:generation.completed:1"
+    data: Generation
+
+
+class SubscriptionChanged(CloudEvent):
+    type: Literal["subscription.changed"] = "subscription.changed"
+    dataschema: Literal["urn:chatrail:subscription.changed:1"] = "urn:chatrail:subscription.changed:1"
+    data: Subscription
+
+
+class UsageAdjusted(CloudEvent):
+    type: Literal["usage.adjusted"] = "usage.adjusted"
+    dataschema: Literal["urn:chatrail:usage.adjusted:1"] = "urn:chatrail:usage.adjusted:1"
+    data: Adjustment
+
+
+Event = GenerationCompleted | SubscriptionChanged | UsageAdjusted
+_event: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
+
+
+def encode(event: Event) -> bytes:
+    return event.model_dump_json().encode()
+
+
+def decode(body: bytes) -> Event:
+    """The event in `body`. An older `dataschema` is upcast here, so that consumers know one version only.
+
+    Raises PoisonMessage when it is none of ours: it names the fields and never repeats their values.
+    """
+    try:
+        return _event.validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_input=False, include_url=False, include_context=False)
+        reasons = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in problems[:5])
+        raise PoisonMessage(reasons) from None

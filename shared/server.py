@@ -1,0 +1,66 @@
+"""The settings and the HTTP server that every service shares."""
+
+import asyncio
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import Misconfigured
+from shared.plans import PLANS_FILE
+from shared.telemetry import configure_logging
+
+
+class ServiceSettings(BaseSettings):
+    """Where this process listens, and where its data, its broker and the plans are."""
+
+    model_config = SettingsConfigDict(env_prefix="CHATRAIL_", frozen=True, env_ignore_empty=True)
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    data: Path = Path("data")
+    nats_url: str = "nats://127.0.0.1:4222"
+    plans: Path = PLANS_FILE
+
+
+Settings = TypeVar("Settings", bound=ServiceSettings)
+
+
+class _Server(uvicorn.Server):
+    """Tells the application that it is stopping before waiting for open streams to end."""
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        state = getattr(self.config.app, "state", None)
+        if stopping := getattr(state, "stopping", None):
+            stopping.set()
+        await super().shutdown(sockets)
+
+
+def serve(service: str, read: Callable[[], Settings], create_app: Callable[[Settings], Any]) -> None:
+    """Run the service until it is told to stop. What is misconfigured ends it at once, with one clear sentence."""
+    configure_logging(service)
+    try:
+        settings = read()
+        config = uvicorn.Config(
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            loop="uvloop" if sys.platform != "win32" else "asyncio",
+            http="httptools",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=15,
+        )
+        with suppress(KeyboardInterrupt, asyncio.CancelledError):
+            _Server(config).run()
+    except Misconfigured as problem:
+        sys.exit(str(problem))
+    except ValidationError as error:
+        names = ", ".join(f"CHATRAIL_{'_'.join(map(str, p['loc'])).upper()}: {p['msg']}" for p in error.errors())
+        sys.exit(f"{service} cannot start with these settings: {names}")

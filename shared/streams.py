@@ -1,0 +1,149 @@
+"""The bus on one page: the stream, its subjects, its durable consumers, and the one step that creates them.
+
+    python -m shared.streams      creates what is missing; safe to repeat
+
+Services never create or change anything here: `check` compares and refuses to start on a difference.
+"""
+
+import asyncio
+import base64
+import sys
+from dataclasses import replace
+
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    DiscardPolicy,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+)
+from nats.js.errors import APIError, NotFoundError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.broker import connect
+from shared.errors import Misconfigured
+
+GENERATION_COMPLETED = "generation.completed"
+# A report with an idempotency key has a subject of its own: the stream itself then keeps the key, for ever.
+KEYED_GENERATION_COMPLETED = "generation.completed.keyed"
+SUBSCRIPTION_CHANGED = "subscription.changed"
+USAGE_ADJUSTED = "usage.adjusted"
+
+STREAM = "USAGE"
+LEDGER = "ledger"
+QUOTA = "quota"
+
+GIB = 1024**3
+
+
+def quota_updated(user_id: str) -> str:
+    """The core subject on which quota pushes a user's usage; any user id becomes one legal subject token."""
+    return f"quota.updated.{base64.urlsafe_b64encode(user_id.encode()).decode().rstrip('=')}"
+
+
+def keyed(key_digest: str) -> str:
+    return f"{KEYED_GENERATION_COMPLETED}.{key_digest}"
+
+
+# File storage, never expiring, never silently dropping: at max_bytes the publisher is told, and keeps its outbox.
+USAGE_STREAM = StreamConfig(
+    name=STREAM,
+    subjects=[GENERATION_COMPLETED, keyed("*"), SUBSCRIPTION_CHANGED, USAGE_ADJUSTED],
+    storage=StorageType.FILE,
+    retention=RetentionPolicy.LIMITS,
+    discard=DiscardPolicy.NEW,
+    max_bytes=8 * GIB,
+    max_age=0,
+    max_msg_size=64 * 1024,
+    duplicate_window=120,
+    deny_delete=True,
+    deny_purge=True,
+    num_replicas=1,
+)
+
+
+def durable(name: str) -> ConsumerConfig:
+    """A durable pull consumer that every replica of a service shares; an unacknowledged event comes again."""
+    return ConsumerConfig(
+        durable_name=name,
+        deliver_policy=DeliverPolicy.ALL,
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=30,
+        max_deliver=-1,
+        max_ack_pending=20_000,
+    )
+
+
+DURABLES = (durable(LEDGER), durable(QUOTA))
+
+_STREAM_NEEDS = ("subjects", "storage", "retention", "discard", "max_age", "deny_delete", "deny_purge")
+_DURABLE_NEEDS = ("deliver_policy", "ack_policy", "max_deliver", "filter_subject")
+
+
+async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: int = 1) -> None:
+    """Create what is missing, and nothing else. Raises Misconfigured when what exists is of another kind."""
+    try:
+        await js.stream_info(STREAM)
+    except NotFoundError:
+        try:
+            await js.add_stream(replace(USAGE_STREAM, max_bytes=max_bytes, num_replicas=replicas))
+        except APIError as error:
+            raise Misconfigured(
+                f"The broker refuses the stream {STREAM} with {max_bytes} bytes: {error.description}. "
+                "Free disk space, or set CHATRAIL_STREAM_BYTES_MAX lower."
+            ) from error
+    for config in DURABLES:
+        try:
+            await js.consumer_info(STREAM, config.durable_name or "")
+        except NotFoundError:
+            await js.add_consumer(STREAM, config)
+    for config in DURABLES:
+        await check(js, config.durable_name or "")
+
+
+async def check(js: JetStreamContext, durable_name: str | None = None) -> None:
+    """Raises Misconfigured, in words, unless the stream (and the durable) are what this release needs."""
+    try:
+        found_stream = (await js.stream_info(STREAM)).config
+        _compare(f"stream {STREAM}", found_stream, USAGE_STREAM, _STREAM_NEEDS)
+        if durable_name:
+            found_durable = (await js.consumer_info(STREAM, durable_name)).config
+            _compare(f"consumer {durable_name}", found_durable, durable(durable_name), _DURABLE_NEEDS)
+    except NotFoundError as error:
+        missing = f"consumer {durable_name}" if "consumer" in (error.description or "") else f"stream {STREAM}"
+        raise Misconfigured(f"The broker has no {missing}. Run: python -m shared.streams") from error
+
+
+def _compare(what: str, found: object, needed: object, fields: tuple[str, ...]) -> None:
+    for field in fields:
+        has, needs = getattr(found, field), getattr(needed, field)
+        if (has or None) != (needs or None):
+            raise Misconfigured(f"The {what} has {field} = {has!r}, and this release needs {needs!r}.")
+
+
+class StreamSettings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="CHATRAIL_", frozen=True)
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    stream_bytes_max: int = 8 * GIB
+    stream_replicas: int = 1
+
+
+async def main() -> None:
+    settings = StreamSettings()
+    nc: Client = await connect(settings.nats_url, name="setup")
+    try:
+        await create(nc.jetstream(), max_bytes=settings.stream_bytes_max, replicas=settings.stream_replicas)
+    finally:
+        await nc.close()
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main())
+    except Misconfigured as problem:
+        sys.exit(str(problem))
