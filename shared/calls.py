@@ -36,7 +36,9 @@ TIMEOUT_S = 1.5
 class View(BaseModel):
     """A body that front ends see: camelCase on the wire, passed through by chat byte for byte."""
 
-    model_config = ConfigDict(frozen=True, alias_generator=to_camel, populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True, alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
 
 
 class Usage(View):

@@ -101,6 +101,9 @@ class Period:
     start: datetime
     end: datetime | None
 
+    def covers(self, moment: datetime) -> bool:
+        return self.start <= moment and (self.end is None or moment < self.end)
+
     @classmethod
     def containing(cls, moment: datetime, kind: PeriodKind, time_zone: str = "UTC") -> "Period":
         if kind == "none":

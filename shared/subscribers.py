@@ -21,6 +21,7 @@ from shared.broker import connect_options, end_process
 from shared.calls import ERROR, ERROR_CODE, Encodable
 from shared.errors import BadCall, PoisonMessage, Unavailable
 from shared.events import Event, decode
+from shared.quarantine import Poison
 from shared.streams import STREAM, check
 
 log = structlog.get_logger()
@@ -31,15 +32,6 @@ BATCH_SIZE = 500
 BATCH_AGE_S = 0.05
 # Calls of one replica under way at once; by default FastStream answers them one after the other.
 CALLS_MAX = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Poison:
-    """A message that can never be handled, kept whole for a person to look at."""
-
-    subject: str
-    body: bytes
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +108,7 @@ def on_events(broker: NatsBroker, durable: str, handle: Handler) -> None:
             await message.ack()
 
     broker.subscriber(
-        "",
+        ">",
         durable=durable,
         stream=JStream(STREAM, declare=False),
         pull_sub=PullSub(batch_size=BATCH_SIZE, timeout=BATCH_AGE_S, batch=True),

@@ -170,6 +170,7 @@ export class UsageFeed {
 
   #later(name, delayMs, action) {
     clearTimeout(this.#timers[name]);
+    if (!this.#lifetime) return;
     this.#timers[name] = setTimeout(action, delayMs);
   }
 

@@ -1,0 +1,51 @@
+"""Quota, put together: read from top to bottom."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.applications import Starlette
+
+from services.quota import store
+from services.quota.handlers import Handlers
+from services.quota.settings import Settings
+from shared import streams
+from shared.database import Database
+from shared.plans import Plans
+from shared.subscribers import create_broker, running
+from shared.telemetry import Missing, probes
+
+EXPIRY_REPORT_EVERY_S = 30
+
+
+def create_app(settings: Settings) -> Starlette:
+    plans = Plans.load(settings.plans)
+    database = Database(settings.database_url)
+    broker = create_broker(settings.nats_url, "quota")
+    handlers = Handlers(broker, database, plans)
+
+    async def missing() -> Missing:
+        absent: Missing = {}
+        if not await broker.ping(timeout=1):
+            absent["nats"] = "the broker does not answer"
+        try:
+            await database.read(store.ping)
+        except (SQLAlchemyError, OSError) as error:
+            absent["database"] = type(error).__name__
+        return absent
+
+    async def report_expired_holds() -> None:
+        while True:
+            await handlers.report_expired_holds()
+            await asyncio.sleep(EXPIRY_REPORT_EVERY_S)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        async with running(broker, streams.QUOTA):
+            reporting = asyncio.create_task(report_expired_holds())
+            yield
+            reporting.cancel()
+        await database.close()
+
+    return Starlette(routes=probes(missing), lifespan=lifespan)

@@ -1,0 +1,74 @@
+"""What quota does when it is asked, and when something happened."""
+
+from collections.abc import Iterable, Sequence
+
+import structlog
+from faststream.nats import NatsBroker
+
+from services.quota import store
+from services.quota.domain import Account
+from shared import calls, streams
+from shared.batching import GroupCommit
+from shared.calls import Authorization, Authorize, Granted, Refused, Usage, UsageQuery
+from shared.database import Database
+from shared.events import Event
+from shared.plans import Plans
+from shared.quarantine import Poison
+from shared.subscribers import on_call, on_events
+
+log = structlog.get_logger()
+
+
+class Handlers:
+    """Calls and events, each mapped to one method below."""
+
+    def __init__(self, broker: NatsBroker, database: Database, plans: Plans) -> None:
+        self._broker, self._database, self._plans = broker, database, plans
+        self._together: GroupCommit[Authorize, Authorization] = GroupCommit(self._authorize_all)
+        on_call(broker, calls.AUTHORIZE, Authorize, self.authorize)
+        on_call(broker, calls.USAGE, UsageQuery, self.usage)
+        on_events(broker, streams.QUOTA, self.on_usage)
+
+    async def authorize(self, request: Authorize) -> Authorization:
+        """Hold room for a generation, or say why there is none. Requests that arrive together share a transaction."""
+        return await self._together.submit(request)
+
+    async def _authorize_all(self, requests: Sequence[Authorize]) -> list[Authorization]:
+        answers, standing, at = await self._database.write(store.authorize, self._plans, requests)
+        await self._push(standing.values())
+        return [
+            Granted(output_tokens_max=granted, started_at=at)
+            if granted is not None
+            else _refusal(standing[request.user_id], retry_after_s=standing[request.user_id].retry_after_s(at))
+            for request, granted in zip(requests, answers, strict=True)
+        ]
+
+    async def usage(self, query: UsageQuery) -> Usage:
+        """What a user has used and what is left, with the pending usage that the caller knows of."""
+        account = await self._database.read(store.account, self._plans, query.user_id, query.pending)
+        return account.usage
+
+    async def on_usage(self, events: list[Event], poison: list[Poison]) -> None:
+        """Settle what happened: each event counted once, its hold released, in one transaction."""
+        settled, standing = await self._database.write(store.settle, self._plans, events, poison)
+        await self._push(standing.values())
+        log.info("usage_settled", received=len(events), settled=settled, users=len(standing))
+
+    async def _push(self, accounts: Iterable[Account]) -> None:
+        """Tell whoever watches these users. Not durable: a watcher that missed one asks again."""
+        connection = self._broker.connection
+        for account in accounts:
+            await connection.publish(streams.quota_updated(account.user_id), account.usage.model_dump_json().encode())
+
+    async def report_expired_holds(self) -> None:
+        """Say once, in the log, that a generation was authorized and never settled."""
+        for generation_id, user_id, tokens in await self._database.write(store.expired_holds):
+            log.warning("hold_expired", generation_id=generation_id, user_id=user_id, tokens=tokens)
+
+
+def _refusal(account: Account, *, retry_after_s: int) -> Refused:
+    return Refused(
+        tokens_available=account.allowance.available_tokens or 0,
+        retry_after_s=retry_after_s,
+        usage=account.usage,
+    )

@@ -1,0 +1,65 @@
+"""The tables of quota. Rows, never contracts: what crosses a boundary is in shared/."""
+
+from datetime import datetime
+
+from sqlalchemy import BigInteger, Index, Text
+from sqlmodel import Field, SQLModel
+
+from shared.database import UtcDateTime
+
+
+class Subscription(SQLModel, table=True):
+    """The plan of a user who has chosen one. The newest change wins, in whatever order changes arrive."""
+
+    __tablename__ = "subscriptions"
+
+    user_id: str = Field(primary_key=True, sa_type=Text)
+    tier: str = Field(sa_type=Text)
+    time_zone: str | None = Field(default=None, sa_type=Text)
+    changed_at: datetime = Field(sa_type=UtcDateTime)
+    event_id: str = Field(sa_type=Text)
+
+
+class UsageTotal(SQLModel, table=True):
+    """The sum of a user's settlements in one period: always equal to it, kept so that no check has to add up."""
+
+    __tablename__ = "usage_totals"
+
+    user_id: str = Field(primary_key=True, sa_type=Text)
+    period_start: datetime = Field(primary_key=True, sa_type=UtcDateTime)
+    period_end: datetime = Field(primary_key=True, sa_type=UtcDateTime)
+    tokens_used: int = Field(sa_type=BigInteger)
+    input_tokens: int = Field(sa_type=BigInteger)
+    output_tokens: int = Field(sa_type=BigInteger)
+    cache_creation_input_tokens: int = Field(sa_type=BigInteger)
+    cache_read_input_tokens: int = Field(sa_type=BigInteger)
+
+
+class Settlement(SQLModel, table=True):
+    """An event that has been counted. Its primary key is what makes counting happen once, for ever."""
+
+    __tablename__ = "settlements"
+    __table_args__ = (Index("settlements_by_user", "user_id", "started_at"),)
+
+    event_id: str = Field(primary_key=True, sa_type=Text)
+    user_id: str = Field(sa_type=Text)
+    started_at: datetime = Field(sa_type=UtcDateTime)
+    tokens_used: int = Field(sa_type=BigInteger)
+    input_tokens: int = Field(sa_type=BigInteger)
+    output_tokens: int = Field(sa_type=BigInteger)
+    cache_creation_input_tokens: int = Field(sa_type=BigInteger)
+    cache_read_input_tokens: int = Field(sa_type=BigInteger)
+
+
+class Hold(SQLModel, table=True):
+    """Tokens set aside for a generation under way. It counts until it is settled or its time is over."""
+
+    __tablename__ = "holds"
+    __table_args__ = (Index("holds_by_user", "user_id", "expires_at"),)
+
+    generation_id: str = Field(primary_key=True, sa_type=Text)
+    user_id: str = Field(sa_type=Text)
+    period_start: datetime = Field(sa_type=UtcDateTime)
+    tokens: int = Field(sa_type=BigInteger)
+    expires_at: datetime = Field(sa_type=UtcDateTime)
+    reported_at: datetime | None = Field(default=None, sa_type=UtcDateTime)

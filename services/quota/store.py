@@ -1,0 +1,283 @@
+"""Quota's database: what is used, what is held, and the one transaction in which either changes."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import Connection, bindparam, delete, func, select, text, update
+
+from services.quota.domain import Account, Totals
+from services.quota.models import Hold, Settlement, Subscription, UsageTotal
+from shared.calls import Authorize, Pending
+from shared.database import insert_new, is_sqlite, now, table_of, upsert
+from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted
+from shared.plans import Period, Plan, Plans
+from shared.quarantine import Poison, quarantine
+
+# Longer than the longest generation: a hold never ends before the generation that it covers.
+HOLD_TTL = timedelta(minutes=15)
+FOR_EVER = datetime(9999, 12, 31, tzinfo=UTC)
+
+holds, settlements = table_of(Hold), table_of(Settlement)
+subscriptions, totals = table_of(Subscription), table_of(UsageTotal)
+COUNTS = ("tokens_used", "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+
+# SQLite has one writer. On PostgreSQL an advisory lock a user, taken in one order: no row need exist yet, and two
+# batches that share users wait for each other instead of deadlocking.
+_LOCK = text(
+    "SELECT pg_advisory_xact_lock(key) FROM"
+    " (SELECT DISTINCT hashtextextended(u, 0) AS key FROM unnest(CAST(:user_ids AS text[])) u ORDER BY key) keys"
+)
+
+
+def lock(db: Connection, user_ids: Iterable[str]) -> datetime:
+    """Until the transaction ends nobody else changes these users. Returns the database's clock."""
+    if not is_sqlite(db):
+        db.execute(_LOCK, {"user_ids": list(set(user_ids))})
+    return now(db)
+
+
+def authorize(
+    db: Connection, plans: Plans, requests: Sequence[Authorize]
+) -> tuple[list[int | None], dict[str, Account], datetime]:
+    """Hold what fits, request by request, in order: used + held never passes the limit.
+
+    The output granted to each request (None: refused), the accounts as they stand afterwards, and the moment.
+    """
+    at = lock(db, (request.user_id for request in requests))
+    standing = accounts(db, plans, {request.user_id for request in requests}, at=at)
+    _include(db, standing, [usage for request in requests for usage in request.pending], at=at)
+    answers: list[int | None] = []
+    rows: list[dict[str, object]] = []
+    for request in requests:
+        user = standing[request.user_id]
+        granted = user.allowance.output_granted(
+            input_tokens_max=request.input_tokens_max,
+            output_tokens_min=request.output_tokens_min,
+            output_tokens_max=request.output_tokens_max,
+        )
+        answers.append(granted)
+        if granted is None:
+            continue
+        tokens = request.input_tokens_max + granted
+        standing[request.user_id] = user.holding(tokens)
+        rows.append(
+            {
+                "generation_id": request.generation_id,
+                "user_id": request.user_id,
+                "period_start": user.period.start,
+                "tokens": tokens,
+                "expires_at": at + HOLD_TTL,
+            }
+        )
+    insert_new(db, holds, rows)
+    return answers, standing, at
+
+
+def settle(
+    db: Connection, plans: Plans, events: Sequence[Event], poison: Sequence[Poison] = ()
+) -> tuple[int, dict[str, Account]]:
+    """Count each event once, for ever; release its hold; note changed subscriptions. All of it, or nothing.
+
+    How many events were new, and the accounts of all users that the events name, as they stand afterwards.
+    """
+    user_ids = {event.data.user_id for event in events}
+    at = lock(db, user_ids)
+    changes = [event for event in events if isinstance(event, SubscriptionChanged)]
+    _change_subscriptions(db, changes)
+    arrived = {event.id: _settlement(event) for event in events if not isinstance(event, SubscriptionChanged)}
+    new_ids = insert_new(db, settlements, list(arrived.values()), returning="event_id")
+    generation_ids = [event.data.generation_id for event in events if isinstance(event, GenerationCompleted)]
+    db.execute(delete(holds).where(holds.c.generation_id.in_(generation_ids)))
+    _add_to_totals(db, [arrived[event_id] for event_id in new_ids])
+    standing = accounts(db, plans, user_ids, at=at)
+    _keep_totals(db, standing.values())
+    quarantine(db, poison)
+    return len(new_ids) + len(changes), standing
+
+
+def account(db: Connection, plans: Plans, user_id: str, pending: Sequence[Pending] = ()) -> Account:
+    """One user now, with `pending` usage that is not settled yet counted in place of its holds."""
+    at = now(db)
+    standing = accounts(db, plans, {user_id}, at=at)
+    _include(db, standing, pending, at=at)
+    return standing[user_id]
+
+
+def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) -> dict[str, Account]:
+    """The users as they stand at `at`; one who was never seen has the default plan and zeros."""
+    chosen = {
+        row.user_id: row
+        for row in db.execute(
+            select(*subscriptions.c["user_id", "tier", "time_zone"]).where(subscriptions.c.user_id.in_(user_ids))
+        )
+    }
+    open_holds = db.execute(
+        select(holds.c.user_id, func.sum(holds.c.tokens).label("tokens"))
+        .where(holds.c.user_id.in_(user_ids), holds.c.expires_at > at)
+        .group_by(holds.c.user_id)
+    )
+    held = {row.user_id: int(row.tokens) for row in open_holds}
+    current: dict[str, tuple[Plan, Period]] = {}
+    for user_id in user_ids:
+        subscription = chosen.get(user_id)
+        plan = plans.of(subscription.tier if subscription else None)
+        time_zone = (subscription.time_zone if subscription else None) or plan.time_zone
+        current[user_id] = (plan, Period.containing(at, plan.period, time_zone))
+    used = _totals(db, {user_id: period for user_id, (_, period) in current.items()}, at=at)
+    return {
+        user_id: Account(user_id, plan, period, used[user_id], held.get(user_id, 0))
+        for user_id, (plan, period) in current.items()
+    }
+
+
+def expired_holds(db: Connection) -> list[tuple[str, str, int]]:
+    """(generation, user, tokens) of holds whose time is over and that nobody settled: each is reported once."""
+    at = now(db)
+    late = (
+        update(holds)
+        .where(holds.c.expires_at <= at, holds.c.reported_at.is_(None))
+        .values(reported_at=at)
+        .returning(holds.c.generation_id, holds.c.user_id, holds.c.tokens)
+    )
+    return [(row.generation_id, row.user_id, row.tokens) for row in db.execute(late)]
+
+
+def _include(db: Connection, standing: dict[str, Account], pending: Sequence[Pending], *, at: datetime) -> None:
+    waiting = {usage.id: usage for usage in pending if usage.user_id in standing}
+    if not waiting:
+        return
+    known = db.execute(select(settlements.c.event_id).where(settlements.c.event_id.in_(waiting)))
+    for event_id in known.scalars():
+        del waiting[event_id]
+    for usage in waiting.values():
+        standing[usage.user_id] = standing[usage.user_id].including(usage)
+    replaced = select(holds.c.user_id, holds.c.tokens).where(
+        holds.c.generation_id.in_(waiting), holds.c.expires_at > at
+    )
+    for hold in db.execute(replaced):
+        standing[hold.user_id] = standing[hold.user_id].holding(-hold.tokens)
+
+
+def _totals(db: Connection, periods: dict[str, Period], *, at: datetime) -> dict[str, Totals]:
+    rows = db.execute(
+        select(totals).where(totals.c.user_id.in_(periods), totals.c.period_start <= at, totals.c.period_end > at)
+    )
+    kept = {(row.user_id, row.period_start, row.period_end): _counts(row) for row in rows}
+    found: dict[str, Totals] = {}
+    missing: dict[Period, list[str]] = defaultdict(list)
+    for user_id, period in periods.items():
+        if total := kept.get((user_id, period.start, period.end or FOR_EVER)):
+            found[user_id] = total
+        else:
+            missing[period].append(user_id)
+    # No row yet: the period is new, or the plan's periods have changed. The settlements know.
+    for period, user_ids in missing.items():
+        found |= _sums_of_settlements(db, user_ids, period)
+    return found
+
+
+def _sums_of_settlements(db: Connection, user_ids: list[str], period: Period) -> dict[str, Totals]:
+    sums = db.execute(
+        select(settlements.c.user_id, *(func.sum(settlements.c[name]).label(name) for name in COUNTS))
+        .where(
+            settlements.c.user_id.in_(user_ids),
+            settlements.c.started_at >= period.start,
+            settlements.c.started_at < (period.end or FOR_EVER),
+        )
+        .group_by(settlements.c.user_id)
+    )
+    return {user_id: Totals() for user_id in user_ids} | {row.user_id: _counts(row) for row in sums}
+
+
+def _counts(row: object) -> Totals:
+    return Totals(*(int(getattr(row, name)) for name in COUNTS))
+
+
+def _settlement(event: GenerationCompleted | UsageAdjusted) -> dict[str, object]:
+    started_at = event.data.started_at if isinstance(event, GenerationCompleted) else event.data.effective_at
+    counts = {name: getattr(event.data, name, None) or 0 for name in COUNTS}
+    return {"event_id": event.id, "user_id": event.data.user_id, "started_at": started_at, **counts}
+
+
+def _add_to_totals(db: Connection, arrived: Sequence[dict[str, object]]) -> None:
+    """Add to every total that covers a settlement: also to one of a plan that the user had before."""
+    if not arrived:
+        return
+    by_user: dict[object, list[dict[str, object]]] = defaultdict(list)
+    for settlement in arrived:
+        by_user[settlement["user_id"]].append(settlement)
+    kept = db.execute(
+        select(*totals.c["user_id", "period_start", "period_end"]).where(
+            totals.c.user_id.in_(by_user), totals.c.period_end > min(_moment(s) for s in arrived)
+        )
+    )
+    added = []
+    for row in kept:
+        covered = [s for s in by_user[row.user_id] if row.period_start <= _moment(s) < row.period_end]
+        if covered:
+            sums = {f"{name}_added": sum(int(str(s[name])) for s in covered) for name in COUNTS}
+            added.append({"user": row.user_id, "start": row.period_start, "end": row.period_end, **sums})
+    if added:
+        db.execute(_ADD, added)
+
+
+# Added in SQL, never read and written back: other replicas are at work, too.
+_ADD = (
+    update(totals)
+    .where(
+        totals.c.user_id == bindparam("user"),
+        totals.c.period_start == bindparam("start"),
+        totals.c.period_end == bindparam("end"),
+    )
+    .values({name: totals.c[name] + bindparam(f"{name}_added") for name in COUNTS})
+)
+
+
+def _moment(settlement: dict[str, object]) -> datetime:
+    moment = settlement["started_at"]
+    assert isinstance(moment, datetime)  # noqa: S101 - narrows the type of a row
+    return moment
+
+
+def _keep_totals(db: Connection, standing: Iterable[Account]) -> None:
+    rows = [
+        {
+            "user_id": user.user_id,
+            "period_start": user.period.start,
+            "period_end": user.period.end or FOR_EVER,
+            **asdict(user.totals),
+        }
+        for user in standing
+    ]
+    insert_new(db, totals, rows)
+
+
+def _change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged]) -> None:
+    """The newest change of each user wins, whichever arrives last."""
+    newest = {event.data.user_id: event for event in sorted(events, key=lambda e: (e.data.changed_at, e.id))}
+    rows = [
+        {
+            "user_id": user_id,
+            "tier": event.data.tier,
+            "time_zone": event.data.time_zone,
+            "changed_at": event.data.changed_at,
+            "event_id": event.id,
+        }
+        for user_id, event in newest.items()
+    ]
+    upsert(
+        db,
+        subscriptions,
+        rows,
+        only_if=lambda new: (
+            (new.changed_at > subscriptions.c.changed_at)
+            | ((new.changed_at == subscriptions.c.changed_at) & (new.event_id > subscriptions.c.event_id))
+        ),
+    )
+
+
+def ping(db: Connection) -> None:
+    """Raises when the database does not answer or has not been migrated."""
+    db.execute(select(totals.c.user_id).limit(1))

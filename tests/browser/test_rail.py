@@ -1,0 +1,417 @@
+"""The chat rail as the person who chats sees it: in a browser, on the real stack."""
+
+import json
+import re
+from typing import Any, Protocol
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from playwright.async_api import BrowserContext, Locator, Page, Route, expect
+
+LOCAL_NOTICE = "Counting locally: the server cannot be reached."
+USAGE_CALLS = "**/api/usage**"
+CHAT_CALLS = "**/api/chat"
+SPENT = re.compile(r"^10[0-7](\.\d)?K monthly tokens remaining$")
+
+
+class Stack(Protocol):
+    url: str
+
+    async def report(self, user_id: str, tokens: int) -> None: ...
+
+    async def usage_reaches(self, user_id: str, tokens_used: int) -> None: ...
+
+
+async def open_rail(page: Page, stack: Stack, user_id: str) -> None:
+    await page.goto(f"{stack.url}/?userId={user_id}")
+
+
+async def use(stack: Stack, user_id: str, tokens: int) -> None:
+    if tokens:
+        await stack.report(user_id, tokens)
+        await stack.usage_reaches(user_id, tokens)
+
+
+async def subscribe(page: Page, stack: Stack, user_id: str, tier: str) -> None:
+    response = await page.request.put(f"{stack.url}/api/subscriptions/{user_id}", data={"tier": tier})
+    assert response.ok, await response.text()
+
+
+async def send(page: Page, text: str) -> None:
+    await page.get_by_role("textbox").fill(text)
+    await page.get_by_role("button", name="Send").click()
+
+
+def bar(page: Page) -> Locator:
+    return page.get_by_role("progressbar")
+
+
+def line(page: Page) -> Locator:
+    return page.locator("chat-rail .line")
+
+
+def messages(page: Page, role: str) -> Locator:
+    return page.get_by_role("log").locator(f"[data-role={role}] .text")
+
+
+def server_events(*events: tuple[str, dict[str, Any]]) -> str:
+    return "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+
+
+async def unreachable(route: Route) -> None:
+    await route.abort("connectionrefused")
+
+
+@pytest.mark.parametrize(
+    ("tokens_used", "text", "percent_left", "level"),
+    [
+        (0, "108K monthly tokens remaining", "100", "green"),
+        (8_094, "99.9K monthly tokens remaining", "92.5", "green"),
+        (14_594, "93.4K monthly tokens remaining", "86.5", "green"),
+        (90_000, "18K monthly tokens remaining", "16.7", "yellow"),
+        (102_600, "5.4K monthly tokens remaining", "5", "red"),
+        (107_001, "999 monthly tokens remaining", "0.9", "red"),
+    ],
+)
+async def test_the_rail_shows_what_is_left(
+    page: Page, stack: Stack, user_id: str, tokens_used: int, text: str, percent_left: str, level: str
+) -> None:
+    await use(stack, user_id, tokens_used)
+    await open_rail(page, stack, user_id)
+
+    await expect(page.get_by_text(text, exact=True)).to_be_visible()
+    await expect(bar(page)).to_have_attribute("aria-valuenow", percent_left)
+    await expect(bar(page)).to_have_attribute("aria-valuemin", "0")
+    await expect(bar(page)).to_have_attribute("aria-valuemax", "100")
+    await expect(bar(page)).to_have_attribute("data-level", level)
+
+
+async def test_at_the_limit_the_way_out_and_the_reset_are_shown(page: Page, stack: Stack, user_id: str) -> None:
+    await use(stack, user_id, 108_000)
+    await open_rail(page, stack, user_id)
+
+    await expect(page.get_by_text("Upgrade to Pro")).to_be_visible()
+    await expect(page.get_by_text("tokens remaining")).to_have_count(0)
+    await expect(bar(page)).to_have_attribute("aria-valuenow", "0")
+    await expect(bar(page)).to_have_attribute("data-level", "red")
+    usage = await (await page.request.get(f"{stack.url}/api/usage?userId={user_id}")).json()
+    await expect(page.locator("chat-rail time")).to_have_attribute("datetime", usage["resetsAt"])
+    await expect(page.locator("chat-rail time")).to_have_text(re.compile(r"^1 \w+ 20\d\d"))
+
+
+async def test_an_unlimited_plan_shows_infinity_and_a_full_bar(page: Page, stack: Stack, user_id: str) -> None:
+    await open_rail(page, stack, user_id)
+    await subscribe(page, stack, user_id, "enterprise")
+
+    await expect(page.get_by_text("∞", exact=True)).to_be_visible()
+    await expect(bar(page)).to_have_attribute("aria-valuenow", "100")
+    await expect(bar(page)).to_have_attribute("data-level", "green")
+
+
+async def test_a_message_streams_an_answer_and_moves_the_bar(page: Page, stack: Stack, user_id: str) -> None:
+    await open_rail(page, stack, user_id)
+    await expect(line(page)).to_have_text("108K monthly tokens remaining")
+    question = "Tell me about rails. " * 200
+
+    await send(page, question)
+
+    await expect(messages(page, "user")).to_have_text(question.strip())
+    await expect(messages(page, "assistant")).not_to_be_empty()
+    await expect(page.get_by_role("button", name="Send")).to_be_visible()
+    await expect(page.get_by_role("textbox")).to_have_value("")
+    await expect(line(page)).to_have_text(SPENT)
+    await expect(bar(page)).not_to_have_attribute("aria-valuenow", "100")
+
+
+async def test_the_next_message_carries_the_conversation(page: Page, stack: Stack, user_id: str) -> None:
+    await open_rail(page, stack, user_id)
+    await send(page, "First")
+    await expect(page.get_by_role("button", name="Send")).to_be_visible()
+    answer = await messages(page, "assistant").text_content()
+
+    async with page.expect_request(CHAT_CALLS) as request:
+        await send(page, "Second")
+
+    assert (await request.value).post_data_json == {
+        "userId": user_id,
+        "messages": [
+            {"role": "user", "content": "First"},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "Second"},
+        ],
+    }
+
+
+async def test_enter_sends_and_shift_enter_starts_a_line(page: Page, stack: Stack, user_id: str) -> None:
+    await open_rail(page, stack, user_id)
+    box = page.get_by_role("textbox")
+    await box.press_sequentially("one")
+    await box.press("Shift+Enter")
+    await box.press_sequentially("two")
+    await expect(box).to_have_value("one\ntwo")
+
+    await box.press("Enter")
+
+    await expect(messages(page, "user")).to_have_text("one\ntwo")
+
+
+async def test_at_the_limit_the_input_is_kept_and_comes_alive_again(page: Page, stack: Stack, user_id: str) -> None:
+    await use(stack, user_id, 108_000)
+    await open_rail(page, stack, user_id)
+    await expect(page.get_by_text("Upgrade to Pro")).to_be_visible()
+
+    async with page.expect_response(CHAT_CALLS) as response:
+        await send(page, "  Is anything left? ")
+
+    assert (await response.value).status == 429
+    await expect(page.get_by_role("textbox")).to_have_value("  Is anything left? ")
+    await expect(page.get_by_text("Upgrade to Pro")).to_be_visible()
+    await expect(messages(page, "user")).to_have_count(0)
+
+    await subscribe(page, stack, user_id, "pro")
+
+    await expect(line(page)).to_have_text("392K monthly tokens remaining")
+    await expect(page.get_by_role("textbox")).to_have_value("  Is anything left? ")
+    await page.get_by_role("button", name="Send").click()
+    await expect(messages(page, "assistant")).not_to_be_empty()
+
+
+async def test_usage_is_pushed_to_every_open_tab(context: BrowserContext, stack: Stack, user_id: str) -> None:
+    tabs = [await context.new_page() for _ in range(2)]
+    for tab in tabs:
+        await open_rail(tab, stack, user_id)
+        await expect(line(tab)).to_have_text("108K monthly tokens remaining")
+
+    await stack.report(user_id, 8_094)
+    for tab in tabs:
+        await expect(line(tab)).to_have_text("99.9K monthly tokens remaining")
+
+    await send(tabs[0], "Rails, please. " * 50)
+    await expect(line(tabs[1])).not_to_have_text("99.9K monthly tokens remaining")
+
+
+async def test_without_a_server_the_rail_counts_locally_and_takes_its_figure_back(
+    page: Page, stack: Stack, user_id: str
+) -> None:
+    await open_rail(page, stack, user_id)
+    await expect(line(page)).to_have_text("108K monthly tokens remaining")
+    started = ("start", {"generationId": "g", "model": "claude-haiku-4-5"})
+    cut_off = server_events(started, ("delta", {"text": "a" * 40_000}))
+    await page.route(USAGE_CALLS, unreachable)
+    await page.route(CHAT_CALLS, lambda route: route.fulfill(content_type="text/event-stream", body=cut_off))
+
+    await send(page, "Hello")
+
+    await expect(page.get_by_text(LOCAL_NOTICE)).to_be_visible()
+    await expect(line(page)).to_have_text("97.9K monthly tokens remaining")
+
+    await page.unroute(USAGE_CALLS)
+
+    await expect(page.get_by_text(LOCAL_NOTICE)).to_be_hidden()
+    await expect(line(page)).to_have_text("108K monthly tokens remaining")
+
+
+async def test_an_offline_browser_keeps_the_message_and_recovers(page: Page, stack: Stack, user_id: str) -> None:
+    await use(stack, user_id, 14_594)
+    await open_rail(page, stack, user_id)
+    await expect(line(page)).to_have_text("93.4K monthly tokens remaining")
+
+    await page.context.set_offline(True)
+    await send(page, "Are you there?")
+
+    await expect(page.get_by_text(LOCAL_NOTICE)).to_be_visible()
+    await expect(page.get_by_role("textbox")).to_have_value("Are you there?")
+    await expect(line(page)).to_have_text("93.4K monthly tokens remaining")
+
+    await page.context.set_offline(False)
+
+    await expect(page.get_by_text(LOCAL_NOTICE)).to_be_hidden()
+    await page.get_by_role("button", name="Try again").click()
+    await expect(messages(page, "assistant")).not_to_be_empty()
+
+
+async def test_the_last_known_figure_is_kept_for_a_visit_without_a_server(
+    page: Page, stack: Stack, user_id: str
+) -> None:
+    await use(stack, user_id, 90_000)
+    await open_rail(page, stack, user_id)
+    await expect(line(page)).to_have_text("18K monthly tokens remaining")
+
+    await page.route(USAGE_CALLS, unreachable)
+    await page.reload()
+
+    await expect(page.get_by_text(LOCAL_NOTICE, exact=True)).to_be_visible()
+    await expect(line(page)).to_have_text("18K monthly tokens remaining")
+
+
+async def test_a_server_never_heard_is_said_to_be_assumed(page: Page, stack: Stack, user_id: str) -> None:
+    await page.route(USAGE_CALLS, unreachable)
+    await open_rail(page, stack, user_id)
+
+    await expect(page.get_by_text(f"{LOCAL_NOTICE} Until it answers, the free plan is assumed.")).to_be_visible()
+    await expect(line(page)).to_have_text("108K monthly tokens remaining")
+
+
+async def test_a_busy_server_is_told_in_words_and_can_be_tried_again(page: Page, stack: Stack, user_id: str) -> None:
+    await open_rail(page, stack, user_id)
+    busy = {"title": "Usage cannot be checked", "status": 503, "detail": "Nothing was spent"}
+    await page.route(
+        CHAT_CALLS,
+        lambda route: route.fulfill(
+            status=503,
+            content_type="application/problem+json",
+            headers={"Retry-After": "2"},
+            body=json.dumps(busy),
+        ),
+    )
+
+    await send(page, "Hello")
+
+    words = "Usage cannot be checked. Nothing was spent. You can try again in 2 seconds."
+    await expect(page.get_by_role("alert")).to_contain_text(words)
+    await expect(page.get_by_role("textbox")).to_have_value("Hello")
+
+    await page.unroute(CHAT_CALLS)
+    await page.get_by_role("button", name="Try again").click()
+
+    await expect(messages(page, "assistant")).not_to_be_empty()
+    await expect(page.get_by_role("alert")).to_be_hidden()
+
+
+async def test_an_answer_that_breaks_off_is_kept_with_the_reason(page: Page, stack: Stack, user_id: str) -> None:
+    await open_rail(page, stack, user_id)
+    broken = server_events(
+        ("start", {"generationId": "g", "model": "claude-haiku-4-5"}),
+        ("delta", {"text": "Half an"}),
+        ("error", {"title": "Claude stopped answering", "status": 502}),
+    )
+    await page.route(CHAT_CALLS, lambda route: route.fulfill(content_type="text/event-stream", body=broken))
+
+    await send(page, "Hello")
+
+    await expect(messages(page, "assistant")).to_have_text("Half an")
+    await expect(page.get_by_text("The answer broke off. Claude stopped answering.")).to_be_visible()
+    await expect(page.get_by_role("textbox")).to_have_value("")
+
+
+async def test_hostile_text_is_shown_as_text(page: Page, stack: Stack, user_id: str) -> None:
+    hostile = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+    body = server_events(("delta", {"text": hostile}), ("done", {"stopReason": "end_turn"}))
+    await page.route(CHAT_CALLS, lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    await open_rail(page, stack, user_id)
+
+    await send(page, hostile)
+
+    await expect(messages(page, "user")).to_have_text(hostile)
+    await expect(messages(page, "assistant")).to_have_text(hostile)
+    await expect(page.get_by_role("log").locator("img, script")).to_have_count(0)
+    await expect(page).to_have_title("ChatRail")
+
+
+async def test_a_person_not_signed_in_has_an_id_of_their_own(page: Page, stack: Stack) -> None:
+    async with page.expect_request(USAGE_CALLS) as first:
+        await page.goto(stack.url)
+    kept = await page.evaluate("localStorage.getItem('chatrail.userId')")
+    async with page.expect_request(USAGE_CALLS) as second:
+        await page.reload()
+
+    assert len(kept) > 30
+    for request in (await first.value, await second.value):
+        assert parse_qs(urlsplit(request.url).query)["userId"] == [kept]
+
+
+async def test_without_storage_the_id_is_anonymous(page: Page, stack: Stack) -> None:
+    await page.add_init_script(
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError') } })"
+    )
+    async with page.expect_request(USAGE_CALLS) as request:
+        await page.goto(stack.url)
+
+    assert parse_qs(urlsplit((await request.value).url).query)["userId"] == ["anonymous"]
+    await expect(line(page)).to_have_text(re.compile("tokens remaining$"))
+
+
+async def test_the_page_says_whether_answers_are_simulated(page: Page, stack: Stack, user_id: str) -> None:
+    plans = await (await page.request.get(f"{stack.url}/api/plans")).json()
+    await open_rail(page, stack, user_id)
+    await expect(page.locator("#plans li")).to_have_count(len(plans["plans"]))
+
+    notice = page.get_by_text("Answers are simulated: no ANTHROPIC_API_KEY is set.")
+    await expect(notice).to_be_visible(visible=plans["simulated"])
+
+
+async def test_embedders_hear_of_usage_of_the_limit_and_of_the_upgrade(page: Page, stack: Stack, user_id: str) -> None:
+    await use(stack, user_id, 108_000)
+    await page.add_init_script(
+        "window.heard = {};"
+        "for (const name of ['usage', 'limit-reached', 'upgrade'])"
+        "  addEventListener(name, (event) => { heard[name] = event.detail; event.preventDefault() })"
+    )
+    await open_rail(page, stack, user_id)
+    await page.get_by_text("Upgrade to Pro").click()
+
+    heard = await page.evaluate("heard")
+
+    assert {name: usage["tokensUsed"] for name, usage in heard.items()} == {
+        "usage": 108_000,
+        "limit-reached": 108_000,
+        "upgrade": 108_000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1_000, "1K"),
+        (18_000, "18K"),
+        (93_406, "93.4K"),
+        (99_906, "99.9K"),
+        (99_999, "99.9K"),
+        (108_000, "108K"),
+        (999_999, "999.9K"),
+        (1_000_000, "1M"),
+        (1_599_999, "1.5M"),
+    ],
+)
+async def test_numbers_are_cut_and_never_show_more_than_is_left(
+    page: Page, stack: Stack, tokens: int, text: str
+) -> None:
+    await page.goto(stack.url)
+    shown = await page.evaluate("async (n) => (await import('/web/usage.js')).tokensText(n)", tokens)
+    assert shown == text
+
+
+@pytest.mark.parametrize(
+    ("period", "text"),
+    [
+        ("day", "18K daily tokens remaining"),
+        ("month", "18K monthly tokens remaining"),
+        ("none", "18K tokens remaining"),
+    ],
+)
+async def test_the_word_for_the_period_comes_from_the_plan(page: Page, stack: Stack, period: str, text: str) -> None:
+    await page.goto(stack.url)
+    usage = {"period": period, "tokensLimit": 108_000, "tokensRemaining": 18_000}
+    shown = await page.evaluate("async (usage) => (await import('/web/usage.js')).remainingText(usage)", usage)
+    assert shown == text
+
+
+async def test_events_are_read_however_the_network_cuts_them(page: Page, stack: Stack) -> None:
+    text = ": keep-alive\r\n\r\nevent: delta\r\ndata: é\r\ndata:second\r\n\r\ndata: plain\n\nevent: cut\ndata: off\n"
+    await page.goto(stack.url)
+    events = await page.evaluate(
+        """async ({ bytes }) => {
+            const { serverEvents } = await import('/web/event-stream.js');
+            const body = new ReadableStream({
+                start(controller) {
+                    for (const byte of bytes) controller.enqueue(new Uint8Array([byte]));
+                    controller.close();
+                },
+            });
+            return Array.fromAsync(serverEvents(body));
+        }""",
+        {"bytes": list(text.encode())},
+    )
+    assert events == [{"event": "delta", "data": "é\nsecond"}, {"event": "message", "data": "plain"}]
