@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -160,11 +161,14 @@ def insert_new(db: Connection, table: Table, rows: Rows, *, returning: str | Non
     """Insert the rows whose primary key is new. Of those that were, the values of the column `returning`."""
     if not rows:
         return []
-    statement = _insert(db, table).on_conflict_do_nothing()
-    if returning is None:
-        db.execute(statement, rows)
-        return []
-    return list((db.execute(statement.returning(table.c[returning]), rows)).scalars())
+    result = db.execute(_insert_new(db.dialect.name, table, returning), rows)
+    return list(result.scalars()) if returning else []
+
+
+@cache
+def _insert_new(dialect: str, table: Table, returning: str | None) -> Any:
+    statement = _insert(dialect, table).on_conflict_do_nothing()
+    return statement.returning(table.c[returning]) if returning else statement
 
 
 def upsert(db: Connection, table: Table, rows: Rows, *, only_if: Callable[[Any], ColumnElement[bool]]) -> None:
@@ -172,16 +176,14 @@ def upsert(db: Connection, table: Table, rows: Rows, *, only_if: Callable[[Any],
     if not rows:
         return
     keys = [column.name for column in table.primary_key]
-    statement = _insert(db, table)
+    statement = _insert(db.dialect.name, table)
     values = {name: statement.excluded[name] for name in (column.name for column in table.c) if name not in keys}
-    db.execute(
-        statement.on_conflict_do_update(index_elements=keys, set_=values, where=only_if(statement.excluded)),
-        rows,
-    )
+    condition = only_if(statement.excluded)
+    db.execute(statement.on_conflict_do_update(index_elements=keys, set_=values, where=condition), rows)
 
 
-def _insert(db: Connection, table: Table) -> Any:
-    return (sqlite if is_sqlite(db) else postgresql).insert(table)
+def _insert(dialect: str, table: Table) -> Any:
+    return (sqlite if dialect == "sqlite" else postgresql).insert(table)
 
 
 def sqlite_url(data: Path, name: str) -> str:

@@ -22,6 +22,7 @@ def main() -> None:
         host=arguments.host,
         port=arguments.port,
         lifespan="off",
+        proxy_headers=False,
         access_log=False,
         log_level="warning",
         server_header=False,

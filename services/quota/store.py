@@ -1,18 +1,35 @@
 """Quota's database: what is used, what is held, and the one transaction in which either changes."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, select, text, update
+from sqlalchemy import (
+    JSON,
+    Connection,
+    FromClause,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    delete,
+    func,
+    select,
+    text,
+    update,
+)
 
 from services.quota.domain import Account, Totals
 from services.quota.models import Hold, Settlement, Subscription, UsageTotal
 from shared.calls import Authorize, Pending
-from shared.database import insert_new, is_sqlite, now, table_of, upsert
+from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted
-from shared.plans import Period, Plan, Plans
+from shared.plans import Period, Plans
 from shared.quarantine import Poison, quarantine
 
 # Longer than the longest generation: a hold never ends before the generation that it covers.
@@ -107,29 +124,22 @@ def account(db: Connection, plans: Plans, user_id: str, pending: Sequence[Pendin
 
 def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) -> dict[str, Account]:
     """The users as they stand at `at`; one who was never seen has the default plan and zeros."""
-    chosen = {
-        row.user_id: row
-        for row in db.execute(
-            select(*subscriptions.c["user_id", "tier", "time_zone"]).where(subscriptions.c.user_id.in_(user_ids))
-        )
-    }
-    open_holds = db.execute(
-        select(holds.c.user_id, func.sum(holds.c.tokens).label("tokens"))
-        .where(holds.c.user_id.in_(user_ids), holds.c.expires_at > at)
-        .group_by(holds.c.user_id)
-    )
-    held = {row.user_id: int(row.tokens) for row in open_holds}
-    current: dict[str, tuple[Plan, Period]] = {}
-    for user_id in user_ids:
-        subscription = chosen.get(user_id)
-        plan = plans.of(subscription.tier if subscription else None)
-        time_zone = (subscription.time_zone if subscription else None) or plan.time_zone
-        current[user_id] = (plan, Period.containing(at, plan.period, time_zone))
-    used = _totals(db, {user_id: period for user_id, (_, period) in current.items()}, at=at)
-    return {
-        user_id: Account(user_id, plan, period, used[user_id], held.get(user_id, 0))
-        for user_id, (plan, period) in current.items()
-    }
+    found: dict[str, Account] = {}
+    kept: dict[str, Totals] = {}
+    for row in db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}):
+        plan = plans.of(row.tier)
+        period = Period.containing(at, plan.period, row.time_zone or plan.time_zone)
+        found[row.user_id] = Account(row.user_id, plan, period, Totals(), int(row.held))
+        if (row.period_start, row.period_end) == (period.start, period.end or FOR_EVER):
+            kept[row.user_id] = _counts(row)
+    # No total is kept yet where the period is new, or where a plan's periods have changed. The settlements know.
+    unkept: dict[Period, list[str]] = defaultdict(list)
+    for user_id in found.keys() - kept.keys():
+        unkept[found[user_id].period].append(user_id)
+    for period, users in unkept.items():
+        known = {"user_ids": json.dumps(users), "start": period.start, "end": period.end or FOR_EVER}
+        kept |= {row.user_id: _counts(row) for row in db.execute(_sums_of_settlements(db.dialect.name), known)}
+    return {user_id: replace(user, totals=kept.get(user_id, Totals())) for user_id, user in found.items()}
 
 
 def expired_holds(db: Connection) -> list[tuple[str, str, int]]:
@@ -160,35 +170,50 @@ def _include(db: Connection, standing: dict[str, Account], pending: Sequence[Pen
         standing[hold.user_id] = standing[hold.user_id].holding(-hold.tokens)
 
 
-def _totals(db: Connection, periods: dict[str, Period], *, at: datetime) -> dict[str, Totals]:
-    rows = db.execute(
-        select(totals).where(totals.c.user_id.in_(periods), totals.c.period_start <= at, totals.c.period_end > at)
+# Statements of the hot path are built once: building one costs more than running it.
+
+
+def _users(dialect: str) -> FromClause:
+    """The parameter `user_ids`, a JSON array, as rows: one statement asks about one user or five hundred."""
+    names = bindparam("user_ids", type_=Text)
+    if dialect == "sqlite":
+        return select(func.json_each(names).table_valued("value").c.value.label("user_id")).subquery("users")
+    return select(func.json_array_elements_text(cast(names, JSON)).column_valued("user_id")).subquery("users")
+
+
+@cache
+def _standing(dialect: str) -> Select[Any]:
+    """A row for each user and each of the totals that cover `at`: plan, holds, raw sums."""
+    users, at = _users(dialect), bindparam("at", type_=UtcDateTime)
+    held = (
+        select(func.coalesce(func.sum(holds.c.tokens), 0))
+        .where(holds.c.user_id == users.c.user_id, holds.c.expires_at > at)
+        .scalar_subquery()
     )
-    kept = {(row.user_id, row.period_start, row.period_end): _counts(row) for row in rows}
-    found: dict[str, Totals] = {}
-    missing: dict[Period, list[str]] = defaultdict(list)
-    for user_id, period in periods.items():
-        if total := kept.get((user_id, period.start, period.end or FOR_EVER)):
-            found[user_id] = total
-        else:
-            missing[period].append(user_id)
-    # No row yet: the period is new, or the plan's periods have changed. The settlements know.
-    for period, user_ids in missing.items():
-        found |= _sums_of_settlements(db, user_ids, period)
-    return found
+    covering = and_(totals.c.user_id == users.c.user_id, totals.c.period_start <= at, totals.c.period_end > at)
+    return select(
+        users.c.user_id,
+        subscriptions.c.tier,
+        subscriptions.c.time_zone,
+        held.label("held"),
+        *(column for column in totals.c if column.name != "user_id"),
+    ).select_from(
+        users.outerjoin(subscriptions, subscriptions.c.user_id == users.c.user_id).outerjoin(totals, covering)
+    )
 
 
-def _sums_of_settlements(db: Connection, user_ids: list[str], period: Period) -> dict[str, Totals]:
-    sums = db.execute(
+@cache
+def _sums_of_settlements(dialect: str) -> Select[Any]:
+    users = _users(dialect)
+    return (
         select(settlements.c.user_id, *(func.sum(settlements.c[name]).label(name) for name in COUNTS))
+        .join(users, users.c.user_id == settlements.c.user_id)
         .where(
-            settlements.c.user_id.in_(user_ids),
-            settlements.c.started_at >= period.start,
-            settlements.c.started_at < (period.end or FOR_EVER),
+            settlements.c.started_at >= bindparam("start", type_=UtcDateTime),
+            settlements.c.started_at < bindparam("end", type_=UtcDateTime),
         )
         .group_by(settlements.c.user_id)
     )
-    return {user_id: Totals() for user_id in user_ids} | {row.user_id: _counts(row) for row in sums}
 
 
 def _counts(row: object) -> Totals:

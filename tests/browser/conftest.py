@@ -24,12 +24,17 @@ expect.set_options(timeout=15_000)
 
 
 @pytest.fixture
-async def context() -> AsyncIterator[BrowserContext]:
-    """One person's browser: its tabs share local storage."""
+def chromium() -> Path:
     if not CHROMIUM.exists():
         left_out(f"{CHROMIUM} is missing: install Chromium to test the rail")
+    return CHROMIUM
+
+
+@pytest.fixture
+async def context(chromium: Path) -> AsyncIterator[BrowserContext]:
+    """One person's browser: its tabs share local storage."""
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        browser = await playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         context = await browser.new_context(locale="en-GB", timezone_id="Europe/Vienna")
         yield context
         await browser.close()

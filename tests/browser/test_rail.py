@@ -74,7 +74,7 @@ async def unreachable(route: Route) -> None:
     ],
 )
 async def test_the_rail_shows_what_is_left(
-    page: Page, stack: Stack, user_id: str, tokens_used: int, text: str, percent_left: str, level: str
+    page: Page, stack: Stack, user_id: str, *, tokens_used: int, text: str, percent_left: str, level: str
 ) -> None:
     await use(stack, user_id, tokens_used)
     await open_rail(page, stack, user_id)
@@ -294,6 +294,22 @@ async def test_an_answer_that_breaks_off_is_kept_with_the_reason(page: Page, sta
     await expect(page.get_by_role("textbox")).to_have_value("")
 
 
+async def test_stopped_before_the_first_word_the_message_is_given_back(
+    page: Page, stack: Stack, user_id: str
+) -> None:
+    await open_rail(page, stack, user_id)
+    await page.route(CHAT_CALLS, lambda _: None)  # Never answered.
+    await send(page, "Hello")
+    await expect(page.get_by_role("log")).to_have_attribute("aria-busy", "true")
+
+    await page.keyboard.press("Escape")
+
+    await expect(page.get_by_role("textbox")).to_have_value("Hello")
+    await expect(messages(page, "user")).to_have_count(0)
+    await expect(page.get_by_role("alert")).to_be_hidden()
+    await expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
+
+
 async def test_hostile_text_is_shown_as_text(page: Page, stack: Stack, user_id: str) -> None:
     hostile = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     body = server_events(("delta", {"text": hostile}), ("done", {"stopReason": "end_turn"}))
@@ -340,7 +356,9 @@ async def test_the_page_says_whether_answers_are_simulated(page: Page, stack: St
     await expect(notice).to_be_visible(visible=plans["simulated"])
 
 
-async def test_embedders_hear_of_usage_of_the_limit_and_of_the_upgrade(page: Page, stack: Stack, user_id: str) -> None:
+async def test_embedders_hear_of_usage_of_the_limit_and_of_the_upgrade(
+    page: Page, stack: Stack, user_id: str
+) -> None:
     await use(stack, user_id, 108_000)
     await page.add_init_script(
         "window.heard = {};"
@@ -359,43 +377,45 @@ async def test_embedders_hear_of_usage_of_the_limit_and_of_the_upgrade(page: Pag
     }
 
 
-@pytest.mark.parametrize(
-    ("tokens", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1_000, "1K"),
-        (18_000, "18K"),
-        (93_406, "93.4K"),
-        (99_906, "99.9K"),
-        (99_999, "99.9K"),
-        (108_000, "108K"),
-        (999_999, "999.9K"),
-        (1_000_000, "1M"),
-        (1_599_999, "1.5M"),
-    ],
-)
-async def test_numbers_are_cut_and_never_show_more_than_is_left(
-    page: Page, stack: Stack, tokens: int, text: str
-) -> None:
+async def test_numbers_are_cut_and_never_show_more_than_is_left(page: Page, stack: Stack) -> None:
+    texts = {
+        0: "0",
+        999: "999",
+        1_000: "1K",
+        18_000: "18K",
+        93_406: "93.4K",
+        99_906: "99.9K",
+        99_999: "99.9K",
+        108_000: "108K",
+        999_999: "999.9K",
+        1_000_000: "1M",
+        1_599_999: "1.5M",
+    }
     await page.goto(stack.url)
-    shown = await page.evaluate("async (n) => (await import('/web/usage.js')).tokensText(n)", tokens)
-    assert shown == text
+    shown = await page.evaluate(
+        "async (tokens) => tokens.map((await import('/web/usage.js')).tokensText)", list(texts)
+    )
+    assert dict(zip(texts, shown, strict=True)) == texts
 
 
-@pytest.mark.parametrize(
-    ("period", "text"),
-    [
-        ("day", "18K daily tokens remaining"),
-        ("month", "18K monthly tokens remaining"),
-        ("none", "18K tokens remaining"),
-    ],
-)
-async def test_the_word_for_the_period_comes_from_the_plan(page: Page, stack: Stack, period: str, text: str) -> None:
+async def test_the_word_for_the_period_comes_from_the_plan(page: Page, stack: Stack) -> None:
+    usages = [
+        {"period": period, "tokensLimit": 108_000, "tokensRemaining": 18_000} for period in ("day", "month", "none")
+    ]
     await page.goto(stack.url)
-    usage = {"period": period, "tokensLimit": 108_000, "tokensRemaining": 18_000}
-    shown = await page.evaluate("async (usage) => (await import('/web/usage.js')).remainingText(usage)", usage)
-    assert shown == text
+    shown = await page.evaluate("async (usages) => usages.map((await import('/web/usage.js')).remainingText)", usages)
+    assert shown == [
+        "18K daily tokens remaining",
+        "18K monthly tokens remaining",
+        "18K tokens remaining",
+    ]
+
+
+async def test_the_bar_is_yellow_from_twenty_per_cent_and_red_from_five(page: Page, stack: Stack) -> None:
+    levels = {100: "green", 20.1: "green", 20: "yellow", 16.7: "yellow", 5.1: "yellow", 5: "red", 0: "red"}
+    await page.goto(stack.url)
+    shown = await page.evaluate("async (left) => left.map((await import('/web/usage.js')).levelOf)", list(levels))
+    assert dict(zip(levels, shown, strict=True)) == levels
 
 
 async def test_events_are_read_however_the_network_cuts_them(page: Page, stack: Stack) -> None:

@@ -1,0 +1,149 @@
+"""Programs under a supervisord of our own: started again when they die, stopped in reverse order."""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from xmlrpc.client import Fault, ServerProxy
+
+from supervisor.xmlrpc import SupervisorTransport
+
+PROJECT = Path(__file__).parent.parent
+LOG_LINES_SHOWN = 15
+
+# No path is written into it: supervisord runs in the data folder, and programs find theirs in the environment.
+# So one with spaces, quotes, % or # needs no escaping, for which this format has no means.
+SUPERVISORD = """\
+[supervisord]
+nodaemon=true
+silent=true
+nocleanup=true
+pidfile=supervisord.pid
+logfile=logs/supervisord.log
+logfile_maxbytes=10MB
+logfile_backups=3
+
+[unix_http_server]
+file={socket}
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+"""
+
+# Without retries of supervisor's own, which pause longer and longer and then end: `tend` goes on for ever.
+PROGRAM = """
+[program:{name}]
+command={command}
+directory=%(ENV_CHATRAIL_PROJECT)s
+priority={priority}
+autostart=false
+autorestart={lasting}
+startsecs={lasting:d}
+startretries=0
+stopwaitsecs=20
+killasgroup=true
+redirect_stderr=true
+stdout_logfile=logs/{name}.log
+stdout_logfile_maxbytes=10MB
+stdout_logfile_backups=3
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A shell command in the project's folder. It lasts, and answers at `ready_url`; without one it is a step."""
+
+    name: str
+    command: str
+    ready_url: str | None = None
+
+    def section(self, priority: int) -> str:
+        command = shlex.join(["/bin/sh", "-c", f"exec {self.command}"])
+        return PROGRAM.format(name=self.name, command=command, priority=priority, lasting=self.ready_url is not None)
+
+
+class SupervisorDied(Exception):
+    """Nothing is started again any more; what ran has ended with it."""
+
+
+class Supervisor:
+    """Leaving the context stops all programs, the last one first, and returns when every process is gone."""
+
+    def __init__(
+        self, programs: Sequence[Program], *, data: Path, environment: Mapping[str, str], lock_fd: int
+    ) -> None:
+        self._programs = programs
+        self._data = data
+        # Programs are found by name, first among those that were installed with this interpreter.
+        path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+        self._environment = {**environment, "PATH": path, "CHATRAIL_PROJECT": str(PROJECT)}
+        self._lock_fd = lock_fd
+
+    def __enter__(self) -> "Supervisor":
+        # Not in the data folder: a socket's path has at most a hundred bytes or so.
+        self._folder = tempfile.TemporaryDirectory(prefix="chatrail-", dir="/tmp")  # noqa: S108 - a private folder
+        socket = f"{self._folder.name}/socket"
+        sections = [program.section(priority) for priority, program in enumerate(self._programs, start=1)]
+        (self._data / "supervisord.conf").write_text(SUPERVISORD.format(socket=socket) + "".join(sections))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", PROJECT / "deploy" / "supervisord.py", "-c", "supervisord.conf"],
+            cwd=self._data,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            # Ctrl-C is for the stack alone; and the data folder stays locked until the last program is gone.
+            start_new_session=True,
+            pass_fds=[self._lock_fd],
+        )
+        self._proxy: Any = ServerProxy("http://socket", SupervisorTransport(serverurl=f"unix://{socket}"))
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        self._process.wait()
+        self._proxy("close")()
+        self._folder.cleanup()
+
+    def is_up(self) -> bool:
+        """Raises SupervisorDied when it never will be."""
+        self._check_alive()
+        return Path(f"{self._folder.name}/socket").is_socket()
+
+    def start(self, name: str) -> None:
+        with suppress(Fault):  # what cannot be started now, `tend` tries again
+            self._call("startProcess", name, False)
+
+    def info(self, name: str) -> dict[str, Any]:
+        """supervisor's own: `statename`, `start` (seconds since the epoch), `exitstatus` and more."""
+        info: dict[str, Any] = self._call("getProcessInfo", name)
+        return info
+
+    def tend(self) -> None:
+        """Start again what died young, once a second at most. To be called all the time."""
+        for info in self._call("getAllProcessInfo"):
+            if info["statename"] == "FATAL" and info["now"] > info["start"]:
+                self.start(info["name"])
+
+    def log_end(self, name: str) -> str:
+        lines = (self._data / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-LOG_LINES_SHOWN:])
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        try:
+            return getattr(self._proxy.supervisor, method)(*arguments)
+        except (OSError, HTTPException) as error:
+            self._check_alive()
+            raise SupervisorDied(f"The supervisor does not answer: {error}") from error
+
+    def _check_alive(self) -> None:
+        if self._process.poll() is not None:
+            raise SupervisorDied(f"The supervisor ended with status {self._process.returncode}.")
