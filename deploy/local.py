@@ -3,74 +3,36 @@
 Broker, stand-in for Claude, migrations and services run under supervisor, which starts again what dies.
 """
 
-import fcntl
 import http.client
 import json
 import os
 import re
+import select
 import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
-
+from deploy.claims import Ports, free_ports, locked
+from deploy.settings import LOOPBACK, Settings
 from deploy.supervised import Program, Supervisor, SupervisorDied
 from shared.errors import Misconfigured
 from shared.plans import Plans
 
-LOOPBACK = "127.0.0.1"
 CLAUDE_URL = "https://api.anthropic.com"
+
 TICK_S = 0.1
+TEND_EVERY_S = 0.5
 READY_TIMEOUT_S = 60
 STARTS_MAX = 3
-# A little longer than the services are given to stop before they are killed.
-PREDECESSOR_TIMEOUT_S = 25
 
 
-class Settings(BaseSettings):
-    """What an operator sets; an empty variable counts as absent. Everything else is the services' own."""
-
-    model_config = SettingsConfigDict(env_prefix="CHATRAIL_", env_ignore_empty=True, frozen=True)
-
-    host: str = LOOPBACK
-    port: int = Field(default=8000, ge=1, le=65535)
-    data: Path = Path("data")
-    plans: Path | None = None
-    nats_url: str | None = None
-    anthropic_api_key: str | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY", repr=False)
-    anthropic_base_url: str | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL")
-
-    @classmethod
-    def read(cls) -> "Settings":
-        try:
-            return cls()
-        except ValidationError as error:
-            problem = error.errors()[0]
-            name = f"CHATRAIL_{problem['loc'][0]}".upper()
-            raise Misconfigured(f"{name} is {problem['input']!r}: {problem['msg']}.") from error
-
-    @property
-    def simulated(self) -> bool:
-        """A base URL that was named is used as it is, with a key or without."""
-        return not (self.anthropic_api_key or self.anthropic_base_url)
-
-    @property
-    def url(self) -> str:
-        """Where a browser on this machine finds chat, also when it listens on every address."""
-        host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared, not bound
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoints:
+class Endpoints(NamedTuple):
     """Where each part answers: the content of `endpoints.json`."""
 
     chat: str
@@ -79,68 +41,200 @@ class Endpoints:
     nats: str
     claude: str
 
-    def write(self, file: Path) -> None:
-        draft = file.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        draft.replace(file)
-
 
 class Stopped(Exception):
-    """Somebody asked us to stop."""
+    """Ctrl-C, SIGTERM, or the terminal was closed."""
 
 
 class StartFailed(Exception):
-    """A part cannot be brought up; the message names it and shows the end of its log."""
+    """A part does not come up; the message names it and shows the end of its log."""
 
 
 class Patience:
-    """Waiting that ends with Stopped once Ctrl-C, SIGTERM or a closed terminal has asked for it, however often."""
+    """Waiting that ends with Stopped as soon as somebody asks us to stop. A stop asked for twice is one stop."""
 
     def __init__(self) -> None:
-        self._stopped = False
-        signal.signal(signal.SIGINT, self._stop)
-        signal.signal(signal.SIGTERM, self._stop)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(signal.SIGHUP, self._stop)
+        self._asked, self._ask = socket.socketpair()
+        self._ask.setblocking(False)
+        signal.set_wakeup_fd(self._ask.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, lambda _number, _frame: None)
 
-    def _stop(self, _signal: int, _frame: object) -> None:
-        self._stopped = True
-
-    def wait(self) -> None:
-        time.sleep(TICK_S)
-        if self._stopped:
+    def wait(self, seconds: float) -> None:
+        if select.select([self._asked], [], [], seconds)[0]:
+            say("Stopping ChatRail")
             raise Stopped
 
 
-def main() -> int:
-    patience = Patience()
+def say(line: str) -> None:
+    with suppress(BrokenPipeError):  # whoever read along has left; that must not keep us from stopping in order
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
+def main() -> None:
+    """Exits with 0 when it was asked to stop, and else with 1 and words."""
     try:
-        run(Settings.read(), patience)
+        run(Settings.read(), Patience())
     except Stopped:
-        return 0
+        return
     except (Misconfigured, StartFailed, SupervisorDied) as problem:
-        sys.stderr.write(f"{problem}\n")
-        return 1
+        sys.exit(str(problem))
 
 
-def run(settings: Settings, patience: Patience) -> None:
-    """Raises Stopped in the end, or what keeps it from running."""
+def run(settings: Settings, patience: Patience) -> NoReturn:
+    """Raises Stopped in the end, or what keeps ChatRail from running."""
     data = settings.data.absolute()
-    with locked(data, patience) as lock_fd:
+    with locked(data, patience.wait) as lock_fd:
         if settings.plans:
             Plans.load(settings.plans)
-        ports = free_ports(settings, "ledger", "quota", "nats", "nats_monitor", "claude")
+        ports = free_ports(settings.host, settings.port)
         endpoints = locate(settings, ports)
-        phases = plan(settings, endpoints, ports)
-        programs = [program for phase in phases for program in phase]
-        environment = environment_of(settings, endpoints, data)
-        with Supervisor(programs, data=data, environment=environment, lock_fd=lock_fd) as supervisor:
-            endpoints.write(data / "endpoints.json")
+        phases = plan(settings, ports)
+        with (
+            published(endpoints, data / "endpoints.json"),
+            Supervisor(
+                [program for phase in phases for program in phase],
+                data=data,
+                environment=environment(settings, endpoints, data),
+                lock_fd=lock_fd,
+            ) as supervisor,
+        ):
             while not supervisor.is_up():
-                patience.wait()
+                patience.wait(TICK_S)
             for phase in phases:
                 bring_up(phase, supervisor, patience)
             say(f"ChatRail is ready at {settings.url}")
             while True:
                 supervisor.tend()
-                patience.wait()
+                patience.wait(TEND_EVERY_S)
+
+
+def locate(settings: Settings, ports: Ports) -> Endpoints:
+    nats_url = settings.nats_url or f"nats://{LOOPBACK}:{ports.nats}"
+    claude_url = f"http://{LOOPBACK}:{ports.claude}" if settings.simulated else settings.anthropic_base_url
+    return Endpoints(
+        chat=settings.url,
+        ledger=f"http://{LOOPBACK}:{ports.ledger}",
+        quota=f"http://{LOOPBACK}:{ports.quota}",
+        nats=nats_url,
+        claude=claude_url or CLAUDE_URL,
+    )
+
+
+@contextmanager
+def published(endpoints: Endpoints, file: Path) -> Iterator[None]:
+    """`file` names the endpoints while they answer; passwords in them stay out of it."""
+    public = {name: re.sub(r"//[^/@,]*@", "//", url) for name, url in endpoints._asdict().items()}
+    draft = file.with_suffix(".draft")
+    draft.write_text(json.dumps(public, indent=2) + "\n", encoding="utf-8")
+    draft.replace(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def environment(settings: Settings, endpoints: Endpoints, data: Path) -> dict[str, str]:
+    """Ours, secrets included, which are never written down; the services listen and connect as told here."""
+    ours = {
+        name: value for name, value in os.environ.items() if value or not name.startswith(("CHATRAIL_", "ANTHROPIC_"))
+    }
+    ours |= {
+        "CHATRAIL_HOST": settings.host,
+        "CHATRAIL_PORT": str(settings.port),
+        "CHATRAIL_DATA": str(data),
+        "CHATRAIL_NATS_URL": endpoints.nats,
+        "ANTHROPIC_API_KEY": settings.anthropic_api_key or "simulated",
+    }
+    if settings.plans:
+        ours["CHATRAIL_PLANS"] = str(settings.plans.absolute())
+    if settings.simulated:
+        # A proxy of the machine's owner has no way back to this machine's loopback.
+        ours |= {
+            "ANTHROPIC_BASE_URL": endpoints.claude,
+            "CHATRAIL_SIMULATED": "1",
+            "NO_PROXY": LOOPBACK,
+            "no_proxy": LOOPBACK,
+        }
+    return ours
+
+
+def plan(settings: Settings, ports: Ports) -> list[list[Program]]:
+    """What is started together, phase by phase; each needs the phases before it. Stopped from the end."""
+    python = Path(sys.executable).name
+    listen = f"-a {LOOPBACK} -p {ports.nats} -m {ports.nats_monitoring}"
+    broker = Program(
+        "broker",
+        f'nats-server -c deploy/nats/nats.conf {listen} -sd "$CHATRAIL_DATA/nats"',
+        f"http://{LOOPBACK}:{ports.nats_monitoring}/healthz",
+    )
+    claude = Program(
+        "claude",
+        f'{python} -m deploy.claude --port {ports.claude} --delay-ms 15 --data "$CHATRAIL_DATA/claude"',
+        f"http://{LOOPBACK}:{ports.claude}/healthz",
+    )
+    migrations = [Program(f"migrate-{name}", f"{python} -m services.{name} migrate") for name in ("ledger", "quota")]
+    return [
+        [*([] if settings.nats_url else [broker]), *([claude] if settings.simulated else []), *migrations],
+        [Program("streams", f"{python} -m shared.streams")],
+        [
+            _inner_service("quota", ports.quota, python),
+            _inner_service("ledger", ports.ledger, python),
+            Program("chat", f"{python} -m services.chat serve", f"{settings.url}/readyz"),
+        ],
+    ]
+
+
+def _inner_service(name: str, port: int, python: str) -> Program:
+    listen = f"CHATRAIL_HOST={LOOPBACK} CHATRAIL_PORT={port}"
+    return Program(name, f"env {listen} {python} -m services.{name} serve", f"http://{LOOPBACK}:{port}/readyz")
+
+
+def bring_up(phase: list[Program], supervisor: Supervisor, patience: Patience) -> None:
+    say(f"Starting {', '.join(program.name for program in phase)}")
+    for program in phase:
+        supervisor.start(program.name)
+    for program in phase:
+        _await_up(program, supervisor, patience)
+
+
+def _await_up(program: Program, supervisor: Supervisor, patience: Patience) -> None:
+    """Raises StartFailed when the program is not up, or its work not done, in time."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    starts = set()
+    while not _is_up(program, supervisor):
+        starts.add(supervisor.info(program.name)["start"])
+        if len(starts) > STARTS_MAX:
+            raise _failure(program, "ends again and again", supervisor)
+        if time.monotonic() > deadline:
+            raise _failure(program, f"is not up after {READY_TIMEOUT_S} seconds", supervisor)
+        supervisor.tend()
+        patience.wait(TICK_S)
+
+
+def _is_up(program: Program, supervisor: Supervisor) -> bool:
+    if program.ready_url:
+        return _answers(program.ready_url)
+    info = supervisor.info(program.name)
+    if info["statename"] == "EXITED" and info["exitstatus"] != 0:
+        raise _failure(program, "failed", supervisor)
+    return bool(info["statename"] == "EXITED")
+
+
+def _failure(program: Program, what: str, supervisor: Supervisor) -> StartFailed:
+    return StartFailed(f"ChatRail cannot start: {program.name} {what}. {supervisor.log_end(program.name)}")
+
+
+def _answers(url: str) -> bool:
+    address = urlsplit(url)
+    with closing(http.client.HTTPConnection(address.hostname or "", address.port, timeout=2)) as connection:
+        try:
+            connection.request("GET", address.path)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ class Program:
 
     def section(self, priority: int) -> str:
         command = shlex.join(["/bin/sh", "-c", f"exec {self.command}"])
-        return PROGRAM.format(name=self.name, command=command, priority=priority, lasting=self.ready_url is not None)
+        lasting = self.ready_url is not None
+        # supervisor takes a second for each priority it stops, even for a step that was over long ago.
+        return PROGRAM.format(name=self.name, command=command, lasting=lasting, priority=priority if lasting else 0)
 
 
 class SupervisorDied(Exception):
@@ -89,7 +92,7 @@ class Supervisor:
 
     def __enter__(self) -> "Supervisor":
         # Not in the data folder: a socket's path has at most a hundred bytes or so.
-        self._folder = tempfile.TemporaryDirectory(prefix="chatrail-", dir="/tmp")  # noqa: S108 - a private folder
+        self._folder = tempfile.TemporaryDirectory(prefix="chatrail-", dir="/tmp")
         socket = f"{self._folder.name}/socket"
         sections = [program.section(priority) for priority, program in enumerate(self._programs, start=1)]
         (self._data / "supervisord.conf").write_text(SUPERVISORD.format(socket=socket) + "".join(sections))
@@ -109,7 +112,11 @@ class Supervisor:
         self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self._process.terminate()
-        self._process.wait()
+        while self._process.poll() is None:
+            # Any call wakes it. By itself it looks but once a second whether it can go on to stop the next.
+            with suppress(Fault, SupervisorDied):
+                self._call("getState")
+            time.sleep(0.05)
         self._proxy("close")()
         self._folder.cleanup()
 
@@ -134,8 +141,10 @@ class Supervisor:
                 self.start(info["name"])
 
     def log_end(self, name: str) -> str:
-        lines = (self._data / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(lines[-LOG_LINES_SHOWN:])
+        """The last lines of the program's log, under its path."""
+        log = self._data / "logs" / f"{name}.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        return "\n  ".join([f"{log} ends with", *lines[-LOG_LINES_SHOWN:]])
 
     def _call(self, method: str, *arguments: object) -> Any:
         try:

@@ -149,7 +149,7 @@ class LogsQuery(Contract):
     """`cursor` is the `next_cursor` of the page before; absent, the newest page."""
 
     user_id: UserId
-    cursor: str | None = Field(default=None, max_length=512)
+    cursor: str | None = Field(default=None, max_length=1024)
     limit: int = Field(default=50, ge=1, le=1000)
 
 

@@ -1,5 +1,9 @@
 """What can go wrong, named by what the caller should do about it."""
 
+from pydantic import ValidationError
+
+PROBLEMS_TOLD_MAX = 5
+
 
 class PoisonMessage(Exception):
     """This message can never be handled, however often it is delivered: quarantine it, then acknowledge."""
@@ -20,3 +24,14 @@ class BadCall(Exception):
 
 class Misconfigured(Exception):
     """The process cannot start with what it was given; the message tells an operator what to change."""
+
+
+def in_words(error: ValidationError) -> str:
+    """What is wrong, field by field, and never the values: they may be secret."""
+    told = []
+    for problem in error.errors(include_input=False, include_url=False)[:PROBLEMS_TOLD_MAX]:
+        where, what = [*map(str, problem["loc"])], problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "union_tag_invalid":  # the one message of pydantic's that repeats what it was given
+            where, what = ["type"], f"Input should be one of {problem['ctx']['expected_tags']}"
+        told.append(f"{'.'.join(where)}: {what}" if where else what)
+    return "; ".join(told)

@@ -26,7 +26,7 @@ from pydantic import (
 )
 from uuid6 import uuid7
 
-from shared.errors import PoisonMessage
+from shared.errors import PoisonMessage, in_words
 
 CONTENT_TYPE = "application/cloudevents+json"
 # One event reports at most this many tokens: far above any context window, far below what would overflow a sum.
@@ -43,8 +43,9 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def _small(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    text = json.dumps(metadata)
+def small(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """The metadata itself. Raises ValueError when it is too large for an event, or cannot be stored everywhere."""
+    text = json.dumps(metadata, allow_nan=False)
     if len(text) > METADATA_BYTES_MAX:
         raise ValueError(f"metadata may take at most {METADATA_BYTES_MAX} bytes as JSON")
     if "\\u0000" in text:
@@ -57,7 +58,9 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"
 UserId = Name
 Tokens = Annotated[int, Field(ge=0, le=EVENT_TOKENS_MAX, strict=True)]
 SignedTokens = Annotated[int, Field(ge=-EVENT_TOKENS_MAX, le=EVENT_TOKENS_MAX, strict=True)]
-Metadata = Annotated[dict[str, JsonValue], AfterValidator(_small)]
+Metadata = Annotated[dict[str, JsonValue], AfterValidator(small)]
+# No database, time zone or period overflows at a moment between these.
+Moment = Annotated[AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=datetime(9999, 1, 1, tzinfo=UTC))]
 
 Outcome = Literal["completed", "disconnected", "provider_error", "interrupted"]
 UsageSource = Literal["provider", "estimated", "reported"]
@@ -98,8 +101,8 @@ class Generation(Contract):
     usage_source: UsageSource
     provider_request_id: Name | None = None
     # The moment of authorization: it decides the period in which the tokens count.
-    started_at: AwareDatetime
-    completed_at: AwareDatetime
+    started_at: Moment
+    completed_at: Moment
     metadata: Metadata = {}
 
     @model_validator(mode="after")
@@ -120,7 +123,7 @@ class Subscription(Contract):
     user_id: UserId
     tier: Name
     time_zone: Name | None = None
-    changed_at: AwareDatetime
+    changed_at: Moment
     actor: Name
 
 
@@ -131,7 +134,7 @@ class Adjustment(Contract):
     tokens_used: SignedTokens
     reason: Name
     actor: Name
-    effective_at: AwareDatetime
+    effective_at: Moment
 
 
 class CloudEvent(Contract):
@@ -141,7 +144,7 @@ class CloudEvent(Contract):
     id: Name = Field(default_factory=new_id)
     source: Name = "/chatrail/chat"
     subject: UserId
-    time: AwareDatetime = Field(default_factory=utc_now)
+    time: Moment = Field(default_factory=utc_now)
     datacontenttype: Literal["application/json"] = "application/json"
 
     @model_validator(mode="after")
@@ -171,6 +174,9 @@ class UsageAdjusted(CloudEvent):
 
 
 Event = GenerationCompleted | SubscriptionChanged | UsageAdjusted
+# What an event must say of itself. A default is for those who make one: read with it, an event without
+# an id would get another id, and be counted again, at each delivery.
+REQUIRED = ("specversion", "id", "source", "type", "subject", "dataschema")
 _event: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 
@@ -184,8 +190,9 @@ def decode(body: bytes) -> Event:
     Raises PoisonMessage when it is none of ours: it names the fields and never repeats their values.
     """
     try:
-        return _event.validate_json(body)
+        event = _event.validate_json(body)
     except ValidationError as error:
-        problems = error.errors(include_input=False, include_url=False, include_context=False)
-        reasons = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'body'}: {p['msg']}" for p in problems[:5])
-        raise PoisonMessage(reasons) from None
+        raise PoisonMessage(in_words(error)) from None
+    if missing := [name for name in REQUIRED if name not in event.model_fields_set]:
+        raise PoisonMessage(f"{', '.join(missing)}: Field required")
+    return event

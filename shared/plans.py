@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shared.errors import Misconfigured
+from shared.errors import Misconfigured, in_words
 
 PLANS_FILE = Path(__file__).with_name("plans.toml")
 
@@ -90,7 +90,9 @@ class Plans(BaseModel):
             return cls.model_validate({**document, "plans": plans})
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise Misconfigured(f"The plans file {path} cannot be read: {error}") from error
-        except (ValidationError, TypeError) as error:
+        except ValidationError as error:
+            raise Misconfigured(f"The plans file {path} is wrong: {in_words(error)}") from error
+        except (TypeError, AttributeError) as error:
             raise Misconfigured(f"The plans file {path} is wrong: {error}") from error
 
 

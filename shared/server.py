@@ -34,10 +34,16 @@ Settings = TypeVar("Settings", bound=ServiceSettings)
 class _Server(uvicorn.Server):
     """Tells the application that it is stopping before waiting for open streams to end."""
 
+    async def _serve(self, sockets: Any = None) -> None:
+        # The lifespan is entered here: uvicorn would turn what keeps it from starting into a traceback.
+        app: Any = self.config.app
+        async with app.router.lifespan_context(app):
+            await super()._serve(sockets)
+
     async def shutdown(self, sockets: Any = None) -> None:
         state = getattr(self.config.app, "state", None)
-        if stopping := getattr(state, "stopping", None):
-            stopping.set()
+        if end_streams := getattr(state, "end_streams", None):
+            end_streams()
         await super().shutdown(sockets)
 
 
@@ -52,6 +58,7 @@ def serve(service: str, read: Callable[[], Settings], create_app: Callable[[Sett
             port=settings.port,
             loop="uvloop" if sys.platform != "win32" else "asyncio",
             http="httptools",
+            lifespan="off",
             access_log=False,
             log_config=None,
             server_header=False,

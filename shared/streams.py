@@ -37,6 +37,9 @@ STREAM = "USAGE"
 LEDGER = "ledger"
 QUOTA = "quota"
 
+# JetStream: "wrong last sequence", the answer to a second message on a subject that may have only one.
+WRONG_LAST_SEQUENCE = 10071
+
 GIB = 1024**3
 
 

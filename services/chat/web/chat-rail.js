@@ -149,6 +149,8 @@ export class ChatRail extends HTMLElement {
     });
     log.addEventListener("scroll", () => this.#onScroll(), { passive: true });
     latest.addEventListener("click", () => this.#scrollToLatest());
+    // What appears below takes its room from the conversation: its end stays in sight.
+    new ResizeObserver(() => this.#isPinned && this.#hasMessages() && this.#scrollToLatest()).observe(log);
   }
 
   // ── Usage ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -204,7 +206,7 @@ export class ChatRail extends HTMLElement {
     const { reset, resetLabel, resetTime } = this.#parts;
     reset.hidden = !resetsAt || isUnlimited(this.#usage);
     if (reset.hidden) return;
-    resetLabel.textContent = isLimited ? "They are back on" : "Resets on";
+    resetLabel.textContent = isLimited ? "New tokens come on" : "Resets on";
     resetTime.dateTime = resetsAt;
     resetTime.textContent = timeText(new Date(resetsAt));
     resetTime.title = new Date(resetsAt).toUTCString();
@@ -328,11 +330,15 @@ export class ChatRail extends HTMLElement {
   }
 
   #showWhetherEmpty() {
-    const { log, welcome, fresh } = this.#parts;
-    const isEmpty = !log.querySelector(".message");
+    const { welcome, fresh } = this.#parts;
+    const isEmpty = !this.#hasMessages();
     welcome.hidden = !isEmpty;
     fresh.hidden = isEmpty;
     this.#onScroll();
+  }
+
+  #hasMessages() {
+    return this.#parts.log.querySelector(".message") !== null;
   }
 
   #setBusy(turn) {
@@ -377,7 +383,7 @@ export class ChatRail extends HTMLElement {
   #onScroll() {
     const { log, latest } = this.#parts;
     this.#isPinned = log.scrollHeight - log.scrollTop - log.clientHeight < BOTTOM_SLACK_PX;
-    latest.hidden = this.#isPinned || !log.querySelector(".message");
+    latest.hidden = this.#isPinned || !this.#hasMessages();
   }
 
   #followLatest() {

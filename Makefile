@@ -1,0 +1,72 @@
+# make run     ChatRail on this machine, at http://127.0.0.1:8000
+# make test    all tests
+# make check   style, types and boundaries
+# make bench   what ChatRail adds to a call of Claude
+# make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
+# make clean   everything that make made, except data/
+
+PYTHON ?= python3
+bin := .venv/bin
+
+.PHONY: run test check bench lock clean
+
+# exec: a signal for make reaches the program itself, with no shell in between.
+run: .venv/installed-run
+	@exec $(bin)/python -m deploy.local
+
+test: .venv/installed-dev
+	@exec $(bin)/python -m pytest $(ARGS)
+
+check: .venv/installed-dev
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+
+bench: .venv/installed-dev
+	@exec $(bin)/python -m tests.bench $(ARGS)
+
+.venv/installed-run: requirements.lock
+	$(install)
+	@touch $@
+
+# Holds all of requirements.lock, in the same versions.
+.venv/installed-dev: requirements-dev.lock
+	$(install)
+	@touch $@ .venv/installed-run
+
+# Neither mark exists while anything is being installed, so that what broke off half-way is built anew.
+# `--version` is what every Python understands, however old.
+define install
+	@version=$$($(PYTHON) --version 2>&1 | head -n 1); \
+	case "$$version" in \
+	    "Python 3."1[1-9]* | "Python 3."[2-9][0-9]* | "Python "[4-9]*) ;; \
+	    "Python "*) found="$(PYTHON) is $${version#Python }" ;; \
+	    *) found="$(PYTHON) cannot be found" ;; \
+	esac; \
+	if [ -n "$$found" ]; then \
+	    echo "ChatRail needs Python 3.11 or newer; $$found. Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; \
+	fi; \
+	if ! $(PYTHON) -c "import ensurepip, venv" 2>/dev/null; then \
+	    echo "ChatRail needs Python's venv module, which $(PYTHON) lacks. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	fi; \
+	[ -e .venv/installed-run ] || { rm -rf .venv && $(PYTHON) -m venv .venv; }
+	@echo "Installing $< into .venv; this takes a minute, once"
+	@rm -f .venv/installed-*
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+endef
+
+# One resolution for all, so that every file names the same version of a package. Neither indexes nor paths are written.
+compile = $(bin)/uv pip compile pyproject.toml --quiet --universal --generate-hashes \
+    --no-header --no-annotate --no-emit-index-url --no-emit-find-links $(ARGS)
+
+lock: .venv/installed-dev
+	$(compile) --all-extras -o requirements-dev.lock
+	$(compile) -c requirements-dev.lock --extra chat --extra ledger --extra quota --extra local -o requirements.lock
+	for service in chat ledger quota; do \
+	    $(compile) -c requirements-dev.lock --extra $$service -o requirements-$$service.lock || exit 1; \
+	done
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .schemathesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,44 @@
+"""What an operator sets for the local stack."""
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import Misconfigured
+
+LOOPBACK = "127.0.0.1"
+
+
+class Settings(BaseSettings):
+    """What an operator sets; an empty variable counts as absent. Everything else is the services' own."""
+
+    model_config = SettingsConfigDict(env_prefix="CHATRAIL_", env_ignore_empty=True, frozen=True)
+
+    host: str = LOOPBACK
+    port: int = Field(default=8000, ge=1, le=65535)
+    data: Path = Path("data")
+    plans: Path | None = None
+    nats_url: str | None = None
+    anthropic_api_key: str | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY", repr=False)
+    anthropic_base_url: str | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL")
+
+    @classmethod
+    def read(cls) -> "Settings":
+        try:
+            return cls()
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = f"CHATRAIL_{problem['loc'][0]}".upper()
+            raise Misconfigured(f"{name} is {problem['input']!r}: {problem['msg']}.") from error
+
+    @property
+    def simulated(self) -> bool:
+        """A base URL that is named is used as it is, with a key or without."""
+        return not (self.anthropic_api_key or self.anthropic_base_url)
+
+    @property
+    def url(self) -> str:
+        """Where a browser on this machine finds chat, also when it listens on every address."""
+        host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared, never bound
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"

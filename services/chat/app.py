@@ -1,0 +1,125 @@
+"""Chat, put together: read from top to bottom."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+from fastapi import FastAPI
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from starlette.middleware.cors import CORSMiddleware
+
+from services.chat import identity, problems
+from services.chat.claude import Claude
+from services.chat.generation import Generations, Parts
+from services.chat.limits import BodyLimit, LocalHost
+from services.chat.outbox import Outbox
+from services.chat.publisher import Publisher
+from services.chat.push import Watchers
+from services.chat.quota import Quota
+from services.chat.reports import Reports
+from services.chat.routes import chat, page, plans, usage
+from services.chat.settings import Settings
+from services.chat.subscriptions import Subscriptions
+from shared import streams
+from shared.broker import connect_options, end_process
+from shared.errors import Misconfigured, Unavailable
+from shared.plans import Plans
+from shared.telemetry import Missing, probes
+
+log = structlog.get_logger()
+# Answers under way may end by themselves for this long when the process is told to stop.
+GRACE_S = 5.0
+LAST_FLUSH_S = 5.0
+
+
+def create_app(settings: Settings) -> FastAPI:
+    identity.check_host(settings)
+    app = FastAPI(
+        title="ChatRail",
+        version="1",
+        summary="Metered Claude chat: every token counted once, and the person who chats sees what is left.",
+        lifespan=_lifespan,
+        redoc_url=None,
+    )
+    app.state.settings = settings
+    app.state.plans = Plans.load(settings.plans)
+    problems.install(app)
+    for routes in (chat, usage, plans, page):
+        app.include_router(routes.router)
+    app.router.routes.extend(probes(lambda: _missing(app)))
+    app.mount("/web", page.web_files)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=[origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()],
+        allow_origin_regex=identity.LOOPBACK_ORIGIN if settings.identity == "open" else None,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Content-Type"],
+        expose_headers=["Retry-After", "X-Next-Cursor"],
+    )
+    if settings.identity == "open":
+        app.add_middleware(LocalHost)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    claude = Claude(api_key=settings.anthropic_api_key.get_secret_value(), base_url=settings.anthropic_base_url)
+    outbox = Outbox(settings.data / "outbox.db")
+    nc = Client()
+    quota = Quota(nc)
+    publisher = Publisher(nc, outbox, on_sent=quota.published)
+    generations = Generations(Parts(claude, quota, outbox, publisher))
+    watchers = Watchers(nc, quota)
+    app.state.nc, app.state.quota, app.state.generations, app.state.watchers = nc, quota, generations, watchers
+    app.state.reports = Reports(nc, outbox, publisher, quota)
+    app.state.subscriptions = Subscriptions(nc)
+
+    def end_streams() -> None:
+        watchers.close()
+        asyncio.get_running_loop().call_later(GRACE_S, generations.interrupt)
+
+    app.state.end_streams = end_streams
+    recovered = outbox.recover()
+    for event in recovered:
+        quota.remember(event)
+    publisher.offer(recovered)
+    if recovered:
+        log.warning("outbox_recovered", events=len(recovered))
+    connecting = asyncio.create_task(_connect(nc, settings))
+    publishing = asyncio.create_task(publisher.run())
+    yield
+    await generations.stop()
+    publishing.cancel()
+    with suppress(TimeoutError):  # the outbox keeps what the stream does not take in time
+        async with asyncio.timeout(LAST_FLUSH_S):
+            while publisher.backlog and await publisher.flush():
+                pass
+    connecting.cancel()
+    with suppress(NatsError):
+        await nc.close()
+    await claude.close()
+    outbox.close()
+
+
+async def _connect(nc: Client, settings: Settings) -> None:
+    """In the background: until the broker answers, chat says 503 and /readyz says why."""
+    await nc.connect(settings.nats_url, pending_size=0, **connect_options("chat"))
+    try:
+        await streams.check(nc.jetstream())
+    except Misconfigured as problem:
+        end_process(str(problem))
+
+
+async def _missing(app: FastAPI) -> Missing:
+    nc: Client = app.state.nc
+    if not nc.is_connected:
+        return {"nats": "the broker cannot be reached"}
+    try:
+        await app.state.quota.usage("readiness")
+    except Unavailable as error:
+        return {"quota": error.detail}
+    return {}

@@ -1,0 +1,331 @@
+"""Claude's Messages API through its SDK: what is asked, how the stream is read, which models there are."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from time import monotonic
+from typing import Any
+
+import httpx2
+import msgspec
+from anthropic import APIConnectionError, APIStatusError, APITimeoutError, AsyncAnthropic, DefaultAioHttpClient
+from msgspec import Struct
+
+from services.chat.problems import Problem
+from services.chat.sse import SseParser
+from shared.events import TokenCounts
+
+# Where a model was retired, and what takes its place (platform.claude.com, model deprecations).
+RETIRED: dict[str, tuple[date, str]] = {
+    "claude-3-haiku-20240307": (date(2026, 4, 20), "claude-haiku-4-5"),
+    "claude-3-5-haiku-20241022": (date(2026, 2, 19), "claude-haiku-4-5"),
+    "claude-3-5-haiku-latest": (date(2026, 2, 19), "claude-haiku-4-5"),
+    "claude-3-7-sonnet-20250219": (date(2026, 2, 19), "claude-sonnet-4-6"),
+    "claude-3-7-sonnet-latest": (date(2026, 2, 19), "claude-sonnet-4-6"),
+    "claude-sonnet-4-0": (date(2026, 6, 15), "claude-sonnet-4-6"),
+    "claude-sonnet-4-20250514": (date(2026, 6, 15), "claude-sonnet-4-6"),
+    "claude-opus-4-0": (date(2026, 6, 15), "claude-opus-4-8"),
+    "claude-opus-4-20250514": (date(2026, 6, 15), "claude-opus-4-8"),
+    "claude-sonnet-4-5": (date(2026, 11, 30), "claude-sonnet-4-6"),
+    "claude-sonnet-4-5-20250929": (date(2026, 11, 30), "claude-sonnet-4-6"),
+}
+KNOWN = frozenset(
+    {
+        "claude-haiku-4-5",
+        "claude-haiku-4-5-20251001",
+        "claude-haiku-5-5",
+        "claude-sonnet-4-5",
+        "claude-sonnet-4-5-20250929",
+        "claude-sonnet-4-6",
+        "claude-sonnet-5",
+        "claude-sonnet-5-5",
+        "claude-opus-4-5",
+        "claude-opus-4-5-20251101",
+        "claude-opus-4-6",
+        "claude-opus-4-7",
+        "claude-opus-4-8",
+        "claude-opus-5",
+        "claude-opus-5-5",
+    }
+)
+
+# A model that came out after this release is found at the provider, which is asked no more often than this.
+LIST_AGAIN_S = 60.0
+
+# Framing that the provider adds to a message, far above what was ever seen.
+MESSAGE_OVERHEAD_TOKENS = 16
+REQUEST_OVERHEAD_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What goes to Claude, and nowhere else: never into an event, a log or a metric."""
+
+    model: str
+    messages: list[dict[str, str]]
+    system: str | None
+    output_tokens_max: int
+
+    @property
+    def text_bytes(self) -> int:
+        texts = [self.system or "", *(message["content"] for message in self.messages)]
+        return sum(len(text.encode()) for text in texts)
+
+    @property
+    def input_tokens_max(self) -> int:
+        """An upper bound without asking anybody: a token is at least one byte."""
+        return self.text_bytes + len(self.messages) * MESSAGE_OVERHEAD_TOKENS + REQUEST_OVERHEAD_TOKENS
+
+    @property
+    def input_tokens_estimate(self) -> int:
+        return estimate_tokens(self.text_bytes) + len(self.messages) * 4
+
+
+def estimate_tokens(text_bytes: int) -> int:
+    """About four bytes a token, rounded up: only where the provider could not say (outcome not `completed`)."""
+    return -(-text_bytes // 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    model: str
+    counts: TokenCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The provider's own count: cumulative, and possibly repeated, so the last one stands."""
+
+    counts: TokenCounts
+    stop_reason: str | None
+
+
+Step = Started | Text | Ping | Finished
+
+
+class _Usage(Struct):
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+
+
+class _Message(Struct):
+    model: str
+    usage: _Usage
+
+
+class _MessageStart(Struct):
+    message: _Message
+
+
+class _Delta(Struct):
+    type: str = ""
+    text: str = ""
+    stop_reason: str | None = None
+
+
+class _BlockDelta(Struct):
+    delta: _Delta
+
+
+class _MessageDelta(Struct):
+    delta: _Delta
+    usage: _Usage
+
+
+class _ErrorBody(Struct):
+    type: str = "api_error"
+    message: str = ""
+
+
+class _Error(Struct):
+    error: _ErrorBody
+
+
+_message_start = msgspec.json.Decoder(_MessageStart)
+_block_delta = msgspec.json.Decoder(_BlockDelta)
+_message_delta = msgspec.json.Decoder(_MessageDelta)
+_error = msgspec.json.Decoder(_Error)
+
+
+class ProviderError(Exception):
+    """Claude refused, failed, or broke off. `problem` says so in words for the person who chats."""
+
+    def __init__(self, problem: Problem, request_id: str | None = None) -> None:
+        super().__init__(problem.document["title"])
+        self.problem = problem
+        self.request_id = request_id
+
+
+class Claude:
+    def __init__(self, *, api_key: str, base_url: str) -> None:
+        self._client = AsyncAnthropic(
+            api_key=api_key,
+            base_url=base_url,
+            # Each of the SDK's own retries can be billed, and none is counted.
+            max_retries=0,
+            http_client=DefaultAioHttpClient(
+                timeout=httpx2.Timeout(600, connect=5),
+                limits=httpx2.Limits(max_connections=2000, max_keepalive_connections=200),
+            ),
+        )
+        self._listed: frozenset[str] = frozenset()
+        self._listed_at = -LIST_AGAIN_S
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def resolve(self, model: str) -> str:
+        """The model to ask for: a retired id gives its successor. Raises Problem 400 for an id nobody knows."""
+        if (retired := RETIRED.get(model)) and retired[0] <= datetime.now(UTC).date():
+            return retired[1]
+        if model in KNOWN or model in self._listed:
+            return model
+        if monotonic() - self._listed_at > LIST_AGAIN_S:
+            self._listed, self._listed_at = await self._models_at_the_provider(), monotonic()
+        if model in self._listed:
+            return model
+        known = sorted(KNOWN | self._listed)
+        raise Problem(400, "Unknown model", f"Use one of: {', '.join(known)}.", models=known)
+
+    async def _models_at_the_provider(self) -> frozenset[str]:
+        try:
+            page = await self._client.models.list(limit=1000, timeout=5)
+            return frozenset(model.id for model in page.data)
+        except (APIConnectionError, APIStatusError):
+            return self._listed  # a list that cannot be had now is no reason to refuse the known ones
+
+    async def count_input_tokens(self, prompt: Prompt) -> int:
+        """The provider's estimate, with room for its error; the bound by bytes when it cannot be had."""
+        try:
+            count = await self._client.messages.count_tokens(**_arguments(prompt), timeout=5)
+        except (APIConnectionError, APIStatusError):
+            return prompt.input_tokens_max
+        return min(prompt.input_tokens_max, count.input_tokens + count.input_tokens // 50 + MESSAGE_OVERHEAD_TOKENS)
+
+    @asynccontextmanager
+    async def stream(self, prompt: Prompt) -> AsyncIterator["Stream"]:
+        """Ask Claude. Raises ProviderError when the provider refuses, fails, or breaks off."""
+        try:
+            async with self._client.messages.with_streaming_response.create(
+                **_arguments(prompt), max_tokens=prompt.output_tokens_max, stream=True
+            ) as response:
+                yield Stream(response, request_id=response.headers.get("request-id"))
+        except APIStatusError as error:
+            raise ProviderError(_refused(error), error.request_id) from error
+        except APITimeoutError as error:
+            raise ProviderError(Problem(504, "Claude did not answer in time", "Try again in a moment.")) from error
+        except (APIConnectionError, httpx2.HTTPError) as error:
+            raise ProviderError(
+                Problem(502, "Claude cannot be reached", "The connection to Claude failed or broke off; try again.")
+            ) from error
+
+
+class Stream:
+    def __init__(self, response: Any, *, request_id: str | None) -> None:
+        self._response = response
+        self.request_id = request_id
+
+    async def steps(self) -> AsyncIterator[list[Step]]:
+        """What has arrived, as it arrives. Ends after Claude's last word; raises ProviderError if that is missing."""
+        parser, counts, complete = SseParser(), TokenCounts(), False
+        async for chunk in self._response.iter_bytes():
+            steps: list[Step] = []
+            for event, data in parser.feed(chunk):
+                if event == b"content_block_delta":
+                    delta = _block_delta.decode(data).delta
+                    if delta.text and delta.type == "text_delta":
+                        steps.append(Text(delta.text))
+                elif event == b"message_start":
+                    message = _message_start.decode(data).message
+                    counts = _overwritten(counts, message.usage)
+                    steps.append(Started(message.model, counts))
+                elif event == b"message_delta":
+                    last = _message_delta.decode(data)
+                    counts = _overwritten(counts, last.usage)
+                    steps.append(Finished(counts, last.delta.stop_reason))
+                elif event == b"message_stop":
+                    complete = True
+                elif event == b"ping":
+                    steps.append(Ping())
+                elif event == b"error":
+                    raise ProviderError(_failed(_error.decode(data).error), self.request_id)
+            if steps:
+                yield steps
+        if not complete:
+            raise ProviderError(
+                Problem(502, "Claude's answer broke off", "The connection ended in the middle; try again."),
+                self.request_id,
+            )
+
+
+def _overwritten(counts: TokenCounts, usage: _Usage) -> TokenCounts:
+    # Cumulative: what the event names replaces what was known; what it leaves out stays.
+    return TokenCounts(
+        input_tokens=_known(usage.input_tokens, counts.input_tokens),
+        output_tokens=_known(usage.output_tokens, counts.output_tokens),
+        cache_creation_input_tokens=_known(usage.cache_creation_input_tokens, counts.cache_creation_input_tokens),
+        cache_read_input_tokens=_known(usage.cache_read_input_tokens, counts.cache_read_input_tokens),
+    )
+
+
+def _known(new: int | None, old: int) -> int:
+    return old if new is None else new
+
+
+def _arguments(prompt: Prompt) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"model": prompt.model, "messages": prompt.messages}
+    if prompt.system:
+        arguments["system"] = prompt.system
+    return arguments
+
+
+def _refused(error: APIStatusError) -> Problem:
+    """What a status of the provider means to the person who chats, and to the operator."""
+    status, retry_after = error.status_code, error.response.headers.get("retry-after")
+    if status == 429:
+        return _busy("Claude is limiting our rate", retry_after)
+    if status in (503, 529):
+        return _busy("Claude is overloaded", retry_after)
+    if status in _REFUSALS:
+        return Problem(*_REFUSALS[status])
+    if status >= 500:
+        return Problem(502, "Claude failed", "The provider had an internal error; try again.")
+    return Problem(400, "Claude refuses the request", _message(error))
+
+
+_REFUSALS = {
+    401: (502, "Claude refuses our key", "An operator must check ANTHROPIC_API_KEY."),
+    403: (502, "Claude refuses our key", "An operator must check what ANTHROPIC_API_KEY may do."),
+    404: (400, "Model not available", "The provider does not offer this model to this key; name another."),
+    413: (413, "Conversation too long", "Shorten the conversation and try again."),
+}
+
+
+def _failed(error: _ErrorBody) -> Problem:
+    if error.type in ("overloaded_error", "rate_limit_error"):
+        return _busy("Claude is overloaded", None)
+    return Problem(502, "Claude failed in the middle", "What was answered so far is counted; try again.")
+
+
+def _busy(title: str, retry_after: str | None) -> Problem:
+    seconds = retry_after if retry_after and retry_after.isdecimal() else "5"
+    return Problem(503, title, f"Try again in {seconds} seconds.", headers={"Retry-After": seconds})
+
+
+def _message(error: APIStatusError) -> str:
+    body = error.body if isinstance(error.body, dict) else {}
+    detail = body.get("error") if isinstance(body.get("error"), dict) else {}
+    return str((detail or {}).get("message") or "The provider found the request invalid.")

@@ -1,0 +1,49 @@
+"""Who is calling. In open mode the caller's userId is believed, and so only this machine may call."""
+
+import hmac
+import ipaddress
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from services.chat.problems import Problem
+from services.chat.settings import Settings
+from shared.errors import Misconfigured
+
+LOOPBACK_ORIGIN = r"https?://(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?"
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_host(settings: Settings) -> None:
+    """Raises Misconfigured where anybody on the network could spend anybody's tokens."""
+    if settings.identity == "open" and not is_loopback(settings.host):
+        raise Misconfigured(
+            f"CHATRAIL_IDENTITY=open believes every caller, so chat does not listen on {settings.host}. "
+            "Set CHATRAIL_HOST=127.0.0.1."
+        )
+
+
+def operator(request: Request) -> None:
+    """Let back ends and operators through: wherever a key is set, they must present it."""
+    key = request.app.state.settings.operator_key
+    if key is None:
+        return
+    scheme, _, presented = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(presented.encode(), key.get_secret_value().encode()):
+        raise Problem(
+            401,
+            "Operator key required",
+            "Send Authorization: Bearer with the value of CHATRAIL_OPERATOR_KEY.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+Operator = Annotated[None, Depends(operator)]

@@ -1,0 +1,131 @@
+"""Problem documents (RFC 9457): every error in words that a person understands, with what to do next."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from shared.calls import Refused
+from shared.errors import BadCall, Unavailable
+
+MEDIA_TYPE = "application/problem+json"
+log = structlog.get_logger()
+
+
+class Problem(Exception):
+    def __init__(
+        self,
+        status: int,
+        title: str,
+        detail: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        **members: Any,
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.headers = dict(headers or {})
+        kind = title.lower().replace(" ", "-")
+        self.document = {
+            "type": f"urn:chatrail:problem:{kind}",
+            "title": title,
+            "status": status,
+            "detail": detail,
+            **members,
+        }
+
+    @property
+    def body(self) -> bytes:
+        return json.dumps(self.document, ensure_ascii=False).encode()
+
+    def response(self) -> Response:
+        return Response(self.body, self.status, {"Cache-Control": "no-store", **self.headers}, MEDIA_TYPE)
+
+
+def limit_exceeded(refused: Refused) -> Problem:
+    """429 at the limit: which plan to upgrade to, what is left, when it resets."""
+    usage = refused.usage
+    upgrade = f"Upgrade to {usage.upgrade_to.capitalize()}" if usage.upgrade_to else "This plan's tokens are used up"
+    return Problem(
+        429,
+        "Token limit exceeded",
+        upgrade,
+        headers={"Retry-After": str(refused.retry_after_s)},
+        **usage.model_dump(mode="json"),
+        tokensAvailable=refused.tokens_available,
+    )
+
+
+def unavailable(error: Unavailable) -> Problem:
+    return Problem(
+        503,
+        "Temporarily unavailable",
+        f"{error.detail} Nothing was spent; try again in a moment.",
+        headers={"Retry-After": str(error.retry_after_s)},
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Every error of every route leaves as a problem document."""
+
+    async def problem(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, Problem)  # noqa: S101 - registered for this type
+        return error.response()
+
+    async def away(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, Unavailable)  # noqa: S101
+        return unavailable(error).response()
+
+    async def bad_call(_request: Request, error: Exception) -> Response:
+        return Problem(422, "Invalid request", str(error)).response()
+
+    async def invalid(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)  # noqa: S101
+        return _invalid(error).response()
+
+    async def http(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101
+        title = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, "Request refused")
+        detail = {
+            404: "There is nothing at this address; the API is described at /docs.",
+            405: "This address does not answer that method; the API is described at /docs.",
+        }.get(error.status_code, str(error.detail))
+        return Problem(error.status_code, title, detail, headers=error.headers).response()
+
+    async def unexpected(_request: Request, error: Exception) -> Response:
+        log.error("request_failed", error=type(error).__name__)
+        return Problem(500, "Internal error", "Something went wrong on our side; it has been logged.").response()
+
+    app.add_exception_handler(Problem, problem)
+    app.add_exception_handler(Unavailable, away)
+    app.add_exception_handler(BadCall, bad_call)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _invalid(error: RequestValidationError) -> Problem:
+    """Names each field and what is wrong with it; never repeats what was sent."""
+    errors = [
+        {"field": ".".join(str(part) for part in item["loc"][1:]), "message": _words(item)} for item in error.errors()
+    ]
+    if any(item["type"] == "json_invalid" for item in error.errors()):
+        return Problem(400, "Malformed JSON", "The body is not valid JSON; send one JSON object.")
+    if any(item["loc"] == ("body",) and item["type"] == "missing" for item in error.errors()):
+        return Problem(400, "Missing body", "Send one JSON object with Content-Type: application/json.")
+    detail = "; ".join(f"{item['field'] or 'body'}: {item['message']}" for item in errors[:5])
+    return Problem(422, "Invalid request", detail, errors=errors[:20])
+
+
+def _words(item: Mapping[str, Any]) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return {
+        "extra_forbidden": "is not a known field",
+        "missing": "is required",
+        "string_pattern_mismatch": "must not contain control characters",
+    }.get(item["type"], message)

@@ -1,0 +1,97 @@
+"""From the outbox to the stream: every settled event, at least once; consumers count it once."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Iterable
+
+import structlog
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
+from nats.js.errors import APIError
+
+from services.chat.outbox import Outbox
+from shared import streams
+from shared.errors import Unavailable
+from shared.events import CONTENT_TYPE, Event, GenerationCompleted, encode
+
+log = structlog.get_logger()
+
+GROUP_MAX = 256
+ACK_TIMEOUT_S = 5.0
+RETRY_MAX_S = 2.0
+
+
+async def publish(
+    js: JetStreamContext, subject: str, event: Event, *, headers: dict[str, str] | None = None, timeout_s: float
+) -> None:
+    """Returns once the stream has the event on disk. Raises Unavailable when that is not known."""
+    try:
+        await js.publish(
+            subject,
+            encode(event),
+            timeout=timeout_s,
+            stream=streams.STREAM,
+            headers={"Content-Type": CONTENT_TYPE, "Nats-Msg-Id": event.id, **(headers or {})},
+        )
+    except (NatsError, APIError, OSError) as error:
+        if isinstance(error, APIError) and error.err_code == streams.WRONG_LAST_SEQUENCE:
+            raise
+        raise Unavailable("The usage stream cannot be reached right now.") from error
+
+
+class Publisher:
+    """Publishes in groups, in the background, until stopped; what fails is tried again, sooner or later."""
+
+    def __init__(self, nc: Client, outbox: Outbox, *, on_sent: Callable[[GenerationCompleted], None]) -> None:
+        self._js = nc.jetstream()
+        self._outbox = outbox
+        self._on_sent = on_sent
+        self._waiting: list[GenerationCompleted] = []
+        self._wake = asyncio.Event()
+
+    @property
+    def backlog(self) -> int:
+        return len(self._waiting)
+
+    def offer(self, events: Iterable[GenerationCompleted]) -> None:
+        """Settled events, which the outbox has."""
+        self._waiting.extend(events)
+        self._wake.set()
+
+    async def run(self) -> None:
+        retry_s = 0.1
+        while True:
+            await self._wake.wait()
+            if await self.flush():
+                retry_s = 0.1
+            else:
+                await asyncio.sleep(retry_s)
+                retry_s = min(RETRY_MAX_S, retry_s * 2)
+
+    async def flush(self) -> bool:
+        """One group. False when the stream did not take all of it: those stay, and keep their id."""
+        self._wake.clear()
+        group, self._waiting = self._waiting[:GROUP_MAX], self._waiting[GROUP_MAX:]
+        results = await asyncio.gather(
+            *(publish(self._js, streams.GENERATION_COMPLETED, event, timeout_s=ACK_TIMEOUT_S) for event in group),
+            return_exceptions=True,
+        )
+        errors = [result for result in results if result is not None]
+        unsent = [event for event, result in zip(group, results, strict=True) if result is not None]
+        sent = [event for event, result in zip(group, results, strict=True) if result is None]
+        for event in sent:
+            self._on_sent(event)
+        try:
+            await self._outbox.forget([event.id for event in sent])
+        except sqlite3.Error as error:
+            # They will be published again after a restart, and counted once all the same.
+            log.error("outbox_not_cleaned", error=str(error))
+        self._waiting[:0] = unsent
+        if self._waiting:
+            self._wake.set()
+        if unsent:
+            log.warning(
+                "events_not_published", waiting=len(self._waiting), error=repr(errors[0].__cause__ or errors[0])
+            )
+        return not unsent

@@ -1,0 +1,67 @@
+"""A user's usage, pushed to every open tab whenever it changes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+
+from services.chat.quota import Quota
+from services.chat.sse import KEEPALIVE, EventStream, frame
+from shared.errors import Unavailable
+from shared.streams import quota_updated
+
+# Pushes are not durable, and a new period begins without one: ask again this often, which also keeps the line open.
+ASK_AGAIN_S = 15.0
+_CHANGED, _CLOSED = True, False
+
+
+class Watchers:
+    def __init__(self, nc: Client, quota: Quota) -> None:
+        self._nc, self._quota = nc, quota
+        self._open: set[asyncio.Queue[bool]] = set()
+
+    def watch(self, user_id: str) -> EventStream:
+        news: asyncio.Queue[bool] = asyncio.Queue()
+        return EventStream(self._frames(user_id, news), on_disconnect=lambda: news.put_nowait(_CLOSED))
+
+    def close(self) -> None:
+        for news in self._open:
+            news.put_nowait(_CLOSED)
+
+    async def _frames(self, user_id: str, news: asyncio.Queue[bool]) -> AsyncIterator[bytes]:
+        async def changed(_message: Any) -> None:
+            news.put_nowait(_CHANGED)
+
+        self._open.add(news)
+        subscription = None
+        shown = b""
+        try:
+            while True:
+                try:
+                    if subscription is None:
+                        subscription = await self._nc.subscribe(quota_updated(user_id), cb=changed)
+                    usage = await self._quota.usage(user_id)
+                except (Unavailable, NatsError):
+                    usage = shown  # the rail counts locally meanwhile, and is told as soon as quota answers
+                yield frame(b"usage", usage) if usage != shown else KEEPALIVE
+                shown = usage
+                if not await _wait(news):
+                    return
+        finally:
+            self._open.discard(news)
+            if subscription is not None and self._nc.is_connected:
+                await subscription.unsubscribe()
+
+
+async def _wait(news: asyncio.Queue[bool]) -> bool:
+    """Until something changed, or it is time to ask again. False once the reader has gone."""
+    try:
+        async with asyncio.timeout(ASK_AGAIN_S):
+            is_open = await news.get()
+    except TimeoutError:
+        return True
+    while is_open and not news.empty():
+        is_open = news.get_nowait()
+    return is_open

@@ -1,0 +1,125 @@
+"""POST /api/chat: a metered answer from Claude, streamed."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic.alias_generators import to_camel
+
+from services.chat.claude import Prompt
+from services.chat.generation import Generation, Generations
+from services.chat.problems import MEDIA_TYPE
+from services.chat.settings import Settings
+from services.chat.sse import EventStream
+from shared.events import Name, UserId, new_id
+
+router = APIRouter(tags=["chat"])
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+Words = Annotated[str, StringConstraints(max_length=1_000_000), AfterValidator(_not_blank)]
+
+
+class Body(BaseModel):
+    """A request body: camelCase, and a field that nobody knows is a mistake worth hearing of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel)
+
+
+class Message(Body):
+    role: Literal["user", "assistant"]
+    content: Words
+
+
+class ChatRequest(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"userId": "user_1", "messages": [{"role": "user", "content": "What is a token?"}]}]
+        }
+    )
+
+    user_id: UserId
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    model: Name | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=128_000, strict=True)
+    system: Words | None = None
+    conversation_id: Name | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _the_user_speaks_first(cls, messages: list[Message]) -> list[Message]:
+        if messages[0].role != "user":
+            raise ValueError("the first message must have the role user")
+        return messages
+
+
+_SSE_EXAMPLE = (
+    'event: start\ndata: {"generationId":"0198…","model":"claude-haiku-4-5-20251001"}\n\n'
+    'event: delta\ndata: {"text":"A token is "}\n\n'
+    'event: usage\ndata: {"tier":"free","tokensUsed":8094,"tokensLimit":108000,"tokensRemaining":99906,…}\n\n'
+    'event: done\ndata: {"generationId":"0198…","inputTokens":5282,"outputTokens":2812,"tokensUsed":8094,'
+    '"stopReason":"end_turn"}\n\n'
+)
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Events start, delta, usage, done, error; one JSON document if only that is accepted.",
+        "content": {"text/event-stream": {"example": _SSE_EXAMPLE}, "application/json": {}},
+    },
+    400: {"description": "Malformed JSON or an unknown model", "content": {MEDIA_TYPE: {}}},
+    429: {
+        "description": "The limit is reached; nothing was sent to Claude",
+        "content": {
+            MEDIA_TYPE: {
+                "example": {
+                    "type": "urn:chatrail:problem:token-limit-exceeded",
+                    "title": "Token limit exceeded",
+                    "status": 429,
+                    "detail": "Upgrade to Pro",
+                    "tokensRemaining": 0,
+                    "resetsAt": "2026-12-01T00:00:00Z",
+                    "upgradeTo": "pro",
+                }
+            }
+        },
+    },
+    503: {"description": "Quota cannot be asked, so nothing is spent; see Retry-After", "content": {MEDIA_TYPE: {}}},
+}
+
+
+@router.post("/api/chat", responses=_RESPONSES, response_class=Response)
+async def chat(request: Request, body: ChatRequest) -> Response:
+    """Ask Claude on behalf of a user. Tokens are held before, counted after, whatever happens in between."""
+    generations: Generations = request.app.state.generations
+    settings: Settings = request.app.state.settings
+    prompt = Prompt(
+        model=await generations.parts.claude.resolve(body.model or settings.model),
+        messages=[{"role": message.role, "content": message.content} for message in body.messages],
+        system=body.system,
+        output_tokens_max=body.max_tokens or settings.tokens_max,
+    )
+    generation = await generations.start(
+        prompt,
+        generation_id=new_id(),
+        user_id=body.user_id,
+        metadata={"conversationId": body.conversation_id} if body.conversation_id else {},
+    )
+    await generation.begun()
+    if _accepts_only_json(request.headers.get("accept", "")):
+        return Response(msgspec.json.encode(await generation.answer()), media_type="application/json")
+    return EventStream(generation.frames(), on_disconnect=_leave(generation, settings))
+
+
+def _leave(generation: Generation, settings: Settings) -> Any:
+    if settings.on_disconnect == "drain":
+        return lambda: None
+    return lambda: generation.abandon("disconnected")
+
+
+def _accepts_only_json(accept: str) -> bool:
+    return "application/json" in accept and "text/event-stream" not in accept and "*/*" not in accept

@@ -1,0 +1,83 @@
+"""Plans, and who has which."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+from pydantic import AfterValidator, ConfigDict
+
+from services.chat.identity import Operator
+from services.chat.problems import Problem
+from services.chat.routes.chat import Body
+from services.chat.settings import Settings
+from services.chat.subscriptions import Subscriptions
+from shared.calls import View
+from shared.events import Name, UserId
+from shared.plans import PeriodKind, Plans, zone
+
+router = APIRouter(tags=["plans"])
+
+
+class PlanView(View):
+    tier: str
+    tokens_limit: int | None
+    period: PeriodKind
+    price_per_1k_tokens_usd: str | None
+    upgrade_to: str | None
+
+
+class PlansView(View):
+    plans: list[PlanView]
+    default: str
+    simulated: bool
+
+
+@router.get("/api/plans")
+async def plans(request: Request) -> PlansView:
+    """The plans that there are. `simulated` says that answers come from the local stand-in, not from Claude."""
+    known: Plans = request.app.state.plans
+    settings: Settings = request.app.state.settings
+    return PlansView(
+        plans=[
+            PlanView(
+                tier=plan.tier,
+                tokens_limit=plan.limit_tokens,
+                period=plan.period,
+                price_per_1k_tokens_usd=None if plan.price_per_1k_usd is None else str(plan.price_per_1k_usd),
+                upgrade_to=plan.upgrade_to,
+            )
+            for plan in known.plans.values()
+        ],
+        default=known.default,
+        simulated=settings.simulated,
+    )
+
+
+def _known_zone(name: str) -> str:
+    zone(name)
+    return name
+
+
+class SubscriptionChange(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tier": "pro"}]})
+
+    tier: Name
+    time_zone: Annotated[Name, AfterValidator(_known_zone)] | None = None
+
+
+class Subscribed(View):
+    user_id: str
+    tier: str
+    time_zone: str | None
+
+
+@router.put("/api/subscriptions/{userId:path}")
+async def subscribe(
+    request: Request, user_id: Annotated[UserId, Path(alias="userId")], body: SubscriptionChange, _operator: Operator
+) -> Subscribed:
+    """The operator's: from the next check on, the user has this plan."""
+    known: Plans = request.app.state.plans
+    if body.tier not in known.plans:
+        raise Problem(422, "Unknown plan", f"tier must be one of: {', '.join(known.plans)}.")
+    subscriptions: Subscriptions = request.app.state.subscriptions
+    await subscriptions.change(user_id, tier=body.tier, time_zone=body.time_zone, actor="operator")
+    return Subscribed(user_id=user_id, tier=body.tier, time_zone=body.time_zone)

@@ -1,0 +1,224 @@
+"""/api/usage: what is used and left, reported, pushed, day by day, record by record."""
+
+import csv
+import io
+import json
+from datetime import date, timedelta
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ConfigDict, JsonValue, field_validator
+
+from services.chat.identity import Operator
+from services.chat.problems import MEDIA_TYPE, Problem
+from services.chat.push import Watchers
+from services.chat.quota import Quota
+from services.chat.reports import Reports
+from services.chat.routes.chat import Body
+from shared import calls
+from shared.calls import History, HistoryQuery, Logs, LogsQuery, Usage, call
+from shared.events import Generation, GenerationCompleted, Name, Tokens, UserId, new_id, small, utc_now
+
+router = APIRouter(tags=["usage"])
+
+User = Annotated[UserId, Query(alias="userId", examples=["user_1"])]
+HISTORY_DAYS_MAX = 400
+
+_USAGE_EXAMPLE = {
+    "tier": "free",
+    "tokensUsed": 8094,
+    "tokensLimit": 108000,
+    "tokensRemaining": 99906,
+    "usagePercentage": 7.5,
+    "tokensHeld": 0,
+    "period": "month",
+    "periodStart": "2026-11-01T00:00:00Z",
+    "resetsAt": "2026-12-01T00:00:00Z",
+    "upgradeTo": "pro",
+    "costUsd": "0.00",
+}
+_JSON = "application/json"
+_CSV_COLUMNS = (
+    "id",
+    "time",
+    "actionType",
+    "model",
+    "inputTokens",
+    "outputTokens",
+    "cacheCreationInputTokens",
+    "cacheReadInputTokens",
+    "tokensUsed",
+    "outcome",
+    "usageSource",
+    "metadata",
+)
+
+
+@router.get("/api/usage", response_model=Usage, responses={200: {"content": {_JSON: {"example": _USAGE_EXAMPLE}}}})
+async def usage(request: Request, user_id: User) -> Response:
+    """What the user has used in the current period and what is left. A user never seen before has zeros."""
+    quota: Quota = request.app.state.quota
+    return _json(await quota.usage(user_id))
+
+
+class ReportMetadata(Body):
+    """The split of `tokensUsed`, if it is known, and whatever small facts the reporter wants to keep."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: Name | None = None
+    input_tokens: Tokens | None = None
+    output_tokens: Tokens | None = None
+    cache_creation_input_tokens: Tokens | None = None
+    cache_read_input_tokens: Tokens | None = None
+
+    @property
+    def facts(self) -> dict[str, JsonValue]:
+        return self.model_extra or {}
+
+
+class Report(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "userId": "user_1",
+                    "actionType": "chat_generation",
+                    "tokensUsed": 8094,
+                    "metadata": {"inputTokens": 5282, "outputTokens": 2812, "model": "claude-haiku-4-5"},
+                }
+            ]
+        }
+    )
+
+    user_id: UserId
+    action_type: Name
+    tokens_used: Tokens
+    metadata: ReportMetadata = ReportMetadata()
+
+    @field_validator("metadata")
+    @classmethod
+    def _facts_stay_small(cls, metadata: ReportMetadata) -> ReportMetadata:
+        small(metadata.facts)
+        return metadata
+
+
+class Reported(Body):
+    success: bool = True
+
+
+@router.post(
+    "/api/usage",
+    responses={409: {"description": "The key came with another body before", "content": {MEDIA_TYPE: {}}}},
+)
+async def report(
+    request: Request,
+    body: Report,
+    _operator: Operator,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Reported:
+    """Usage that did not pass through /api/chat. Answers once it is durable; a repeated key counts once."""
+    event = _event(body)
+    reports: Reports = request.app.state.reports
+    if idempotency_key is None:
+        await reports.record(event)
+    else:
+        await reports.record_once(event, key=idempotency_key, body=body.model_dump_json().encode())
+    return Reported()
+
+
+def _event(body: Report) -> GenerationCompleted:
+    """Raises RequestValidationError where `metadata` contradicts `tokensUsed`."""
+    said = body.metadata
+    counts = [said.input_tokens, said.output_tokens, said.cache_creation_input_tokens, said.cache_read_input_tokens]
+    known = sum(count or 0 for count in counts)
+    is_split = said.input_tokens is not None and said.output_tokens is not None
+    if known > body.tokens_used or (is_split and known != body.tokens_used):
+        raise _contradiction(f"the counts add up to {known}, and tokensUsed is {body.tokens_used}")
+    split = [count or 0 for count in counts] if is_split else [None] * 4
+    moment, event_id = utc_now(), new_id()
+    generation = Generation(
+        generation_id=event_id,
+        user_id=body.user_id,
+        action_type=body.action_type,
+        model=said.model,
+        input_tokens=split[0],
+        output_tokens=split[1],
+        cache_creation_input_tokens=split[2],
+        cache_read_input_tokens=split[3],
+        tokens_used=body.tokens_used,
+        outcome="completed",
+        usage_source="reported",
+        started_at=moment,
+        completed_at=moment,
+        metadata=said.facts,
+    )
+    return GenerationCompleted(id=event_id, subject=body.user_id, data=generation)
+
+
+def _contradiction(message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("body", "metadata"), "msg": message}])
+
+
+@router.get("/api/usage/history", response_model=History)
+async def history(
+    request: Request,
+    user_id: User,
+    from_date: Annotated[date | None, Query(alias="from", description="first day, UTC; 30 days before `to`")] = None,
+    to_date: Annotated[date | None, Query(alias="to", description="last day, UTC; today")] = None,
+) -> Response:
+    """A row for each day with usage, newest first."""
+    last = to_date or utc_now().date()
+    first = from_date or last - timedelta(days=30)
+    if not timedelta(0) <= last - first <= timedelta(days=HISTORY_DAYS_MAX):
+        raise Problem(
+            422, "Invalid request", f"from must not be after to, nor more than {HISTORY_DAYS_MAX} days before."
+        )
+    query = HistoryQuery(user_id=user_id, from_date=first, to_date=last)
+    return _json(await call(request.app.state.nc, calls.HISTORY, query))
+
+
+@router.get("/api/usage/logs", response_model=Logs, responses={200: {"content": {"text/csv": {}}}})
+async def logs(
+    request: Request,
+    user_id: User,
+    cursor: Annotated[str | None, Query(max_length=512, description="nextCursor of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+) -> Response:
+    """Records, newest first; as CSV for callers that accept text/csv, with the next cursor in a header."""
+    body = await call(request.app.state.nc, calls.LOGS, LogsQuery(user_id=user_id, cursor=cursor, limit=limit))
+    if "text/csv" not in request.headers.get("accept", ""):
+        return _json(body)
+    page = json.loads(body)
+    headers = {"Cache-Control": "no-store"}
+    if page["nextCursor"]:
+        headers["X-Next-Cursor"] = page["nextCursor"]
+    return Response(_csv(page["records"]), headers=headers, media_type="text/csv")
+
+
+@router.get("/api/usage/events", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
+async def events(request: Request, user_id: User) -> Response:
+    """The body of GET /api/usage as an event `usage`: at once, and whenever it changes."""
+    watchers: Watchers = request.app.state.watchers
+    return watchers.watch(user_id)
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, headers={"Cache-Control": "no-store"}, media_type=_JSON)
+
+
+def _csv(records: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(_CSV_COLUMNS)
+    for record in records:
+        writer.writerow([_cell(record[column]) for column in _CSV_COLUMNS])
+    return out.getvalue()
+
+
+def _cell(value: JsonValue) -> JsonValue:
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    # A spreadsheet would run it as a formula (OWASP, CSV injection).
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value

@@ -1,0 +1,71 @@
+"""Server-sent events (WHATWG HTML, section 9.2), read from Claude and written to browsers."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+KEEPALIVE = b": keep-alive\n\n"
+
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+class SseParser:
+    """Events out of bytes that may be cut anywhere, with any of the three line endings."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """(event, data) of each event that is complete now."""
+        text = self._rest + chunk
+        # A last CR may be half of a CRLF: the next byte tells.
+        cut = len(text) - text.endswith(b"\r")
+        *blocks, rest = _EVENT_END.split(text[:cut])
+        self._rest = rest + text[cut:]
+        for block in blocks:
+            event, data = b"", []
+            for line in _LINE_END.split(block):
+                field, _, value = line.partition(b":")
+                value = value.removeprefix(b" ")
+                if field == b"event":
+                    event = value
+                elif field == b"data":
+                    data.append(value)
+            if data:
+                yield event, b"\n".join(data)
+
+
+def frame(event: bytes, data: bytes) -> bytes:
+    """One event; `data` is JSON without line breaks."""
+    return b"event: " + event + b"\ndata: " + data + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends frames as they come, without a middle layer, and tells when the reader has gone away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncIterator[bytes], *, on_disconnect: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._frames = frames
+        self._on_disconnect = on_disconnect
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        watching = asyncio.create_task(self._watch(receive))
+        try:
+            async for chunk in self._frames:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            watching.cancel()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._on_disconnect()

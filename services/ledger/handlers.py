@@ -1,0 +1,54 @@
+"""What the ledger does when something happened, and when it is asked."""
+
+import structlog
+from faststream.nats import NatsBroker
+from prometheus_client import Counter
+
+from services.ledger import store
+from shared import calls, streams
+from shared.calls import History, HistoryQuery, Logs, LogsQuery
+from shared.database import Database
+from shared.events import Event, GenerationCompleted
+from shared.plans import Plans
+from shared.quarantine import Poison
+from shared.subscribers import on_call, on_events
+
+log = structlog.get_logger()
+
+BATCHES = Counter("chatrail_ledger_batches", "Batches of events that were committed")
+EVENTS = Counter("chatrail_ledger_events", "Events that were new and are recorded", ["type", "outcome"])
+TOKENS = Counter("chatrail_ledger_tokens", "Tokens of the generations that were new and are recorded")
+
+
+class Handlers:
+    """Events and calls, each mapped to one method below."""
+
+    def __init__(self, broker: NatsBroker, database: Database, plans: Plans) -> None:
+        self._database, self._plans = database, plans
+        on_events(broker, streams.LEDGER, self.on_usage)
+        on_call(broker, calls.HISTORY, HistoryQuery, self.history)
+        on_call(broker, calls.LOGS, LogsQuery, self.logs)
+
+    async def on_usage(self, events: list[Event], poison: list[Poison]) -> None:
+        """Record what happened: each event once, all of a batch in one transaction."""
+        recorded = await self._database.write(store.record, events, poison)
+        _count(recorded)
+        log.info("usage_recorded", received=len(events), recorded=len(recorded), quarantined=len(poison))
+
+    async def history(self, query: HistoryQuery) -> History:
+        """A user's days with usage, newest first."""
+        return await self._database.read(store.history, self._plans, query)
+
+    async def logs(self, query: LogsQuery) -> Logs:
+        """A page of a user's records, newest first."""
+        return await self._database.read(store.logs, query)
+
+
+def _count(recorded: list[Event]) -> None:
+    BATCHES.inc()
+    for event in recorded:
+        if isinstance(event, GenerationCompleted):
+            EVENTS.labels(event.type, event.data.outcome).inc()
+            TOKENS.inc(event.data.tokens_used)
+        else:
+            EVENTS.labels(event.type, "").inc()

@@ -1,0 +1,54 @@
+"""The tables of the ledger. Rows, never contracts: what crosses a boundary is in shared/."""
+
+import datetime as dt
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Column, Index, Text
+from sqlmodel import Field, SQLModel
+
+from shared.database import UtcDateTime
+
+
+class Usage(SQLModel, table=True):
+    """One event that used or corrected tokens, as it came. The database itself refuses to change or delete it."""
+
+    __tablename__ = "usage"
+    __table_args__ = (
+        Index("usage_by_time", "user_id", "created_at", "id"),
+        Index("usage_by_date", "user_id", "usage_date"),
+    )
+
+    # The event's id: recording it twice is impossible, however often it is delivered.
+    id: str = Field(primary_key=True, sa_type=Text)
+    event_type: str = Field(sa_type=Text)
+    user_id: str = Field(sa_type=Text)
+    action_type: str = Field(sa_type=Text)
+    model: str | None = Field(sa_type=Text)
+    tokens_used: int = Field(sa_type=BigInteger)
+    input_tokens: int | None = Field(sa_type=BigInteger)
+    output_tokens: int | None = Field(sa_type=BigInteger)
+    cache_creation_input_tokens: int | None = Field(sa_type=BigInteger)
+    cache_read_input_tokens: int | None = Field(sa_type=BigInteger)
+    outcome: str | None = Field(sa_type=Text)
+    usage_source: str | None = Field(sa_type=Text)
+    # SQLModel keeps the name `metadata` for itself.
+    details: dict[str, Any] = Field(sa_column=Column("metadata", JSON, nullable=False))
+    # The moment that decides the period in which the tokens count, and its date in UTC.
+    created_at: dt.datetime = Field(sa_type=UtcDateTime)
+    usage_date: dt.date
+    completed_at: dt.datetime | None = Field(sa_type=UtcDateTime)
+    generation_id: str | None = Field(sa_type=Text)
+    provider_request_id: str | None = Field(sa_type=Text)
+
+
+class SubscriptionChange(SQLModel, table=True):
+    """From `changed_at` on the user has `tier`: what a day cost is what the plan cost on that day."""
+
+    __tablename__ = "subscription_changes"
+    __table_args__ = (Index("subscription_changes_by_user", "user_id", "changed_at", "event_id"),)
+
+    event_id: str = Field(primary_key=True, sa_type=Text)
+    user_id: str = Field(sa_type=Text)
+    tier: str = Field(sa_type=Text)
+    changed_at: dt.datetime = Field(sa_type=UtcDateTime)
+    actor: str = Field(sa_type=Text)

@@ -1,0 +1,157 @@
+"""The ledger's database: every event that used tokens, once and for ever, and what is read from it."""
+
+import base64
+from collections.abc import Iterable, Sequence
+from datetime import UTC, date
+from decimal import Decimal
+from itertools import accumulate, groupby
+from typing import Any
+
+from pydantic import AwareDatetime, TypeAdapter
+from sqlalchemy import BigInteger, Connection, Row, Select, cast, func, literal, select, tuple_
+
+from services.ledger.models import SubscriptionChange, Usage
+from shared.calls import Day, History, HistoryQuery, Logs, LogsQuery, Record
+from shared.database import insert_new, table_of
+from shared.errors import BadCall
+from shared.events import Adjustment, Event, Generation, GenerationCompleted, SubscriptionChanged, UsageAdjusted
+from shared.plans import Plans, weighted_tokens
+from shared.quarantine import Poison, quarantine
+from shared.streams import GENERATION_COMPLETED
+
+usage, subscription_changes = table_of(Usage), table_of(SubscriptionChange)
+
+COUNTS = ("tokens_used", "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+# A reply is one NATS message of at most 1 MiB: a page of large records ends early, with a cursor.
+PAGE_BYTES_MAX = 768 * 1024
+
+# Rows that are inserted together name the same columns.
+_NOTHING = dict.fromkeys(usage.c.keys())
+_position: TypeAdapter[tuple[AwareDatetime, str]] = TypeAdapter(tuple[AwareDatetime, str])
+
+
+def record(db: Connection, events: Sequence[Event], poison: Sequence[Poison] = ()) -> list[Event]:
+    """Keep each event once, for ever, all of them or none. Returns those that were new."""
+    # Sorted: two replicas that were handed the same events wait for each other instead of deadlocking.
+    arrived = {event.id: event for event in sorted(events, key=lambda event: event.id)}
+    used = [_usage(event) for event in arrived.values() if not isinstance(event, SubscriptionChanged)]
+    changed = [_change(event) for event in arrived.values() if isinstance(event, SubscriptionChanged)]
+    new_ids = insert_new(db, usage, used, returning="id")
+    new_ids += insert_new(db, subscription_changes, changed, returning="event_id")
+    quarantine(db, poison)
+    return [arrived[event_id] for event_id in new_ids]
+
+
+def history(db: Connection, plans: Plans, query: HistoryQuery) -> History:
+    """A row for each day with usage, newest first; each use priced by the plan that the user had at its time."""
+    rows = db.execute(_sums_by_day_and_tier(query))
+    return History(days=[_day(plans, day, parts) for day, parts in groupby(rows, lambda row: row.usage_date)])
+
+
+def logs(db: Connection, query: LogsQuery) -> Logs:
+    """At most `limit` records, newest first, from where `cursor` left off. Raises BadCall for a cursor not ours."""
+    names = [name for name in Record.model_fields if name != "time"]
+    statement = (
+        select(usage.c.created_at.label("time"), *usage.c[*names])
+        .where(usage.c.user_id == query.user_id)
+        .order_by(usage.c.created_at.desc(), usage.c.id.desc())
+        .limit(query.limit + 1)
+    )
+    if query.cursor is not None:
+        statement = statement.where(tuple_(usage.c.created_at, usage.c.id) < _read_cursor(query.cursor))
+    found = [Record.model_validate(dict(row)) for row in db.execute(statement).mappings()]
+    records = _fitting(found[: query.limit])
+    return Logs(records=records, next_cursor=_cursor(records[-1]) if len(records) < len(found) else None)
+
+
+def _usage(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
+    told = _generation(event.data) if isinstance(event, GenerationCompleted) else _adjustment(event.data)
+    usage_date = told["created_at"].astimezone(UTC).date()
+    return _NOTHING | told | {"id": event.id, "event_type": event.type, "usage_date": usage_date}
+
+
+def _generation(data: Generation) -> dict[str, Any]:
+    return {**data.model_dump(exclude={"started_at"}), "created_at": data.started_at}
+
+
+def _adjustment(data: Adjustment) -> dict[str, Any]:
+    return {
+        "user_id": data.user_id,
+        "action_type": "adjustment",
+        "tokens_used": data.tokens_used,
+        "metadata": {"reason": data.reason, "actor": data.actor},
+        "created_at": data.effective_at,
+    }
+
+
+def _change(event: SubscriptionChanged) -> dict[str, Any]:
+    return {"event_id": event.id, **event.data.model_dump(exclude={"time_zone"})}
+
+
+def _sums_by_day_and_tier(query: HistoryQuery) -> Select[Any]:
+    changes = subscription_changes
+    tier = (
+        select(changes.c.tier)
+        .where(changes.c.user_id == usage.c.user_id, changes.c.changed_at <= usage.c.created_at)
+        .order_by(changes.c.changed_at.desc(), changes.c.event_id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    used = (
+        select(*usage.c["usage_date", "event_type", *COUNTS], tier.label("tier"))
+        .where(usage.c.user_id == query.user_id, usage.c.usage_date.between(query.from_date, query.to_date))
+        .subquery()
+    )
+    return (
+        select(
+            used.c.usage_date,
+            used.c.tier,
+            func.count().filter(used.c.event_type == GENERATION_COMPLETED).label("generations"),
+            *(cast(func.coalesce(func.sum(used.c[name]), 0), BigInteger).label(name) for name in COUNTS),
+        )
+        .group_by(used.c.usage_date, used.c.tier)
+        .order_by(used.c.usage_date.desc())
+    )
+
+
+def _day(plans: Plans, day: date, parts: Iterable[Row[Any]]) -> Day:
+    """One day, in a part for each plan that the user had on it. Its input includes both cache counts."""
+    sums = list(parts)
+    return Day(
+        date=day,
+        tokens_used=sum(part.tokens_used for part in sums),
+        input_tokens=sum(
+            part.input_tokens + part.cache_creation_input_tokens + part.cache_read_input_tokens for part in sums
+        ),
+        output_tokens=sum(part.output_tokens for part in sums),
+        generations=sum(part.generations for part in sums),
+        # From 0.00: what a correction takes from a free plan is Decimal("-0.00").
+        cost_usd=str(sum((_cost_usd(plans, part) for part in sums), start=Decimal("0.00"))),
+    )
+
+
+def _cost_usd(plans: Plans, part: Row[Any]) -> Decimal:
+    plan = plans.of(part.tier)
+    return plan.cost_usd(weighted_tokens(plan.weights, **{name: getattr(part, name) for name in COUNTS}))
+
+
+def _fitting(records: list[Record]) -> list[Record]:
+    sizes = accumulate(len(record.model_dump_json().encode()) for record in records)
+    return [record for record, size in zip(records, sizes, strict=True) if size <= PAGE_BYTES_MAX]
+
+
+def _cursor(last: Record) -> str:
+    return base64.urlsafe_b64encode(_position.dump_json((last.time, last.id))).decode()
+
+
+def _read_cursor(cursor: str) -> Any:
+    try:
+        time, event_id = _position.validate_json(base64.b64decode(cursor, altchars=b"-_", validate=True))
+    except ValueError:
+        raise BadCall("cursor is not one of ours: use nextCursor of the page before, or leave it out") from None
+    return tuple_(literal(time, usage.c.created_at.type), literal(event_id))
+
+
+def ping(db: Connection) -> None:
+    """Raises when the database does not answer or has not been migrated."""
+    db.execute(select(usage.c.id).limit(1))

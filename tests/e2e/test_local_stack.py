@@ -1,0 +1,149 @@
+"""`make run` from outside: what it prints, what it survives, and what it leaves behind."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.stack import COMMAND, PROJECT, Stack, alive, environment, free_port
+
+
+@pytest.fixture
+def own_stack(tmp_path: Path) -> Iterator[Stack]:
+    """A stack that the test may stop; in a folder whose name needs quoting everywhere."""
+    with Stack(tmp_path / 'it\'s 100% "data" #1 ;') as running:
+        yield running
+
+
+def refusal(**variables: str) -> str:
+    """What a stack that must not start says, which is one line of words."""
+    ended = subprocess.run(
+        COMMAND, cwd=PROJECT, env=environment(**variables), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert ended.stderr.count("\n") == 1
+    return ended.stderr
+
+
+async def test_every_part_answers_where_the_endpoints_file_says(stack: Stack) -> None:
+    assert set(stack.endpoints) == {"chat", "ledger", "quota", "nats", "claude"}
+    assert stack.endpoints["chat"] == stack.url
+    for service in ("chat", "ledger", "quota"):
+        await stack.answers(f"{stack.endpoints[service]}/readyz", timeout_s=0)
+
+
+@pytest.mark.parametrize("name", ["chat", "ledger", "quota", "claude", "broker"])
+async def test_a_killed_part_comes_back(stack: Stack, name: str) -> None:
+    killed = stack.kill(name)
+    assert stack.pid(name) != killed
+    for service in ("chat", "ledger", "quota"):
+        await stack.answers(f"{stack.endpoints[service]}/readyz")
+
+
+async def test_a_part_comes_back_however_often_it_is_killed(stack: Stack) -> None:
+    for _ in range(6):
+        stack.kill("ledger")
+    await stack.answers(f"{stack.endpoints['ledger']}/readyz")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_leaves_no_process_and_no_failure(own_stack: Stack, number: signal.Signals) -> None:
+    processes = own_stack.processes()
+    assert own_stack.stop(number) == 0
+    assert not alive(processes)
+
+
+def test_a_killed_stack_leaves_no_process_and_the_next_goes_on(own_stack: Stack) -> None:
+    left_behind = own_stack.processes()
+    own_stack.stop(signal.SIGKILL)
+    own_stack.start()
+    assert not alive(left_behind)
+
+
+def test_a_killed_supervisor_ends_everything(own_stack: Stack) -> None:
+    _, supervisor, *programs = own_stack.processes()
+    supervisor.kill()
+    assert own_stack.wait() == 1
+    deadline = time.monotonic() + 10
+    while alive(programs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+async def test_a_second_run_goes_on_with_the_same_data(own_stack: Stack) -> None:
+    await own_stack.report("user_1", 8094)
+    own_stack.stop()
+    own_stack.start()
+    await own_stack.usage_reaches("user_1", 8094)
+
+
+async def test_two_stacks_run_side_by_side(stack: Stack, own_stack: Stack) -> None:
+    await own_stack.report("user_side_by_side", 5)
+    await own_stack.usage_reaches("user_side_by_side", 5)
+    await stack.usage_reaches("user_side_by_side", 0)
+
+
+def test_a_second_stack_on_the_same_data_is_refused(stack: Stack) -> None:
+    said = refusal(CHATRAIL_DATA=str(stack.data), CHATRAIL_PORT=str(free_port()))
+    assert said.startswith(f"ChatRail is already running on the data folder {stack.data} (process ")
+
+
+def test_a_taken_port_is_named_with_a_way_out(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=str(port))
+    assert said == (
+        f"Port {port} on 127.0.0.1 is taken by another program. Choose another: CHATRAIL_PORT={port + 1} make run\n"
+    )
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_a_port_that_is_none_is_refused(tmp_path: Path, port: str) -> None:
+    assert refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=port).startswith(f"CHATRAIL_PORT is '{port}': ")
+
+
+def test_a_data_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for data in (tmp_path / "file", tmp_path / "file" / "data", Path("/proc/data")):
+        assert refusal(CHATRAIL_DATA=str(data)).startswith(f"The data folder {data} cannot be written (")
+
+
+def test_a_plans_file_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    plans = tmp_path / "plans.toml"
+    plans.write_text("default = ")
+    said = refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=str(free_port()), CHATRAIL_PLANS=str(plans))
+    assert said.startswith(f"The plans file {plans} cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("python", "found"),
+    [("echo Python 3.9.2", "is 3.9.2"), ("echo Python 2.7.18 >&2", "is 2.7.18"), ("exit 127", "cannot be found")],
+)
+def test_make_names_a_python_that_is_too_old(tmp_path: Path, python: str, found: str) -> None:
+    fake = tmp_path / "python3"
+    fake.write_text(f"#!/bin/sh\n{python}\n")
+    fake.chmod(0o755)
+    for name in ("Makefile", "requirements.lock"):
+        shutil.copy(PROJECT / name, tmp_path)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    ended = subprocess.run(
+        ["make", "run"],
+        cwd=tmp_path,
+        env=environment(PATH=path),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert ended.stderr.splitlines()[0] == (
+        f"ChatRail needs Python 3.11 or newer; python3 {found}. Name another: make run PYTHON=python3.12"
+    )
+    assert not (tmp_path / ".venv").exists()

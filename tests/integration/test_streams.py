@@ -1,0 +1,205 @@
+"""The bus, as `shared/streams.py` creates it on a real broker: what it refuses is what makes it the record."""
+
+import asyncio
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.api import AckPolicy, DiscardPolicy
+from nats.js.errors import APIError
+
+from shared import streams
+from shared.errors import Misconfigured
+from shared.events import encode
+from tests.builders import generation_completed, publish, publish_raw
+from tests.fixtures import MIB
+from tests.stack import PROJECT, environment
+
+ONLY_FIRST = {"Nats-Expected-Last-Subject-Sequence": "0"}
+
+
+@pytest.fixture
+def js(nats: Client) -> JetStreamContext:
+    return nats.jetstream()
+
+
+@pytest.fixture
+def bare_js(bare_nats: Client) -> JetStreamContext:
+    return bare_nats.jetstream()
+
+
+async def stored(js: JetStreamContext) -> int:
+    state = (await js.stream_info(streams.STREAM)).state
+    return state.messages
+
+
+async def test_creating_it_again_changes_nothing(nats: Client, js: JetStreamContext) -> None:
+    await publish(nats, generation_completed())
+    before = (await js.stream_info(streams.STREAM)).config
+
+    await streams.create(js, max_bytes=128 * MIB)
+
+    assert (await js.stream_info(streams.STREAM)).config == before
+    assert await stored(js) == 1
+
+
+async def test_each_durable_gets_everything_that_was_ever_published(nats: Client, js: JetStreamContext) -> None:
+    await publish(nats, generation_completed())
+    for name in (streams.LEDGER, streams.QUOTA):
+        await streams.check(js, name)
+        assert (await js.consumer_info(streams.STREAM, name)).num_pending == 1
+
+
+async def test_creating_adds_a_durable_that_is_missing(js: JetStreamContext) -> None:
+    await js.delete_consumer(streams.STREAM, streams.QUOTA)
+    await streams.create(js)
+    await streams.check(js, streams.QUOTA)
+
+
+async def test_the_step_is_a_command_and_safe_to_repeat(bare_js: JetStreamContext, nats_server: str) -> None:
+    for _ in range(2):
+        assert await run(CHATRAIL_NATS_URL=nats_server, CHATRAIL_STREAM_BYTES_MAX=str(64 * MIB)) == (0, "")
+    for durable in streams.DURABLES:
+        await streams.check(bare_js, durable.durable_name)
+
+
+async def test_the_command_says_what_to_do_where_there_is_no_room(
+    bare_js: JetStreamContext, nats_server: str
+) -> None:
+    status, said = await run(CHATRAIL_NATS_URL=nats_server, CHATRAIL_STREAM_BYTES_MAX=str(2**60))
+    assert status == 1
+    assert "set CHATRAIL_STREAM_BYTES_MAX lower" in said
+    assert "Traceback" not in said
+
+
+async def run(**variables: str) -> tuple[int | None, str]:
+    step = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "shared.streams",
+        cwd=PROJECT,
+        env=environment(**variables),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asyncio.wait_for(step.communicate(), timeout=30)
+    return step.returncode, said.decode()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"subjects": ["generation.completed"]},
+        {"discard": DiscardPolicy.OLD},
+        {"max_age": 3600},
+        {"deny_delete": False},
+        {"deny_purge": False},
+    ],
+)
+async def test_a_stream_of_another_kind_is_refused_in_words(bare_js: JetStreamContext, other: dict[str, Any]) -> None:
+    await bare_js.add_stream(replace(streams.USAGE_STREAM, max_bytes=64 * MIB, **other))
+    (field,) = other
+    for refused in (streams.check(bare_js), streams.create(bare_js)):
+        with pytest.raises(Misconfigured, match=f"The stream USAGE has {field} = .*, and this release needs "):
+            await refused
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"ack_policy": AckPolicy.NONE}, {"max_deliver": 5}, {"filter_subject": streams.GENERATION_COMPLETED}],
+)
+async def test_a_durable_of_another_kind_is_refused_in_words(js: JetStreamContext, other: dict[str, Any]) -> None:
+    await js.delete_consumer(streams.STREAM, streams.LEDGER)
+    config = streams.durable(streams.LEDGER)
+    unacknowledged = {"max_ack_pending": None, "ack_wait": None} if "ack_policy" in other else {}
+    await js.add_consumer(streams.STREAM, replace(config, **other, **unacknowledged))
+    (field,) = other
+    for refused in (streams.check(js, streams.LEDGER), streams.create(js)):
+        with pytest.raises(Misconfigured, match=f"The consumer ledger has {field} = .*, and this release needs "):
+            await refused
+
+
+async def test_a_missing_stream_is_named_with_the_step_that_creates_it(bare_js: JetStreamContext) -> None:
+    with pytest.raises(Misconfigured, match=r"no stream USAGE\. Run: python -m shared\.streams"):
+        await streams.check(bare_js, streams.LEDGER)
+
+
+async def test_a_missing_durable_is_named_with_the_step_that_creates_it(js: JetStreamContext) -> None:
+    await js.delete_consumer(streams.STREAM, streams.LEDGER)
+    await streams.check(js, streams.QUOTA)
+    with pytest.raises(Misconfigured, match=r"no consumer ledger\. Run: python -m shared\.streams"):
+        await streams.check(js, streams.LEDGER)
+
+
+async def test_a_full_stream_tells_the_publisher_and_drops_nothing(
+    bare_nats: Client, bare_js: JetStreamContext
+) -> None:
+    await streams.create(bare_js, max_bytes=100_000)
+    with pytest.raises(APIError, match="maximum bytes exceeded"):
+        for _ in range(10):
+            await publish_raw(bare_nats, b"x" * 30_000)
+    first = await bare_js.get_msg(streams.STREAM, seq=1)
+    assert first.data == b"x" * 30_000
+    assert await stored(bare_js) == 3
+
+
+async def test_what_is_recorded_cannot_be_deleted_or_purged(nats: Client, js: JetStreamContext) -> None:
+    await publish(nats, generation_completed())
+    with pytest.raises(APIError):
+        await js.delete_msg(streams.STREAM, 1)
+    with pytest.raises(APIError):
+        await js.purge_stream(streams.STREAM)
+    assert await stored(js) == 1
+
+
+async def test_the_protection_cannot_be_taken_back(js: JetStreamContext) -> None:
+    config = (await js.stream_info(streams.STREAM)).config
+    for field in ("deny_delete", "deny_purge"):
+        with pytest.raises(APIError):
+            await js.update_stream(replace(config, **{field: False}))
+
+
+async def test_an_event_published_twice_in_a_row_is_stored_once(nats: Client, js: JetStreamContext) -> None:
+    event = generation_completed()
+    await publish(nats, event, event)
+    assert await stored(js) == 1
+
+
+async def test_an_idempotency_key_is_taken_once_and_kept_for_ever(js: JetStreamContext) -> None:
+    subject = streams.keyed("0f" * 32)
+    first, second = generation_completed(), generation_completed()
+    await js.publish(subject, encode(first), headers=ONLY_FIRST)
+
+    with pytest.raises(APIError) as refusal:
+        await js.publish(subject, encode(second), headers=ONLY_FIRST)
+
+    assert refusal.value.err_code == streams.WRONG_LAST_SEQUENCE
+    assert (await js.get_last_msg(streams.STREAM, subject)).data == encode(first)
+    assert await stored(js) == 1
+
+
+async def test_of_many_at_once_with_one_idempotency_key_exactly_one_is_stored(js: JetStreamContext) -> None:
+    subject = streams.keyed("0f" * 32)
+    tries = await asyncio.gather(
+        *(js.publish(subject, encode(generation_completed()), headers=ONLY_FIRST) for _ in range(20)),
+        return_exceptions=True,
+    )
+    assert sum(not isinstance(outcome, Exception) for outcome in tries) == 1
+    assert await stored(js) == 1
+
+
+async def test_other_keys_and_reports_without_one_are_not_in_the_way(nats: Client, js: JetStreamContext) -> None:
+    await publish(nats, generation_completed())
+    for digest in ("aa", "bb"):
+        await js.publish(streams.keyed(digest), encode(generation_completed()), headers=ONLY_FIRST)
+    assert await stored(js) == 3
+
+
+@pytest.mark.parametrize("user_id", ["a", "a.b", "*", ">", "a b", "ü/🛤", "x" * 128])
+def test_any_user_has_a_subject_of_one_legal_token(user_id: str) -> None:
+    prefix, _, token = streams.quota_updated(user_id).rpartition(".")
+    assert prefix == "quota.updated"
+    assert token
+    assert set(token).isdisjoint(" .*>/=")
