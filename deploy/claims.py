@@ -80,4 +80,5 @@ def _listen_as_chat(host: str, port: int) -> socket.socket:
                 f"Port {port} on {host} is taken by another program. "
                 f"Choose another: CHATRAIL_PORT={port % 65535 + 1} make run"
             ) from error
-        raise Misconfigured(f"ChatRail cannot listen on {host}, port {port}: {error.strerror}.") from error
+        reason = str(error.strerror).partition(" (while")[0]
+        raise Misconfigured(f"ChatRail cannot listen on {host}, port {port}: {reason}.") from error

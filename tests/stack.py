@@ -99,15 +99,19 @@ class Stack:
         top = psutil.Process(self._running().pid)
         return [top, *top.children(recursive=True)]
 
+    def parts(self) -> dict[str, int]:
+        """The process of each part that runs just now: broker, claude, chat, ledger, quota."""
+        named = {_part(process): int(process.pid) for process in self.processes()}
+        return {name: pid for name, pid in named.items() if name}
+
     def pid(self, name: str) -> int:
-        """The process of a part: broker, claude, chat, ledger or quota. Waits for one that is being started again."""
+        """The process of a part. Waits for one that is being started again."""
         deadline = time.monotonic() + RESTART_TIMEOUT_S
-        while time.monotonic() < deadline:
-            for process in self.processes():
-                if _part(process) == name:
-                    return int(process.pid)
+        while not (pid := self.parts().get(name)):
+            if time.monotonic() > deadline:
+                pytest.fail(f"{name} does not run", pytrace=False)
             time.sleep(0.05)
-        pytest.fail(f"No process of the stack is {name}")
+        return pid
 
     def kill(self, name: str) -> int:
         """SIGKILL; returns the pid that was, once it is gone."""

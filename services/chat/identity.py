@@ -5,6 +5,7 @@ import ipaddress
 from typing import Annotated
 
 from fastapi import Depends, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.chat.problems import Problem
 from services.chat.settings import Settings
@@ -47,3 +48,23 @@ def operator(request: Request) -> None:
 
 
 Operator = Annotated[None, Depends(operator)]
+
+
+class LocalHost:
+    """Only requests that name this machine: a page whose own name points here (DNS rebinding) is turned away."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_loopback(_host(scope)):
+            return await _FOREIGN.response()(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+
+def _host(scope: Scope) -> str:
+    host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
+    return host if host.endswith("]") else host.rpartition(":")[0] or host
+
+
+_FOREIGN = Problem(421, "Misdirected request", "In open mode chat answers to localhost and 127.0.0.1 only.")

@@ -90,11 +90,7 @@ def install(app: FastAPI) -> None:
 
     async def http(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
-        title = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, "Request refused")
-        detail = {
-            404: "There is nothing at this address; the API is described at /docs.",
-            405: "This address does not answer that method; the API is described at /docs.",
-        }.get(error.status_code, str(error.detail))
+        title, detail = _HTTP.get(error.status_code, ("Request refused", str(error.detail)))
         return Problem(error.status_code, title, detail, headers=error.headers).response()
 
     async def unexpected(_request: Request, error: Exception) -> Response:
@@ -107,6 +103,13 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
+
+
+_HTTP = {
+    404: ("Not found", "There is nothing at this address; the API is described at /docs."),
+    405: ("Method not allowed", "This address does not answer that method; the API is described at /docs."),
+    413: ("Body too large", "A request may take at most 1 MiB; shorten the conversation."),
+}
 
 
 def _invalid(error: RequestValidationError) -> Problem:

@@ -90,6 +90,15 @@ async def test_two_stacks_run_side_by_side(stack: Stack, own_stack: Stack) -> No
     await stack.usage_reaches("user_side_by_side", 0)
 
 
+def test_a_key_is_never_written_down_and_a_named_claude_is_used(tmp_path: Path) -> None:
+    variables = {"ANTHROPIC_API_KEY": "sk-ant-secret", "ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}
+    with Stack(tmp_path / "data", **variables) as running:
+        assert running.endpoints["claude"] == variables["ANTHROPIC_BASE_URL"]
+        assert "claude" not in running.parts()
+        files = [file for file in running.data.rglob("*") if file.is_file()]
+        assert not [file for file in files if b"sk-ant-secret" in file.read_bytes()]
+
+
 def test_a_second_stack_on_the_same_data_is_refused(stack: Stack) -> None:
     said = refusal(CHATRAIL_DATA=str(stack.data), CHATRAIL_PORT=str(free_port()))
     assert said.startswith(f"ChatRail is already running on the data folder {stack.data} (process ")

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, ConfigDict, Field
 
 from services.chat.identity import Operator
 from services.chat.problems import Problem
@@ -21,7 +21,7 @@ class PlanView(View):
     tier: str
     tokens_limit: int | None
     period: PeriodKind
-    price_per_1k_tokens_usd: str | None
+    price_per_1k_tokens_usd: Annotated[str | None, Field(alias="pricePer1kTokensUsd")]
     upgrade_to: str | None
 
 
