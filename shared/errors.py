@@ -18,6 +18,10 @@ class Unavailable(Exception):
         self.retry_after_s = retry_after_s
 
 
+class Unanswered(Unavailable):
+    """As Unavailable, but the question was heard: perhaps it was acted on, and only the answer is missing."""
+
+
 class BadCall(Exception):
     """The answering service understood the call and rejects it as malformed: repeating it cannot help."""
 

@@ -11,6 +11,7 @@ import httpx2
 import msgspec
 from anthropic import APIConnectionError, APIStatusError, APITimeoutError, AsyncAnthropic, DefaultAioHttpClient
 from msgspec import Struct
+from pydantic import ValidationError
 
 from services.chat.problems import Problem
 from services.chat.sse import SseParser
@@ -230,6 +231,10 @@ class Claude:
         except (APIConnectionError, httpx2.HTTPError) as error:
             raise ProviderError(
                 Problem(502, "Claude cannot be reached", "The connection to Claude failed or broke off; try again.")
+            ) from error
+        except (msgspec.DecodeError, ValidationError) as error:
+            raise ProviderError(
+                Problem(502, "Claude cannot be understood", "What Claude's API sent makes no sense; try again.")
             ) from error
 
 

@@ -7,8 +7,7 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
 
 import msgspec
 import structlog
@@ -29,7 +28,7 @@ from services.chat.problems import Problem
 from services.chat.publisher import Publisher
 from services.chat.quota import Quota
 from services.chat.sse import KEEPALIVE, frame
-from shared.errors import Unavailable
+from shared.errors import Unanswered, Unavailable
 from shared.events import Generation as Usage
 from shared.events import GenerationCompleted, Metadata, Outcome, TokenCounts, UsageSource, utc_now
 
@@ -68,7 +67,6 @@ class Generation:
         *,
         generation_id: str,
         user_id: str,
-        started_at: datetime,
         metadata: Metadata,
     ) -> None:
         self.id = generation_id
@@ -78,9 +76,10 @@ class Generation:
         self.problem: Problem | None = None
         self._usage = msgspec.Raw(b"null")
         self._stop_reason: str | None = None
+        self._is_asked = False
         self._has_begun = False
         self._parts, self._prompt = parts, prompt
-        self._started_at, self._metadata = started_at, metadata
+        self._started_at, self._metadata = utc_now(), metadata
         self._counts: TokenCounts | None = None
         self._text_bytes = 0
         self._is_counted = False
@@ -93,8 +92,39 @@ class Generation:
         self._checkpoint: asyncio.TimerHandle | None = None
         self._checkpoints: set[asyncio.Task[None]] = set()
 
+    async def authorize(self) -> None:
+        """The intent on disk and the hold at quota, both at once. Raises Problem 429, or Unavailable.
+
+        A process that dies in between leaves an intent of no tokens: settling it releases the hold, if there is one.
+        """
+        outbox, intent = self._parts.outbox, self.event("interrupted")
+        intending = asyncio.create_task(outbox.intend(intent))
+        try:
+            granted = await self._parts.quota.authorize(
+                self._parts.claude, self._prompt, generation_id=self.id, user_id=self.user_id
+            )
+        except Unanswered:
+            await intending
+            await outbox.settle(intent)
+            self._parts.publisher.offer([intent])
+            raise
+        except (Problem, Unavailable):
+            await intending
+            await outbox.forget([self.id])
+            raise
+        self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)
+        self._started_at = granted.started_at
+        try:
+            await intending
+        except sqlite3.Error as error:
+            log.error("outbox_cannot_intend", generation_id=self.id, error=str(error))
+            self._parts.publisher.offer([self.event("interrupted")])
+            raise Unavailable("This service cannot write to its disk.", retry_after_s=5) from error
+
     async def run(self) -> None:
-        """From the intent on disk to the settlement on disk. Nothing but the process's death ends it without one."""
+        """From Claude's first word to the settlement on disk. Only the process's death ends it without one."""
+        self._is_asked = True
+        self._write_checkpoint()
         RUNNING.inc()
         try:
             outcome = await self._read_from_claude()
@@ -139,6 +169,8 @@ class Generation:
     @property
     def tokens(self) -> TokenCounts:
         """The provider's count, or what is known of it and an estimate of the rest."""
+        if not self._is_asked:
+            return TokenCounts()
         known = self._counts or TokenCounts(input_tokens=self._prompt.input_tokens_estimate)
         if self._is_counted:
             return known
@@ -273,22 +305,8 @@ class Generations:
 
     async def start(self, prompt: Prompt, *, generation_id: str, user_id: str, metadata: Metadata) -> Generation:
         """Authorized and on the outbox. Raises Problem 429, or Unavailable: then Claude was not asked."""
-        granted = await self.parts.quota.authorize(
-            self.parts.claude, prompt, generation_id=generation_id, user_id=user_id
-        )
-        generation = Generation(
-            self.parts,
-            Prompt(prompt.model, prompt.messages, prompt.system, granted.output_tokens_max),
-            generation_id=generation_id,
-            user_id=user_id,
-            started_at=granted.started_at,
-            metadata=metadata,
-        )
-        try:
-            await self.parts.outbox.intend(generation.event("interrupted"))
-        except sqlite3.Error as error:
-            log.error("outbox_cannot_intend", generation_id=generation_id, error=str(error))
-            raise Unavailable("This service cannot write to its disk.", retry_after_s=5) from error
+        generation = Generation(self.parts, prompt, generation_id=generation_id, user_id=user_id, metadata=metadata)
+        await generation.authorize()
         task = asyncio.create_task(generation.run(), name=f"generation {generation_id}")
         self._running[task] = generation
         task.add_done_callback(self._ended)

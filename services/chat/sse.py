@@ -9,7 +9,8 @@ from starlette.types import Receive, Scope, Send
 
 KEEPALIVE = b": keep-alive\n\n"
 
-_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+# A line's end and an empty line, each with an ending of its own; spelt out, because a group is six times slower.
+_EVENT_END = re.compile(rb"\n\n|\n\r\n?|\r\n\n|\r\n\r\n?|\r\r\n?")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
