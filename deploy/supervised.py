@@ -123,7 +123,12 @@ class Supervisor:
     def is_up(self) -> bool:
         """Raises SupervisorDied when it never will be."""
         self._check_alive()
-        return Path(f"{self._folder.name}/socket").is_socket()
+        try:
+            self._proxy.supervisor.getState()
+        except OSError:
+            self._proxy("close")()
+            return False
+        return True
 
     def start(self, name: str) -> None:
         with suppress(Fault):  # what cannot be started now, `tend` tries again

@@ -27,6 +27,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import SQLModel
 
@@ -105,9 +106,12 @@ class Database:
         """Bring the schema to the newest revision in `migrations`; does nothing when it is there already."""
         config = Config()
         config.set_main_option("script_location", str(migrations).replace("%", "%%"))
-        with self._writer.begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        try:
+            with self._writer.begin() as connection:
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+        except OperationalError as error:
+            raise Misconfigured(f"The database {self._writer.url} cannot be used: {error.orig}") from error
 
 
 async def _in_thread(threads: Executor, engine: Engine, work: Callable[[Connection], Result]) -> Result:

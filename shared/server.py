@@ -2,8 +2,8 @@
 
 import asyncio
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +50,7 @@ class _Server(uvicorn.Server):
 def serve(service: str, read: Callable[[], Settings], create_app: Callable[[Settings], Any]) -> None:
     """Run the service until it is told to stop. What is misconfigured ends it at once, with one clear sentence."""
     configure_logging(service)
-    try:
+    with one_sentence(service):
         settings = read()
         config = uvicorn.Config(
             create_app(settings),
@@ -66,6 +66,13 @@ def serve(service: str, read: Callable[[], Settings], create_app: Callable[[Sett
         )
         with suppress(KeyboardInterrupt, asyncio.CancelledError):
             _Server(config).run()
+
+
+@contextmanager
+def one_sentence(service: str) -> Iterator[None]:
+    """What an operator can put right ends the process at once, with what to do about it."""
+    try:
+        yield
     except Misconfigured as problem:
         sys.exit(str(problem))
     except ValidationError as error:

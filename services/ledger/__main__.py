@@ -7,6 +7,7 @@ import typer
 from services.ledger.app import create_app
 from services.ledger.settings import Settings
 from shared.database import Database
+from shared.server import one_sentence
 from shared.server import serve as run
 
 cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -22,7 +23,8 @@ def serve() -> None:
 @cli.command()
 def migrate() -> None:
     """Bring the database to this release's schema; safe to repeat."""
-    Database(Settings().database_url).migrate(MIGRATIONS)
+    with one_sentence("ledger"):
+        Database(Settings().database_url).migrate(MIGRATIONS)
 
 
 if __name__ == "__main__":

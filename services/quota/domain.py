@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, replace
 from datetime import datetime
+from decimal import Decimal
 from math import ceil
 
 from shared.calls import Pending, Usage
-from shared.plans import Period, Plan, weighted_tokens
+from shared.plans import Period, Plan, Weights, weighted_tokens
 
-# While others' generations hold what is left, asking again soon makes sense; when it is used up, only the reset does.
+# While others' generations hold what is left, asking again soon makes sense; what is used only the reset brings back.
 RETRY_WHILE_HELD_S = 5
 
 
@@ -29,13 +30,36 @@ class Allowance:
     def is_used_up(self) -> bool:
         return self.limit_tokens is not None and self.used_tokens >= self.limit_tokens
 
-    def output_granted(self, *, input_tokens_max: int, output_tokens_min: int, output_tokens_max: int) -> int | None:
+    def output_granted(
+        self, weights: Weights, *, input_tokens_max: int, output_tokens_min: int, output_tokens_max: int
+    ) -> int | None:
         """The output that fits beside the whole input, at most what is asked; None when even the least does not."""
         available = self.available_tokens
         if available is None:
             return output_tokens_max
-        granted = min(output_tokens_max, available - input_tokens_max)
+        granted = output_tokens_max
+        left = available - _dearest_input(weights) * input_tokens_max
+        if left < weights.output * output_tokens_max:
+            granted = int(left // weights.output) if weights.output else 0
         return granted if granted >= max(1, output_tokens_min) else None
+
+
+def hold_tokens(weights: Weights, *, input_tokens_max: int, output_tokens_max: int) -> int:
+    """The most that a generation can come to count for."""
+    return ceil(_dearest_input(weights) * input_tokens_max + weights.output * output_tokens_max)
+
+
+def _dearest_input(weights: Weights) -> Decimal:
+    # Only the provider knows, afterwards, which of the input it wrote to its cache or read from there.
+    return max(weights.input, weights.cache_creation, weights.cache_read)
+
+
+def period_at(moment: datetime, plan: Plan, time_zone: str | None) -> Period:
+    """The user's period. A time zone that this machine does not know is the plan's: one odd event stops nobody."""
+    try:
+        return Period.containing(moment, plan.period, time_zone or plan.time_zone)
+    except ValueError:
+        return Period.containing(moment, plan.period, plan.time_zone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +119,8 @@ class Account:
         return replace(self, totals=self.totals + pending)
 
     def retry_after_s(self, now: datetime) -> int:
-        if self.allowance.is_used_up and self.period.end is not None:
+        waits_for_reset = self.allowance.is_used_up or not self.held_tokens
+        if waits_for_reset and self.period.end is not None:
             return max(1, ceil((self.period.end - now).total_seconds()))
         return RETRY_WHILE_HELD_S
 

@@ -24,7 +24,7 @@ from sqlalchemy import (
     update,
 )
 
-from services.quota.domain import Account, Totals
+from services.quota.domain import Account, Totals, hold_tokens, period_at
 from services.quota.models import Hold, Settlement, Subscription, UsageTotal
 from shared.calls import Authorize, Pending
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
@@ -70,6 +70,7 @@ def authorize(
     for request in requests:
         user = standing[request.user_id]
         granted = user.allowance.output_granted(
+            user.plan.weights,
             input_tokens_max=request.input_tokens_max,
             output_tokens_min=request.output_tokens_min,
             output_tokens_max=request.output_tokens_max,
@@ -77,7 +78,7 @@ def authorize(
         answers.append(granted)
         if granted is None:
             continue
-        tokens = request.input_tokens_max + granted
+        tokens = hold_tokens(user.plan.weights, input_tokens_max=request.input_tokens_max, output_tokens_max=granted)
         standing[request.user_id] = user.holding(tokens)
         rows.append(
             {
@@ -128,7 +129,7 @@ def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) 
     kept: dict[str, Totals] = {}
     for row in db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}):
         plan = plans.of(row.tier)
-        period = Period.containing(at, plan.period, row.time_zone or plan.time_zone)
+        period = period_at(at, plan, row.time_zone)
         found[row.user_id] = Account(row.user_id, plan, period, Totals(), int(row.held))
         if (row.period_start, row.period_end) == (period.start, period.end or FOR_EVER):
             kept[row.user_id] = _counts(row)
