@@ -99,9 +99,11 @@ def _locked(path: Path) -> IO[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_suffix(".lock").open("w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise Misconfigured(f"Another chat service uses {path}; give this one a data folder of its own.") from error
     except OSError as error:
         raise Misconfigured(f"The data folder {path.parent} cannot be written: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise Misconfigured(f"Another chat service uses {path}; give this one a data folder of its own.") from error
     return file

@@ -20,7 +20,7 @@ def create_app(settings: Settings) -> Starlette:
     plans = Plans.load(settings.plans)
     database = Database(settings.database_url)
     broker = create_broker(settings.nats_url, "ledger")
-    Handlers(broker, database, plans)
+    handlers = Handlers(broker, database, plans)
 
     async def missing() -> Missing:
         absent: Missing = {}
@@ -34,7 +34,7 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with running(broker, streams.LEDGER):
+        async with running(broker, streams.LEDGER, handlers.on_usage):
             yield
         await database.close()
 

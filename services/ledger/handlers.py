@@ -5,13 +5,13 @@ from faststream.nats import NatsBroker
 from prometheus_client import Counter
 
 from services.ledger import store
-from shared import calls, streams
+from shared import calls
 from shared.calls import History, HistoryQuery, Logs, LogsQuery
 from shared.database import Database
 from shared.events import Event, GenerationCompleted
 from shared.plans import Plans
 from shared.quarantine import Poison
-from shared.subscribers import on_call, on_events
+from shared.subscribers import on_call
 
 log = structlog.get_logger()
 
@@ -25,7 +25,6 @@ class Handlers:
 
     def __init__(self, broker: NatsBroker, database: Database, plans: Plans) -> None:
         self._database, self._plans = database, plans
-        on_events(broker, streams.LEDGER, self.on_usage)
         on_call(broker, calls.HISTORY, HistoryQuery, self.history)
         on_call(broker, calls.LOGS, LogsQuery, self.logs)
 

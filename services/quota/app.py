@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 
@@ -15,6 +16,8 @@ from shared.database import Database
 from shared.plans import Plans
 from shared.subscribers import create_broker, running
 from shared.telemetry import Missing, probes
+
+log = structlog.get_logger()
 
 EXPIRY_REPORT_EVERY_S = 30
 
@@ -37,12 +40,15 @@ def create_app(settings: Settings) -> Starlette:
 
     async def report_expired_holds() -> None:
         while True:
-            await handlers.report_expired_holds()
+            try:
+                await handlers.report_expired_holds()
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("expired_holds_not_reported", error=type(error).__name__)
             await asyncio.sleep(EXPIRY_REPORT_EVERY_S)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with running(broker, streams.QUOTA):
+        async with running(broker, streams.QUOTA, handlers.on_usage):
             reporting = asyncio.create_task(report_expired_holds())
             yield
             reporting.cancel()

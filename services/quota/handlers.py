@@ -14,7 +14,7 @@ from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
 from shared.quarantine import Poison
-from shared.subscribers import on_call, on_events
+from shared.subscribers import on_call
 
 log = structlog.get_logger()
 
@@ -27,7 +27,6 @@ class Handlers:
         self._together: GroupCommit[Authorize, Authorization] = GroupCommit(self._authorize_all)
         on_call(broker, calls.AUTHORIZE, Authorize, self.authorize)
         on_call(broker, calls.USAGE, UsageQuery, self.usage)
-        on_events(broker, streams.QUOTA, self.on_usage)
 
     async def authorize(self, request: Authorize) -> Authorization:
         """Hold room for a generation, or say why there is none. Requests that arrive together share a transaction."""

@@ -108,9 +108,11 @@ def settle(
     new_ids = insert_new(db, settlements, list(arrived.values()), returning="event_id")
     generation_ids = [event.data.generation_id for event in events if isinstance(event, GenerationCompleted)]
     db.execute(delete(holds).where(holds.c.generation_id.in_(generation_ids)))
-    _add_to_totals(db, [arrived[event_id] for event_id in new_ids])
+    new = [arrived[event_id] for event_id in new_ids]
+    _add_to_totals(db, new)
     standing = accounts(db, plans, user_ids, at=at)
     _keep_totals(db, standing.values())
+    _keep_totals_of_other_periods(db, plans, standing, new)
     quarantine(db, poison)
     return len(new_ids) + len(changes), standing
 
@@ -164,11 +166,12 @@ def _include(db: Connection, standing: dict[str, Account], pending: Sequence[Pen
         del waiting[event_id]
     for usage in waiting.values():
         standing[usage.user_id] = standing[usage.user_id].including(usage)
-    replaced = select(holds.c.user_id, holds.c.tokens).where(
+    replaced = select(*holds.c["generation_id", "user_id", "tokens"]).where(
         holds.c.generation_id.in_(waiting), holds.c.expires_at > at
     )
     for hold in db.execute(replaced):
-        standing[hold.user_id] = standing[hold.user_id].holding(-hold.tokens)
+        if hold.user_id == waiting[hold.generation_id].user_id:
+            standing[hold.user_id] = standing[hold.user_id].holding(-hold.tokens)
 
 
 # Statements of the hot path are built once: building one costs more than running it.
@@ -278,6 +281,20 @@ def _keep_totals(db: Connection, standing: Iterable[Account]) -> None:
         for user in standing
     ]
     insert_new(db, totals, rows)
+
+
+def _keep_totals_of_other_periods(
+    db: Connection, plans: Plans, standing: dict[str, Account], arrived: Sequence[dict[str, object]]
+) -> None:
+    """For late events, and for a replay: the first of a period finds no total that it could be added to."""
+    periods = {user_id: user.period for user_id, user in standing.items()}
+    arrivals = {(_moment(settlement), str(settlement["user_id"])) for settlement in arrived}
+    late = sorted((moment, user_id) for moment, user_id in arrivals if not periods[user_id].covers(moment))
+    for moment, user_id in late:
+        if not periods[user_id].covers(moment):
+            then = accounts(db, plans, {user_id for _, user_id in late}, at=moment)
+            periods = {user_id: user.period for user_id, user in then.items()}
+            _keep_totals(db, [user for user in then.values() if user.totals != Totals()])
 
 
 def _change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged]) -> None:
