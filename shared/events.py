@@ -45,8 +45,12 @@ def utc_now() -> datetime:
 
 def small(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """The metadata itself. Raises ValueError when it is too large for an event, or cannot be stored everywhere."""
-    text = json.dumps(metadata, allow_nan=False)
-    if len(text) > METADATA_BYTES_MAX:
+    text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError("metadata must be valid Unicode") from None
+    if size > METADATA_BYTES_MAX:
         raise ValueError(f"metadata may take at most {METADATA_BYTES_MAX} bytes as JSON")
     if "\\u0000" in text:
         raise ValueError("metadata must not contain NUL characters")

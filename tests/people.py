@@ -68,6 +68,11 @@ async def given(stack: Stack) -> dict[str, Any]:
     return counts
 
 
+async def asked(stack: Stack) -> int:
+    """How many messages reached the provider, answered or not."""
+    return int((await given(stack))["messageRequests"])
+
+
 def rows(database: Path, query: str) -> list[tuple[Any, ...]]:
     connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     try:

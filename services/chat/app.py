@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from services.chat import identity, problems
 from services.chat.claude import Claude
 from services.chat.generation import Generations, Parts
+from services.chat.limits import BodyLimit
 from services.chat.outbox import Outbox
 from services.chat.publisher import Publisher
 from services.chat.push import Watchers
@@ -28,7 +29,6 @@ from shared.plans import Plans
 from shared.telemetry import Missing, probes
 
 log = structlog.get_logger()
-BODY_BYTES_MAX = 1024 * 1024
 # Answers under way may end by themselves for this long when the process is told to stop.
 GRACE_S = 5.0
 LAST_FLUSH_S = 5.0
@@ -42,7 +42,6 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Metered Claude chat: every token counted once, and the person who chats sees what is left.",
         lifespan=_lifespan,
         redoc_url=None,
-        max_body_size=BODY_BYTES_MAX,
     )
     app.state.settings = settings
     app.state.plans = Plans.load(settings.plans)
@@ -51,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(routes.router)
     app.router.routes.extend(probes(lambda: _missing(app)))
     app.mount("/web", page.web_files)
+    app.add_middleware(BodyLimit)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=[origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()],

@@ -266,6 +266,7 @@ class Stream:
                 elif event == b"ping":
                     steps.append(Ping())
                 elif event == b"error":
+                    yield steps  # what came with it in one piece was given, too
                     raise ProviderError(_failed(_error.decode(data).error), self.request_id)
             if steps:
                 yield steps

@@ -174,8 +174,9 @@ class Generation:
         known = self._counts or TokenCounts(input_tokens=self._prompt.input_tokens_estimate)
         if self._is_counted:
             return known
-        # The count in message_start is a placeholder; the text that came is a better measure.
-        return known.model_copy(update={"output_tokens": estimate_tokens(self._text_bytes)})
+        # The count in message_start is a placeholder; the text that came is a better measure. Never above the hold.
+        output_tokens = min(estimate_tokens(self._text_bytes), self._prompt.output_tokens_max)
+        return known.model_copy(update={"output_tokens": output_tokens})
 
     async def _read_from_claude(self) -> Outcome:
         try:

@@ -105,7 +105,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
+_MALFORMED = ("Malformed JSON", "The body is not valid JSON; send one JSON object.")
 _HTTP = {
+    400: _MALFORMED,  # what is no text, or nested too deep, does not even get as far as validation
     404: ("Not found", "There is nothing at this address; the API is described at /docs."),
     405: ("Method not allowed", "This address does not answer that method; the API is described at /docs."),
     413: ("Body too large", "A request may take at most 1 MiB; shorten the conversation."),
@@ -118,7 +120,7 @@ def _invalid(error: RequestValidationError) -> Problem:
         {"field": ".".join(str(part) for part in item["loc"][1:]), "message": _words(item)} for item in error.errors()
     ]
     if any(item["type"] == "json_invalid" for item in error.errors()):
-        return Problem(400, "Malformed JSON", "The body is not valid JSON; send one JSON object.")
+        return Problem(400, *_MALFORMED)
     if any(item["loc"] == ("body",) and item["type"] == "missing" for item in error.errors()):
         return Problem(400, "Missing body", "Send one JSON object with Content-Type: application/json.")
     detail = "; ".join(f"{item['field'] or 'body'}: {item['message']}" for item in errors[:5])

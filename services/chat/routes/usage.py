@@ -24,6 +24,8 @@ router = APIRouter(tags=["usage"])
 
 User = Annotated[UserId, Query(alias="userId", examples=["user_1"])]
 HISTORY_DAYS_MAX = 400
+# Before the first 30 days of the calendar there is no default for `from`.
+FIRST_DAY = date(1970, 1, 1)
 
 _USAGE_EXAMPLE = {
     "tier": "free",
@@ -165,8 +167,10 @@ def _contradiction(message: str) -> RequestValidationError:
 async def history(
     request: Request,
     user_id: User,
-    from_date: Annotated[date | None, Query(alias="from", description="first day, UTC; 30 days before `to`")] = None,
-    to_date: Annotated[date | None, Query(alias="to", description="last day, UTC; today")] = None,
+    from_date: Annotated[
+        date | None, Query(alias="from", ge=FIRST_DAY, description="first day, UTC; 30 days before `to`")
+    ] = None,
+    to_date: Annotated[date | None, Query(alias="to", ge=FIRST_DAY, description="last day, UTC; today")] = None,
 ) -> Response:
     """A row for each day with usage, newest first."""
     last = to_date or utc_now().date()
