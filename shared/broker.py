@@ -1,15 +1,25 @@
-"""One way to connect to NATS, with the client's dangerous defaults put right."""
+"""One way to connect to NATS, with the client's dangerous defaults put right, and one way to call over it."""
 
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import nats
 import structlog
 from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError, OutboundBufferLimitError
+
+from shared.errors import BadCall, Unanswered, Unavailable
 
 log = structlog.get_logger()
+
+ERROR_CODE = "Nats-Service-Error-Code"
+ERROR = "Nats-Service-Error"
+
+# Callers promise a 503 within two seconds; this leaves them time to say it.
+TIMEOUT_S = 1.5
 
 
 class ConnectOptions(TypedDict):
@@ -72,3 +82,26 @@ def end_process(reason: str) -> None:
     """Stop this process in order, so that its supervisor starts a fresh one: some states are not worth repairing."""
     log.critical("process_ends", reason=reason)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Encodable(Protocol):
+    def model_dump_json(self) -> str: ...
+
+
+async def call(nc: Client, subject: str, request: Encodable, *, timeout_s: float = TIMEOUT_S) -> bytes:
+    """The answer's body, as the service wrote it.
+
+    Raises BadCall when the service rejects the request, Unavailable when it cannot be asked or cannot answer,
+    Unanswered when nobody knows whether it did what it was asked.
+    """
+    service = subject.partition(".")[0]
+    try:
+        reply = await nc.request(subject, request.model_dump_json().encode(), timeout=timeout_s)
+    except (NoRespondersError, OutboundBufferLimitError) as error:
+        raise Unavailable(f"The {service} service cannot be asked right now.") from error
+    except (NatsError, OSError) as error:
+        raise Unanswered(f"The {service} service does not answer right now.") from error
+    if reply.headers and (code := reply.headers.get(ERROR_CODE)):
+        detail = reply.headers.get(ERROR, "")
+        raise BadCall(detail) if code == "400" else Unavailable(detail)
+    return reply.data

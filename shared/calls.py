@@ -10,15 +10,11 @@ A fault is an answer, too: the reply then carries the headers of NATS' service p
 """
 
 from datetime import date, datetime
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
-from nats.aio.client import Client
-from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError, OutboundBufferLimitError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 from pydantic.alias_generators import to_camel
 
-from shared.errors import BadCall, Unanswered, Unavailable
 from shared.events import Contract, Generation, Name, Outcome, Tokens, UsageSource, UserId
 from shared.plans import PeriodKind
 
@@ -26,12 +22,6 @@ AUTHORIZE = "quota.authorize"
 USAGE = "quota.usage"
 HISTORY = "ledger.history"
 LOGS = "ledger.logs"
-
-ERROR_CODE = "Nats-Service-Error-Code"
-ERROR = "Nats-Service-Error"
-
-# Callers promise a 503 within two seconds; this leaves them time to say it.
-TIMEOUT_S = 1.5
 
 
 class View(BaseModel):
@@ -172,26 +162,3 @@ class Record(View):
 class Logs(View):
     records: list[Record]
     next_cursor: str | None
-
-
-class Encodable(Protocol):
-    def model_dump_json(self) -> str: ...
-
-
-async def call(nc: Client, subject: str, request: Encodable, *, timeout_s: float = TIMEOUT_S) -> bytes:
-    """The answer's body, as the service wrote it.
-
-    Raises BadCall when the service rejects the request, Unavailable when it cannot be asked or cannot answer,
-    Unanswered when nobody knows whether it did what it was asked.
-    """
-    service = subject.partition(".")[0]
-    try:
-        reply = await nc.request(subject, request.model_dump_json().encode(), timeout=timeout_s)
-    except (NoRespondersError, OutboundBufferLimitError) as error:
-        raise Unavailable(f"The {service} service cannot be asked right now.") from error
-    except (NatsError, OSError) as error:
-        raise Unanswered(f"The {service} service does not answer right now.") from error
-    if reply.headers and (code := reply.headers.get(ERROR_CODE)):
-        detail = reply.headers.get(ERROR, "")
-        raise BadCall(detail) if code == "400" else Unavailable(detail)
-    return reply.data

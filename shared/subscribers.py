@@ -12,8 +12,7 @@ from faststream.nats.response import NatsResponse
 from nats.errors import Error as NatsError
 from pydantic import BaseModel, ValidationError
 
-from shared.broker import connect_options, end_process
-from shared.calls import ERROR, ERROR_CODE, Encodable
+from shared.broker import ERROR, ERROR_CODE, Encodable, connect_options, end_process
 from shared.consumer import Handler, consume
 from shared.errors import BadCall, Unavailable
 from shared.streams import check

@@ -8,7 +8,8 @@ from nats.aio.client import Client
 from services.chat.claude import Claude, Prompt
 from services.chat.problems import limit_exceeded
 from shared import calls
-from shared.calls import Authorize, Granted, Pending, Refused, UsageQuery, authorization, call
+from shared.broker import call
+from shared.calls import Authorize, Granted, Pending, Refused, UsageQuery, authorization
 from shared.events import GenerationCompleted
 
 # Quota settles within a fraction of a second of publishing; until then its answers are told of what is on the way.

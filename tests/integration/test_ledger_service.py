@@ -20,7 +20,7 @@ from services.ledger import store
 from services.ledger.__main__ import MIGRATIONS
 from services.ledger.app import create_app
 from services.ledger.settings import Settings
-from shared import calls, streams
+from shared import broker, calls, streams
 from shared.calls import History, HistoryQuery, Logs, LogsQuery
 from shared.database import Database, table_of
 from shared.errors import BadCall
@@ -95,8 +95,8 @@ async def test_what_is_published_is_recorded_and_can_be_asked_for(ledger: Starle
     await publish(nats, subscription_changed(user_id), generation, adjustment)
     await everything_is_acknowledged(nats)
 
-    days = await calls.call(nats, calls.HISTORY, HistoryQuery(user_id=user_id, from_date=date.min, to_date=date.max))
-    page = await calls.call(nats, calls.LOGS, LogsQuery(user_id=user_id))
+    days = await broker.call(nats, calls.HISTORY, HistoryQuery(user_id=user_id, from_date=date.min, to_date=date.max))
+    page = await broker.call(nats, calls.LOGS, LogsQuery(user_id=user_id))
 
     (day,) = History.model_validate_json(days).days
     assert (day.tokens_used, day.generations, day.cost_usd) == (8_000, 1, "0.08")
@@ -107,7 +107,7 @@ async def test_what_is_published_is_recorded_and_can_be_asked_for(ledger: Starle
 
 async def test_a_bad_cursor_is_answered_with_words_and_not_with_a_timeout(ledger: Starlette, nats: Client) -> None:
     with pytest.raises(BadCall, match="nextCursor of the page before"):
-        await calls.call(nats, calls.LOGS, LogsQuery(user_id="user_1", cursor="nonsense"))
+        await broker.call(nats, calls.LOGS, LogsQuery(user_id="user_1", cursor="nonsense"))
 
 
 async def test_poison_is_quarantined_and_holds_up_nothing(
@@ -158,6 +158,7 @@ async def test_a_crash_between_commit_and_acknowledgement_counts_nothing_twice(
         await everything_is_acknowledged(nats)
 
     assert sorted(await recorded_ids(database)) == sorted(event.id for event in events)
+    assert await quarantined(database) == []
 
 
 async def test_replicas_share_the_work_and_record_each_event_once(

@@ -17,7 +17,8 @@ from services.chat.quota import Quota
 from services.chat.reports import Reports
 from services.chat.routes.chat import Body
 from shared import calls
-from shared.calls import History, HistoryQuery, Logs, LogsQuery, Usage, call
+from shared.broker import call
+from shared.calls import History, HistoryQuery, Logs, LogsQuery, Usage
 from shared.events import Generation, GenerationCompleted, Name, Tokens, UserId, new_id, small, utc_now
 
 router = APIRouter(tags=["usage"])
