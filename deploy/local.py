@@ -145,15 +145,13 @@ def environment(settings: Settings, endpoints: Endpoints, data: Path) -> dict[st
         "CHATRAIL_PORT": str(settings.port),
         "CHATRAIL_DATA": str(data),
         "CHATRAIL_NATS_URL": endpoints.nats,
-        "ANTHROPIC_API_KEY": settings.anthropic_api_key or "simulated",
     }
     if settings.plans:
         ours["CHATRAIL_PLANS"] = str(settings.plans.absolute())
     if settings.simulated:
         # A proxy of the machine's owner has no way back to this machine's loopback.
         ours |= {
-            "ANTHROPIC_BASE_URL": endpoints.claude,
-            "CHATRAIL_SIMULATED": "1",
+            "CHATRAIL_STAND_IN_URL": endpoints.claude,
             "NO_PROXY": LOOPBACK,
             "no_proxy": LOOPBACK,
         }

@@ -47,6 +47,9 @@ async def consume(nc: Client, durable: str, handle: Handler) -> None:
         end_process("the connection to the broker is closed")
     finally:
         watching.cancel()
+        with suppress(NatsError):
+            # nats-py's drain would wait half a minute for messages of a pull that nobody reads any more.
+            await pulling.unsubscribe()
 
 
 async def _next_batch(pulling: JetStreamContext.PullSubscription) -> list[Msg]:

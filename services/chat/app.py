@@ -42,6 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Metered Claude chat: every token counted once, and the person who chats sees what is left.",
         lifespan=_lifespan,
         redoc_url=None,
+        responses=problems.RESPONSES,
     )
     app.state.settings = settings
     app.state.plans = Plans.load(settings.plans)
@@ -67,7 +68,8 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
-    claude = Claude(api_key=settings.anthropic_api_key.get_secret_value(), base_url=settings.anthropic_base_url)
+    api_key, base_url = settings.claude
+    claude = Claude(api_key=api_key, base_url=base_url)
     outbox = Outbox(settings.data / "outbox.db")
     nc = Client()
     quota = Quota(nc)

@@ -14,6 +14,20 @@ from shared.calls import Refused
 from shared.errors import BadCall, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
+# For the description of every route, in place of the framework's own form of errors.
+_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+    },
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {"description": "A problem, and what to do about it", "content": {MEDIA_TYPE: {"schema": _SCHEMA}}}
+}
 log = structlog.get_logger()
 
 

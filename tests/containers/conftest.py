@@ -27,7 +27,7 @@ class Containers(DockerCompose):
     """Up while it is entered; leaves images behind and nothing else."""
 
     def __init__(self, engine: Any, compose: list[str], *, project: str, chat_port: int, claude_port: int) -> None:
-        super().__init__(PROJECT, "deploy/compose.yml", env_file="deploy/simulated.env")
+        super().__init__(PROJECT, "deploy/compose.yml")
         self.url = f"http://127.0.0.1:{chat_port}"
         self.claude_url = f"http://127.0.0.1:{claude_port}"
         self._engine = engine
@@ -123,7 +123,6 @@ def containers(engine: Any, compose: list[str]) -> Iterator[Containers]:
             if name.startswith(("ANTHROPIC_", "CHATRAIL_", "COMPOSE_")) and name not in IMAGES:
                 patch.delenv(name)
         ours = {
-            "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{claude_port}",
             "CHATRAIL_CLAUDE_PORT": str(claude_port),
             "CHATRAIL_LEDGER_DATABASE_PASSWORD": PASSWORD,
             "CHATRAIL_NATS_PORT": str(nats_port),

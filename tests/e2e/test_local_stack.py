@@ -53,10 +53,16 @@ async def test_a_part_comes_back_however_often_it_is_killed(stack: Stack) -> Non
     await stack.answers(f"{stack.endpoints['ledger']}/readyz")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_leaves_no_process_and_no_failure(own_stack: Stack, number: signal.Signals) -> None:
+async def test_a_stop_leaves_no_process_and_the_next_run_goes_on_with_the_same_data(own_stack: Stack) -> None:
+    await own_stack.report("user_1", 8094)
     processes = own_stack.processes()
-    assert own_stack.stop(number) == 0
+    assert own_stack.stop(signal.SIGTERM) == 0
+    assert not alive(processes)
+
+    own_stack.start()
+    await own_stack.usage_reaches("user_1", 8094)
+    processes = own_stack.processes()
+    assert own_stack.stop(signal.SIGINT) == 0
     assert not alive(processes)
 
 
@@ -75,13 +81,6 @@ def test_a_killed_supervisor_ends_everything(own_stack: Stack) -> None:
     while alive(programs):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-async def test_a_second_run_goes_on_with_the_same_data(own_stack: Stack) -> None:
-    await own_stack.report("user_1", 8094)
-    own_stack.stop()
-    own_stack.start()
-    await own_stack.usage_reaches("user_1", 8094)
 
 
 async def test_two_stacks_run_side_by_side(stack: Stack, own_stack: Stack) -> None:

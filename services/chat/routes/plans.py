@@ -48,7 +48,7 @@ async def plans(request: Request) -> PlansView:
             for plan in known.plans.values()
         ],
         default=known.default,
-        simulated=settings.simulated,
+        simulated=settings.is_simulated,
     )
 
 
