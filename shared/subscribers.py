@@ -70,6 +70,7 @@ async def running(broker: NatsBroker, durable: str, handle: Handler) -> AsyncIte
     nc = broker.connection
     await check(nc.jetstream(), durable)
     await broker.start()
+    await nc.flush()  # only now has the broker heard of the subscriptions: who calls from here on is answered
     consuming = asyncio.create_task(consume(nc, durable, handle))
     consuming.add_done_callback(_consumer_ended)
     try:

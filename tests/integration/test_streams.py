@@ -13,7 +13,7 @@ from nats.js.errors import APIError
 
 from shared import streams
 from shared.errors import Misconfigured
-from shared.events import encode
+from shared.events import decode, encode
 from tests.builders import generation_completed, publish, publish_raw
 from tests.fixtures import MIB
 from tests.stack import PROJECT, environment
@@ -46,11 +46,15 @@ async def test_creating_it_again_changes_nothing(nats: Client, js: JetStreamCont
     assert await stored(js) == 1
 
 
-async def test_each_durable_gets_everything_that_was_ever_published(nats: Client, js: JetStreamContext) -> None:
-    await publish(nats, generation_completed())
+async def test_each_durable_gets_what_was_published_before_anybody_read(nats: Client, js: JetStreamContext) -> None:
+    event = generation_completed()
+    await publish(nats, event)
     for name in (streams.LEDGER, streams.QUOTA):
         await streams.check(js, name)
-        assert (await js.consumer_info(streams.STREAM, name)).num_pending == 1
+        reading = await js.pull_subscribe_bind(name, streams.STREAM)
+        (message,) = await reading.fetch(1, timeout=10)
+        assert decode(message.data) == event
+        await reading.unsubscribe()
 
 
 async def test_creating_adds_a_durable_that_is_missing(js: JetStreamContext) -> None:

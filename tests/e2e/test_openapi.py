@@ -1,0 +1,64 @@
+"""The description at /openapi.json is true: schemathesis calls every route as it says, and as it does not say."""
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import CheckFunction, not_a_server_error
+from schemathesis.schemas import BaseSchema
+from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
+
+from tests.people import client_of
+from tests.stack import Stack
+
+CHECKS: list[CheckFunction] = [not_a_server_error, content_type_conformance, response_schema_conformance]
+ROUTES = {
+    "/api/chat": {"post"},
+    "/api/usage": {"get", "post"},
+    "/api/usage/history": {"get"},
+    "/api/usage/logs": {"get"},
+    "/api/usage/events": {"get"},
+    "/api/plans": {"get"},
+    "/api/subscriptions/{userId}": {"put"},
+}
+
+
+ENDLESS = {"/api/usage/events"}
+
+
+@pytest.fixture
+def described(stack: Stack) -> BaseSchema:
+    document = httpx2.get(f"{stack.url}/openapi.json", trust_env=False).text
+    # What generates texts here knows no classes of Unicode: the control characters, spelt out.
+    return schemathesis.openapi.from_dict(json.loads(document.replace(r"\\p{Cc}", r"\\x00-\\x1f\\x7f-\\x9f")))
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [(path, method) for path, methods in ROUTES.items() for method in sorted(methods) if path not in ENDLESS],
+)
+def test_a_route_answers_as_it_is_described(stack: Stack, described: BaseSchema, path: str, method: str) -> None:
+    @given(described[path][method].as_strategy())
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    def answers_as_described(case: schemathesis.Case[Any]) -> None:
+        case.call_and_validate(base_url=stack.url, checks=CHECKS)
+
+    answers_as_described()
+
+
+async def test_the_description_names_every_route_with_an_example_of_each_body(stack: Stack) -> None:
+    async with client_of(stack) as http:
+        document = (await http.get("/openapi.json")).json()
+        page = await http.get("/docs")
+    assert {path: set(methods) for path, methods in document["paths"].items()} == ROUTES
+    for name in ("ChatRequest", "Report", "SubscriptionChange"):
+        assert document["components"]["schemas"][name]["examples"]
+    assert page.status_code == 200
+    assert "/openapi.json" in page.text
+
+
+def test_the_description_is_valid_openapi(described: BaseSchema) -> None:
+    described.validate()

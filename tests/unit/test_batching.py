@@ -1,0 +1,77 @@
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from shared.batching import GroupCommit
+
+
+class Commits:
+    """Doubles numbers. A group is under way until `gate` opens; one with a negative number in it fails."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[int]] = []
+        self.begun = asyncio.Event()
+        self.gate = asyncio.Event()
+
+    async def __call__(self, numbers: Sequence[int]) -> list[int]:
+        self.groups.append([*numbers])
+        self.begun.set()
+        await self.gate.wait()
+        if min(numbers) < 0:
+            raise OSError("disk full")
+        return [number * 2 for number in numbers]
+
+
+@pytest.fixture
+async def commits() -> Commits:
+    return Commits()
+
+
+def submitted(together: GroupCommit[int, int], *numbers: int) -> list[asyncio.Task[int]]:
+    return [asyncio.create_task(together.submit(number)) for number in numbers]
+
+
+async def test_each_caller_gets_its_own_result(commits: Commits) -> None:
+    commits.gate.set()
+    together = GroupCommit(commits)
+    assert await asyncio.gather(*submitted(together, *range(100))) == [number * 2 for number in range(100)]
+    assert await together.submit(7) == 14
+
+
+async def test_what_arrives_during_a_commit_shares_the_next_in_order_of_arrival(commits: Commits) -> None:
+    together = GroupCommit(commits)
+    first = submitted(together, 1)
+    await commits.begun.wait()
+    later = submitted(together, 5, 3, 4)
+    commits.gate.set()
+    await asyncio.gather(*first, *later)
+    assert commits.groups == [[1], [5, 3, 4]]
+
+
+async def test_a_group_is_never_larger_than_its_limit(commits: Commits) -> None:
+    commits.gate.set()
+    await asyncio.gather(*submitted(GroupCommit(commits, size_max=4), *range(10)))
+    assert commits.groups == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+async def test_an_error_reaches_every_caller_of_its_group_and_none_of_the_next(commits: Commits) -> None:
+    commits.gate.set()
+    together = GroupCommit(commits, size_max=3)
+    outcomes = await asyncio.gather(*submitted(together, 1, -1, 2, 3, 4), return_exceptions=True)
+    assert [str(outcome) for outcome in outcomes] == ["disk full"] * 3 + ["6", "8"]
+    assert await together.submit(5) == 10
+
+
+async def test_a_caller_that_is_cancelled_loses_nobodys_work(commits: Commits) -> None:
+    together = GroupCommit(commits)
+    first = submitted(together, 1)
+    await commits.begun.wait()
+    gone, waiting = submitted(together, 2, 3)
+    await asyncio.sleep(0)  # both have begun to wait
+    for task in (*first, gone):
+        task.cancel()
+    commits.gate.set()
+    assert await waiting == 6
+    assert gone.cancelled()
+    assert commits.groups == [[1], [2, 3]]

@@ -1,0 +1,301 @@
+"""Chat's side of Claude's API: models, bounds before asking, and how what the provider says is understood."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.claude.requests import CountTokensRequest
+from services.chat.claude import (
+    KNOWN,
+    RETIRED,
+    Claude,
+    Finished,
+    Ping,
+    Prompt,
+    ProviderError,
+    Started,
+    Text,
+    estimate_tokens,
+)
+from services.chat.problems import Problem
+from shared.events import TokenCounts
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+QUESTIONS = st.lists(TEXT.map(lambda text: {"role": "user", "content": text}), min_size=1, max_size=5)
+MODEL = "claude-haiku-4-5"
+ASKED: list[dict[str, str]] = [{"role": "user", "content": "Hello"}]
+PROMPT = Prompt(MODEL, ASKED, None, 100)
+TODAY = datetime.now(UTC).date()
+
+
+@asynccontextmanager
+async def provider(*answers: bytes) -> AsyncIterator[Claude]:
+    """Chat's client of a provider that gives these answers, one a request, and then closes."""
+    left = [*answers]
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next((line for line in head.lower().splitlines() if line.startswith(b"content-length:")), b":0")
+        await reader.readexactly(int(length.partition(b":")[2]))
+        writer.write(left.pop(0))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(respond, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    claude = Claude(api_key="any", base_url=f"http://127.0.0.1:{port}")
+    try:
+        yield claude
+    finally:
+        await claude.close()
+        server.close()
+        await server.wait_closed()
+
+
+def answer(status: int, content_type: str, body: str, *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status} Said", f"content-type: {content_type}", "connection: close", *headers, "", body]
+    return "\r\n".join(lines).encode()
+
+
+def said(*events: dict[str, Any]) -> bytes:
+    """A stream of events, and the end of the connection."""
+    frames = (f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events)
+    return answer(200, "text/event-stream", "".join(frames), "request-id: req_1")
+
+
+def refusal(status: int, message: str = "no", *headers: str) -> bytes:
+    body = json.dumps({"type": "error", "error": {"type": "any_error", "message": message}})
+    return answer(status, "application/json", body, *headers)
+
+
+def start(**usage: Any) -> dict[str, Any]:
+    return {"type": "message_start", "message": {"model": f"{MODEL}-20251001", "usage": usage}}
+
+
+def text(content: str) -> dict[str, Any]:
+    return {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": content}}
+
+
+def last(stop_reason: str | None = "end_turn", **usage: Any) -> dict[str, Any]:
+    return {"type": "message_delta", "delta": {"stop_reason": stop_reason}, "usage": usage}
+
+
+STOP = {"type": "message_stop"}
+
+
+async def steps_of(answered: bytes) -> list[object]:
+    async with provider(answered) as claude, claude.stream(PROMPT) as stream:
+        return [step async for steps in stream.steps() for step in steps]
+
+
+async def failure_of(answered: bytes) -> ProviderError:
+    with pytest.raises(ProviderError) as failure:
+        await steps_of(answered)
+    return failure.value
+
+
+# Models
+
+
+async def test_a_retired_model_gives_its_successor_without_asking_anybody() -> None:
+    async with provider() as claude:
+        for model, (day, successor) in RETIRED.items():
+            assert await claude.resolve(model) == (successor if day <= TODAY else model)
+
+
+async def test_what_older_front_ends_send_becomes_the_haiku_of_today() -> None:
+    async with provider() as claude:
+        for model in ("claude-3-haiku-20240307", "claude-3-5-haiku-20241022"):
+            assert await claude.resolve(model) == "claude-haiku-4-5"
+
+
+def test_no_successor_is_unknown_or_on_its_way_out() -> None:
+    successors = {successor for _, successor in RETIRED.values()}
+    assert successors <= KNOWN - RETIRED.keys()
+
+
+async def test_a_known_model_is_itself_without_asking_anybody() -> None:
+    async with provider() as claude:
+        for model in KNOWN - RETIRED.keys():
+            assert await claude.resolve(model) == model
+
+
+async def test_a_model_that_came_out_later_is_found_at_the_provider_which_is_asked_once_in_a_while() -> None:
+    model = {"id": "claude-next", "type": "model", "display_name": "Next", "created_at": "2030-01-01T00:00:00Z"}
+    listed = {"data": [model], "has_more": False}
+    async with provider(answer(200, "application/json", json.dumps(listed))) as claude:
+        assert await claude.resolve("claude-next") == "claude-next"
+        assert await claude.resolve("claude-next") == "claude-next"
+        with pytest.raises(Problem):
+            await claude.resolve("claude-never")
+
+
+async def test_a_model_that_nobody_knows_is_refused_with_the_known_ones() -> None:
+    async with provider(refusal(500)) as claude:
+        with pytest.raises(Problem) as refused:
+            await claude.resolve("gpt-4")
+    document = refused.value.document
+    assert (document["status"], document["title"]) == (400, "Unknown model")
+    assert document["models"] == sorted(KNOWN)
+    assert all(model in document["detail"] for model in KNOWN)
+
+
+# Bounds
+
+
+@given(QUESTIONS, st.none() | TEXT)
+def test_the_bound_by_bytes_is_never_below_what_the_provider_counts(
+    messages: list[dict[str, str]], system: str | None
+) -> None:
+    asked = {"model": MODEL, "messages": messages, **({"system": system} if system else {})}
+    counted = CountTokensRequest.parse(json.dumps(asked).encode()).tokens
+    assert counted <= Prompt(MODEL, messages, system, 1).input_tokens_max
+
+
+@given(QUESTIONS, st.none() | TEXT)
+def test_an_estimate_of_the_input_lies_within_its_bound(messages: list[dict[str, str]], system: str | None) -> None:
+    prompt = Prompt(MODEL, messages, system, 1)
+    assert 0 < prompt.input_tokens_estimate <= prompt.input_tokens_max
+
+
+def test_four_bytes_are_estimated_as_a_token_and_what_is_begun_counts() -> None:
+    assert [estimate_tokens(size) for size in (0, 1, 4, 5, 400)] == [0, 1, 1, 2, 100]
+
+
+@pytest.mark.parametrize(("counted", "held"), [(0, 16), (10, 26), (40, 56), (50, 67), (80, 85)])
+async def test_the_providers_count_gets_room_for_its_error_and_stays_below_the_bound(counted: int, held: int) -> None:
+    assert PROMPT.input_tokens_max == 85
+    async with provider(answer(200, "application/json", json.dumps({"input_tokens": counted}))) as claude:
+        assert await claude.count_input_tokens(PROMPT) == held
+
+
+@pytest.mark.parametrize("answered", [refusal(429), refusal(500), b""])
+async def test_where_the_provider_does_not_count_the_bound_stands(answered: bytes) -> None:
+    async with provider(answered) as claude:
+        assert await claude.count_input_tokens(PROMPT) == PROMPT.input_tokens_max
+
+
+# Claude's stream
+
+
+async def test_steps_are_the_model_its_words_and_its_last_count() -> None:
+    steps = await steps_of(
+        said(
+            start(input_tokens=7, output_tokens=1, cache_creation_input_tokens=100, cache_read_input_tokens=200),
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            {"type": "ping"},
+            text("Hello"),
+            {"type": "content_block_delta", "delta": {"type": "signature_delta", "signature": "x"}},
+            {"type": "an_event_of_next_year", "delta": 7},
+            text(" 🛤"),
+            last(output_tokens=9),
+            STOP,
+        )
+    )
+    cached = {"cache_creation_input_tokens": 100, "cache_read_input_tokens": 200}
+    assert steps == [
+        Started(f"{MODEL}-20251001", TokenCounts(input_tokens=7, output_tokens=1, **cached)),
+        Ping(),
+        Text("Hello"),
+        Text(" 🛤"),
+        Finished(TokenCounts(input_tokens=7, output_tokens=9, **cached), "end_turn"),
+    ]
+
+
+async def test_a_later_count_replaces_an_earlier_one_and_what_it_leaves_out_stays() -> None:
+    steps = await steps_of(
+        said(
+            start(input_tokens=7, output_tokens=1),
+            last(None, output_tokens=5),
+            last(None, output_tokens=9, input_tokens=8, cache_read_input_tokens=None),
+            last("refusal", output_tokens=9),
+            STOP,
+        )
+    )
+    assert steps[-1] == Finished(TokenCounts(input_tokens=8, output_tokens=9), "refusal")
+
+
+@pytest.mark.parametrize(
+    ("status", "problem", "title"),
+    [
+        (400, 400, "Claude refuses the request"),
+        (401, 502, "Claude refuses our key"),
+        (402, 400, "Claude refuses the request"),
+        (403, 502, "Claude refuses our key"),
+        (404, 400, "Model not available"),
+        (413, 413, "Conversation too long"),
+        (422, 400, "Claude refuses the request"),
+        (429, 503, "Claude is limiting our rate"),
+        (500, 502, "Claude failed"),
+        (503, 503, "Claude is overloaded"),
+        (504, 502, "Claude failed"),
+        (529, 503, "Claude is overloaded"),
+    ],
+)
+async def test_a_refusal_of_the_providers_is_told_in_words(status: int, problem: int, title: str) -> None:
+    failure = await failure_of(refusal(status, "why", "request-id: req_2"))
+    document = failure.problem.document
+    assert (document["status"], document["title"]) == (problem, title)
+    assert document["detail"].endswith((".", "why"))
+    assert failure.request_id == "req_2"
+    assert ("Retry-After" in failure.problem.headers) == (problem == 503)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("retry-after: 17", "17"), ("retry-after: soon", "5"), ("x: y", "5")]
+)
+async def test_a_busy_provider_is_asked_again_when_it_says(header: str, seconds: str) -> None:
+    problem = (await failure_of(refusal(429, "busy", header))).problem
+    assert problem.headers["Retry-After"] == seconds
+    assert f"{seconds} seconds" in problem.document["detail"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "title"),
+    [
+        ("overloaded_error", 503, "Claude is overloaded"),
+        ("rate_limit_error", 503, "Claude is overloaded"),
+        ("api_error", 502, "Claude failed in the middle"),
+    ],
+)
+async def test_an_error_in_the_middle_is_told_in_words(kind: str, status: int, title: str) -> None:
+    broken = said(start(input_tokens=7), text("Hel"), {"type": "error", "error": {"type": kind, "message": "oh"}})
+    failure = await failure_of(broken)
+    assert (failure.problem.document["status"], failure.problem.document["title"]) == (status, title)
+    assert failure.request_id == "req_1"
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        said(start(input_tokens=7), text("Hel")),
+        said(start(input_tokens=7), text("Hello"), last(output_tokens=9)),
+        answer(200, "text/event-stream", "event: message_start\ndata: {not json}\n\n"),
+        answer(200, "text/event-stream", 'event: message_start\ndata: {"message": 7}\n\n'),
+        said(start(input_tokens=-7)),
+        answer(200, "text/html", "<h1>A proxy's page</h1>"),
+        answer(200, "text/event-stream", "half", "content-length: 100"),
+        b"HTTP/1.1 200",
+        b"",
+    ],
+)
+async def test_an_answer_that_is_not_whole_is_a_failure_in_words_whatever_is_missing(answered: bytes) -> None:
+    problem = (await failure_of(answered)).problem
+    assert problem.document["status"] == 502
+    assert "try again" in problem.document["detail"]
+
+
+async def test_a_provider_that_cannot_be_reached_is_told_in_words() -> None:
+    claude = Claude(api_key="any", base_url="http://127.0.0.1:9")
+    with pytest.raises(ProviderError) as failure:
+        async with claude.stream(PROMPT):
+            pass
+    await claude.close()
+    assert failure.value.problem.document["title"] == "Claude cannot be reached"

@@ -1,0 +1,253 @@
+import json
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from math import ceil, floor
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.quota.domain import RETRY_WHILE_HELD_S, Account, Allowance, Totals, hold_tokens, period_at
+from shared.calls import Pending
+from shared.plans import Period, PeriodKind, Plan, Plans, Weights, weighted_tokens
+from tests.builders import NOON, generation_completed, usage_reported
+
+FREE, PRO, ENTERPRISE = (Plans.load().of(tier) for tier in ("free", "pro", "enterprise"))
+NOVEMBER = Period.containing(NOON, "month")
+TOKENS = st.integers(0, 10**8)
+TOTALS = st.integers(0, 10**15)
+WEIGHTS = st.builds(
+    Weights,
+    **dict.fromkeys(Weights.model_fields, st.decimals(0, 1000, places=3, allow_nan=False, allow_infinity=False)),
+)
+PLAIN = Weights()
+
+
+def account(used: int = 0, *, held: int = 0, plan: Plan = FREE, period: Period = NOVEMBER) -> Account:
+    return Account("user_1", plan, period, Totals(tokens_used=used, input_tokens=used), held)
+
+
+def output_granted(
+    left: int | None, *, asked: int, least: int = 1, beside: int = 0, weights: Weights = PLAIN
+) -> int | None:
+    return Allowance(left, 0, 0).output_granted(
+        weights, input_tokens_max=beside, output_tokens_min=least, output_tokens_max=asked
+    )
+
+
+def pending(started_at: datetime = NOON, **counts: Any) -> Pending:
+    event = generation_completed(started_at=started_at, **counts)
+    return Pending.of(event.id, event.data)
+
+
+def test_the_usage_after_a_generation_is_the_product_pages_to_the_letter() -> None:
+    known = Account("user_1", FREE, NOVEMBER, Totals(8_094, 5_282, 2_812), held_tokens=0)
+    assert json.loads(known.usage.model_dump_json()) == {
+        "tier": "free",
+        "tokensUsed": 8094,
+        "tokensLimit": 108000,
+        "tokensRemaining": 99906,
+        "usagePercentage": 7.5,
+        "tokensHeld": 0,
+        "period": "month",
+        "periodStart": "2026-11-01T00:00:00Z",
+        "resetsAt": "2026-12-01T00:00:00Z",
+        "upgradeTo": "pro",
+        "costUsd": "0.00",
+    }
+
+
+@pytest.mark.parametrize(
+    ("used", "remaining", "percentage"),
+    [(0, 108_000, 0), (8_094, 99_906, 7.5), (14_594, 93_406, 13.5), (90_000, 18_000, 83.3), (108_000, 0, 100)],
+)
+def test_a_free_user_sees_the_numbers_of_the_product_page(used: int, remaining: int, percentage: float) -> None:
+    usage = account(used).usage
+    assert (usage.tokens_used, usage.tokens_remaining, usage.usage_percentage) == (used, remaining, percentage)
+
+
+def test_a_spent_period_has_zero_tokens_left_not_a_negative_count() -> None:
+    spent = account(108_001)
+    assert (spent.usage.tokens_remaining, spent.allowance.available_tokens) == (0, 0)
+
+
+def test_an_unlimited_plan_shows_nulls_and_no_percentage_however_much_is_used() -> None:
+    usage = account(10**12, held=10**6, plan=ENTERPRISE).usage
+    assert (usage.tokens_limit, usage.tokens_remaining, usage.usage_percentage) == (None, None, 0)
+    assert (usage.tokens_used, usage.tokens_held, usage.upgrade_to) == (10**12, 10**6, None)
+
+
+def test_what_is_held_is_shown_beside_what_is_left_and_not_taken_from_it() -> None:
+    busy = account(8_094, held=5_000)
+    assert (busy.usage.tokens_remaining, busy.usage.tokens_held) == (99_906, 5_000)
+    assert busy.allowance.available_tokens == 94_906
+
+
+def test_corrections_below_zero_make_no_plan_larger() -> None:
+    corrected = account(-500)
+    assert (corrected.usage.tokens_used, corrected.usage.tokens_remaining) == (0, 108_000)
+    assert corrected.allowance.available_tokens == 108_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "end"),
+    [
+        ("day", "2026-11-22T00:00:00Z", "2026-11-23T00:00:00Z"),
+        ("month", "2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z"),
+        ("none", None, None),
+    ],
+)
+def test_the_period_that_is_shown_is_the_one_that_is_enforced(
+    kind: PeriodKind, start: str | None, end: str | None
+) -> None:
+    plan = Plan(tier="any", limit_tokens=1, period=kind)
+    usage = json.loads(account(plan=plan, period=period_at(NOON, plan, None)).usage.model_dump_json())
+    assert (usage["period"], usage["periodStart"], usage["resetsAt"]) == (kind, start, end)
+
+
+def test_a_users_time_zone_comes_before_the_plans() -> None:
+    plan = Plan(tier="any", period="day", time_zone="Europe/Berlin")
+    assert period_at(NOON, plan, None).start == datetime(2026, 11, 21, 23, tzinfo=UTC)
+    assert period_at(NOON, plan, "Asia/Tokyo").start == datetime(2026, 11, 21, 15, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("nowhere", ["Mars/Olympus", "", "../etc/passwd", "a" * 128, "🛤"])
+def test_a_time_zone_that_nobody_knows_is_the_plans(nowhere: str) -> None:
+    plan = Plan(tier="any", period="day", time_zone="Europe/Berlin")
+    assert period_at(NOON, plan, nowhere) == period_at(NOON, plan, None)
+
+
+def test_usage_costs_what_the_plan_says() -> None:
+    assert account(8_094, plan=PRO).usage.cost_usd == "0.08"
+    assert account(-8_094, plan=PRO).usage.cost_usd == "0.00"
+
+
+@given(TOTALS, st.integers(1, 10**15))
+def test_the_percentage_has_one_decimal_rounded_half_up(used: int, limit: int) -> None:
+    shown = account(used, plan=Plan(tier="any", limit_tokens=limit, period="month")).usage.usage_percentage
+    assert shown == floor(Fraction(used * 1000, limit) + Fraction(1, 2)) / 10
+
+
+def test_a_limit_of_zero_is_used_up_from_the_start() -> None:
+    closed = account(plan=Plan(tier="any", limit_tokens=0, period="month"))
+    assert (closed.usage.usage_percentage, closed.usage.tokens_remaining) == (100, 0)
+    assert closed.allowance.is_used_up
+
+
+@given(TOTALS, TOTALS, TOTALS)
+def test_nothing_is_ever_available_beyond_the_limit_or_below_zero(limit: int, used: int, held: int) -> None:
+    available = Allowance(limit, used, held).available_tokens
+    assert available == max(0, limit - used - held)
+
+
+@pytest.mark.parametrize(
+    ("left", "granted"), [(108_000, 4_096), (5_096, 4_096), (5_095, 4_095), (1_001, 1), (1_000, None), (0, None)]
+)
+def test_near_the_limit_the_output_is_clamped_to_what_fits_beside_the_input(left: int, granted: int | None) -> None:
+    assert output_granted(left, asked=4_096, beside=1_000) == granted
+
+
+def test_less_output_than_the_least_that_is_asked_for_is_refused() -> None:
+    assert output_granted(1_500, asked=1_000, least=500, beside=1_000) == 500
+    assert output_granted(1_499, asked=1_000, least=500, beside=1_000) is None
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_a_generation_without_any_output_is_never_granted(least: int) -> None:
+    assert output_granted(1_000, asked=1_000, least=least, beside=1_000) is None
+
+
+@given(TOKENS, TOKENS, TOKENS)
+def test_without_a_limit_everything_is_granted_as_asked(asked: int, least: int, beside: int) -> None:
+    assert output_granted(None, asked=asked, least=least, beside=beside) == asked
+
+
+@given(TOTALS, TOKENS, TOKENS, TOKENS, WEIGHTS)
+def test_what_is_granted_is_the_most_that_fits_and_what_is_refused_does_not(
+    left: int, asked: int, least: int, beside: int, weights: Weights
+) -> None:
+    def fits(output: int) -> bool:
+        return hold_tokens(weights, input_tokens_max=beside, output_tokens_max=output) <= left
+
+    granted = output_granted(left, asked=asked, least=least, beside=beside, weights=weights)
+
+    if granted is None:
+        assert not fits(max(1, least)) or max(1, least) > asked
+    else:
+        assert max(1, least) <= granted <= asked
+        assert fits(granted)
+        assert granted == asked or not fits(granted + 1)
+
+
+@given(TOKENS, TOKENS, TOKENS, TOKENS, WEIGHTS)
+def test_no_generation_within_its_bounds_counts_for_more_than_its_hold(
+    i: int, w: int, r: int, o: int, weights: Weights
+) -> None:
+    counted = weighted_tokens(
+        weights,
+        tokens_used=i + w + r + o,
+        input_tokens=i,
+        output_tokens=o,
+        cache_creation_input_tokens=w,
+        cache_read_input_tokens=r,
+    )
+    assert counted <= hold_tokens(weights, input_tokens_max=i + w + r, output_tokens_max=o)
+
+
+def test_a_hold_is_as_dear_as_the_dearest_kind_of_input() -> None:
+    weights = Weights(cache_creation=Decimal("1.25"), cache_read=Decimal("0.1"), output=Decimal(5))
+    assert hold_tokens(weights, input_tokens_max=1_001, output_tokens_max=100) == 1_752  # 1,251.25 + 500, rounded up
+    assert hold_tokens(PLAIN, input_tokens_max=1_000, output_tokens_max=100) == 1_100
+
+
+def test_weights_are_applied_to_raw_totals_when_they_are_read() -> None:
+    dear = FREE.model_copy(update={"weights": Weights(output=Decimal(5), cache_read=Decimal("0.1"))})
+    raw = Totals(1_111, 1_000, 100, cache_read_input_tokens=11)
+    assert Account("user_1", FREE, NOVEMBER, raw, 0).usage.tokens_used == 1_111
+    assert Account("user_1", dear, NOVEMBER, raw, 0).usage.tokens_used == 1_000 + 500 + 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**7), st.integers(0, 10**7)), max_size=5), WEIGHTS)
+def test_totals_are_weighted_as_a_whole(generations: list[tuple[int, int]], weights: Weights) -> None:
+    known = account(plan=FREE.model_copy(update={"weights": weights}))
+    for i, o in generations:
+        known = known.including(pending(input_tokens=i, output_tokens=o))
+    exact = sum((i * Fraction(weights.input) + o * Fraction(weights.output) for i, o in generations), Fraction())
+    assert known.used_tokens == ceil(exact)
+
+
+def test_pending_usage_of_this_period_is_included() -> None:
+    assert account(100).including(pending()).usage.tokens_used == 8_194
+
+
+def test_pending_usage_that_was_not_split_is_included_as_a_whole() -> None:
+    report = usage_reported(tokens_used=500)
+    assert account(100).including(Pending.of(report.id, report.data)).usage.tokens_used == 600
+
+
+@pytest.mark.parametrize("moment", [NOVEMBER.start - timedelta(microseconds=1), NOVEMBER.end])
+def test_pending_usage_of_another_period_is_not(moment: datetime) -> None:
+    known = account(100)
+    assert known.including(pending(moment)) == known
+
+
+def test_who_has_used_everything_may_come_again_at_the_reset() -> None:
+    spent = account(108_000, held=5)
+    assert spent.retry_after_s(NOON) == (8 * 24 + 12) * 3600
+    assert spent.retry_after_s(datetime(2026, 11, 30, 23, 59, 58, 500_000, tzinfo=UTC)) == 2
+    assert spent.retry_after_s(datetime(2026, 12, 1, tzinfo=UTC)) == 1
+
+
+def test_who_waits_for_others_holds_may_come_again_soon() -> None:
+    assert account(8_094, held=99_906).retry_after_s(NOON) == RETRY_WHILE_HELD_S
+
+
+def test_what_does_not_fit_into_the_rest_fits_at_the_reset_and_not_sooner() -> None:
+    assert account(107_999).retry_after_s(NOON) == (8 * 24 + 12) * 3600
+
+
+def test_a_plan_that_never_resets_names_no_time_of_its_reset() -> None:
+    plan = Plan(tier="any", limit_tokens=1, period="none")
+    assert account(1, plan=plan, period=period_at(NOON, plan, None)).retry_after_s(NOON) == RETRY_WHILE_HELD_S
