@@ -1,6 +1,7 @@
 """The settings and the HTTP server that every service shares."""
 
 import asyncio
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,9 +63,14 @@ def serve(service: str, read: Callable[[], Settings], create_app: Callable[[Sett
             access_log=False,
             log_config=None,
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=15,
         )
         with suppress(KeyboardInterrupt, asyncio.CancelledError):
+            # What is loaded stays for good: collecting it again and again only costs time.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(50_000, 20, 50)
             _Server(config).run()
 
 

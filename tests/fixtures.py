@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +16,8 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+import structlog
 from nats.aio.client import Client
-from nats.js.errors import NotFoundError
 from psycopg import sql
 from sqlalchemy import make_url
 
@@ -39,19 +39,25 @@ async def eventually(look: Callable[[], Awaitable[Found | None]], *, deadline_s:
     return found
 
 
-@pytest.fixture(scope="session")
-def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(scope="session", autouse=True)
+def brief_tracebacks() -> None:
+    """By default structlog prints every local variable of every frame, and stops the event loop for seconds."""
+    renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.processors.add_log_level, renderer])
+
+
+@pytest.fixture
+def nats_server(tmp_path: Path) -> Iterator[str]:
     """The address of a broker that has nothing on it yet."""
-    folder = tmp_path_factory.mktemp("nats")
     executable = Path(sys.executable).with_name("nats-server")
-    listen = ["--addr", "127.0.0.1", "--port", "-1", "--ports_file_dir", str(folder)]
-    keep = ["--jetstream", "--store_dir", str(folder), "--log", str(folder / "log")]
+    listen = ["--addr", "127.0.0.1", "--port", "-1", "--ports_file_dir", str(tmp_path)]
+    keep = ["--jetstream", "--store_dir", str(tmp_path / "nats"), "--log", str(tmp_path / "nats.log")]
     process = subprocess.Popen([executable, *listen, *keep])
     try:
-        ports_file = folder / f"nats-server_{process.pid}.ports"
+        ports_file = tmp_path / f"nats-server_{process.pid}.ports"
         deadline = time.monotonic() + START_DEADLINE_S
         while not (ports_file.exists() and ports_file.read_text()):
-            assert process.poll() is None, (folder / "log").read_text()
+            assert process.poll() is None, (tmp_path / "nats.log").read_text()
             assert time.monotonic() < deadline, "the broker did not start in time"
             time.sleep(0.01)
         url: str = json.loads(ports_file.read_text())["nats"][0]
@@ -65,8 +71,6 @@ def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 async def bare_nats(nats_server: str) -> AsyncIterator[Client]:
     """A client of a broker without a stream."""
     client = await connect(nats_server, name="test")
-    with suppress(NotFoundError):
-        await client.jetstream().delete_stream(streams.STREAM)
     yield client
     await client.close()
 

@@ -100,6 +100,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with asyncio.timeout(LAST_FLUSH_S):
             while publisher.backlog and await publisher.flush():
                 pass
+    await publisher.close()
     connecting.cancel()
     with suppress(NatsError):
         await nc.close()

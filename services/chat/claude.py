@@ -11,11 +11,11 @@ import httpx2
 import msgspec
 from anthropic import APIConnectionError, APIStatusError, APITimeoutError, AsyncAnthropic, DefaultAioHttpClient
 from msgspec import Struct
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from services.chat.problems import Problem
 from services.chat.sse import SseParser
-from shared.events import TokenCounts
+from shared.events import Name, TokenCounts
 
 # Where a model was retired, and what takes its place (platform.claude.com, model deprecations).
 RETIRED: dict[str, tuple[date, str]] = {
@@ -159,6 +159,7 @@ _message_start = msgspec.json.Decoder(_MessageStart)
 _block_delta = msgspec.json.Decoder(_BlockDelta)
 _message_delta = msgspec.json.Decoder(_MessageDelta)
 _error = msgspec.json.Decoder(_Error)
+_model_name: TypeAdapter[str] = TypeAdapter(Name)
 
 
 class ProviderError(Exception):
@@ -223,7 +224,7 @@ class Claude:
             async with self._client.messages.with_streaming_response.create(
                 **_arguments(prompt), max_tokens=prompt.output_tokens_max, stream=True
             ) as response:
-                yield Stream(response, request_id=response.headers.get("request-id"))
+                yield Stream(response, request_id=(response.headers.get("request-id") or "")[:128] or None)
         except APIStatusError as error:
             raise ProviderError(_refused(error), error.request_id) from error
         except APITimeoutError as error:
@@ -245,6 +246,16 @@ class Stream:
 
     async def steps(self) -> AsyncIterator[list[Step]]:
         """What has arrived, as it arrives. Ends after Claude's last word; raises ProviderError if that is missing."""
+        try:
+            async for steps in self._steps():
+                yield steps
+        except (msgspec.MsgspecError, ValidationError) as error:
+            raise ProviderError(
+                Problem(502, "Claude's answer makes no sense", "What was answered so far is counted; try again."),
+                self.request_id,
+            ) from error
+
+    async def _steps(self) -> AsyncIterator[list[Step]]:
         parser, counts, complete = SseParser(), TokenCounts(), False
         async for chunk in self._response.iter_bytes():
             steps: list[Step] = []
@@ -256,7 +267,7 @@ class Stream:
                 elif event == b"message_start":
                     message = _message_start.decode(data).message
                     counts = _overwritten(counts, message.usage)
-                    steps.append(Started(message.model, counts))
+                    steps.append(Started(_model_name.validate_python(message.model), counts))
                 elif event == b"message_delta":
                     last = _message_delta.decode(data)
                     counts = _overwritten(counts, last.usage)

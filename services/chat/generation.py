@@ -39,9 +39,11 @@ TOKENS = Counter("chatrail_tokens", "Tokens used by generations", ["kind"])
 
 # Shorter than quota's holds live (15 minutes): no generation outlives its hold.
 DEADLINE_S = 600.0
-# What a process that dies may not have counted of a running answer.
+# What a process that dies may not have counted of a running answer; the first time soon after Claude was asked.
 CHECKPOINT_EVERY_S = 0.1
+CHECKPOINT_FIRST_S = 0.02
 TOO_LONG = Problem(504, "Claude took too long", "What was answered so far is counted.")
+BROKEN = Problem(500, "Internal error", "Something went wrong on our side; what was answered so far is counted.")
 RESTARTING = Problem(
     503, "The service is restarting", "What was answered so far is counted; try again.", headers={"Retry-After": "2"}
 )
@@ -124,7 +126,7 @@ class Generation:
     async def run(self) -> None:
         """From Claude's first word to the settlement on disk. Only the process's death ends it without one."""
         self._is_asked = True
-        self._write_checkpoint()
+        self._checkpoint = asyncio.get_running_loop().call_later(CHECKPOINT_FIRST_S, self._write_checkpoint)
         RUNNING.inc()
         try:
             outcome = await self._read_from_claude()
@@ -195,6 +197,11 @@ class Generation:
             self._request_id = self._request_id or error.request_id
             if self._counts is None:
                 self._counts, self._is_counted = TokenCounts(), True  # refused before anything: nothing was given
+            return "provider_error"
+        except Exception:
+            # Whatever it is, the tokens were given: settle them, and say that it was our side.
+            log.exception("generation_broke", generation_id=self.id)
+            self.problem = BROKEN
             return "provider_error"
         finally:
             if self._checkpoint:
@@ -274,10 +281,12 @@ class Generation:
         """The event as it would be if the generation ended now. Its id is the generation's: it settles once."""
         counts = self.tokens
         source: UsageSource = "provider" if self._is_counted else "estimated"
-        return GenerationCompleted(
+        # Constructed, not validated: every part was validated where it came in, and this runs several times a stream.
+        return GenerationCompleted.model_construct(
             id=self.id,
             subject=self.user_id,
-            data=Usage(
+            time=utc_now(),
+            data=Usage.model_construct(
                 generation_id=self.id,
                 user_id=self.user_id,
                 action_type="chat_generation",

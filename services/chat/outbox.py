@@ -35,7 +35,7 @@ _DELETE = "DELETE FROM outbox WHERE event_id = ?"
 @dataclass(frozen=True, slots=True)
 class _Change:
     sql: str
-    values: tuple[object, ...]
+    rows: Sequence[tuple[object, ...]]
     # A settlement is promised to the caller, so it survives a power cut; the rest need only survive this process.
     is_promise: bool
 
@@ -60,16 +60,16 @@ class Outbox:
 
     async def intend(self, event: GenerationCompleted) -> None:
         """Before Claude is asked; and again as the answer grows, so that little is lost with the process."""
-        await self._changes.submit(_Change(_WRITE, (event.id, encode(event), 0), is_promise=False))
+        await self._changes.submit(_Change(_WRITE, [(event.id, encode(event), 0)], is_promise=False))
 
     async def settle(self, event: GenerationCompleted) -> None:
         """Returns once the event is on the disk: it will be on the stream, whatever happens to this process."""
-        await self._changes.submit(_Change(_WRITE, (event.id, encode(event), 1), is_promise=True))
+        await self._changes.submit(_Change(_WRITE, [(event.id, encode(event), 1)], is_promise=True))
 
     async def forget(self, event_ids: Sequence[str]) -> None:
         """The stream has these."""
-        changes = [self._changes.submit(_Change(_DELETE, (event_id,), is_promise=False)) for event_id in event_ids]
-        await asyncio.gather(*changes)
+        rows = [(event_id,) for event_id in event_ids]
+        await self._changes.submit(_Change(_DELETE, rows, is_promise=False))
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -86,7 +86,7 @@ class Outbox:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             for change in changes:
-                self._db.execute(change.sql, change.values)
+                self._db.executemany(change.sql, change.rows)
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:

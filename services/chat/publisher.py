@@ -20,6 +20,7 @@ log = structlog.get_logger()
 GROUP_MAX = 256
 ACK_TIMEOUT_S = 5.0
 RETRY_MAX_S = 2.0
+FORGET_AFTER_S = 0.2
 
 
 async def publish(
@@ -48,6 +49,8 @@ class Publisher:
         self._outbox = outbox
         self._on_sent = on_sent
         self._waiting: list[GenerationCompleted] = []
+        self._sent_ids: list[str] = []
+        self._forgetting: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
 
     @property
@@ -82,11 +85,7 @@ class Publisher:
         sent = [event for event, result in zip(group, results, strict=True) if result is None]
         for event in sent:
             self._on_sent(event)
-        try:
-            await self._outbox.forget([event.id for event in sent])
-        except sqlite3.Error as error:
-            # They will be published again after a restart, and counted once all the same.
-            log.error("outbox_not_cleaned", error=str(error))
+        self._forget_soon([event.id for event in sent])
         self._waiting[:0] = unsent
         if self._waiting:
             self._wake.set()
@@ -95,3 +94,23 @@ class Publisher:
                 "events_not_published", waiting=len(self._waiting), error=repr(errors[0].__cause__ or errors[0])
             )
         return not unsent
+
+    def _forget_soon(self, event_ids: list[str]) -> None:
+        self._sent_ids += event_ids
+        if self._forgetting is None and self._sent_ids:
+            self._forgetting = asyncio.create_task(self._forget())
+
+    async def _forget(self) -> None:
+        """Many together: nobody waits for it, and what is not forgotten is published once more and counted once."""
+        await asyncio.sleep(FORGET_AFTER_S)
+        self._forgetting = None
+        event_ids, self._sent_ids = self._sent_ids, []
+        try:
+            await self._outbox.forget(event_ids)
+        except sqlite3.Error as error:
+            log.error("outbox_not_cleaned", events=len(event_ids), error=str(error))
+
+    async def close(self) -> None:
+        """Forget what the stream has, before the outbox closes."""
+        if self._forgetting:
+            await self._forgetting

@@ -22,11 +22,8 @@ class SseParser:
 
     def feed(self, chunk: bytes) -> Iterator[tuple[bytes, bytes]]:
         """(event, data) of each event that is complete now."""
-        text = self._rest + chunk
-        # A last CR may be half of a CRLF: the next byte tells.
-        cut = len(text) - text.endswith(b"\r")
-        *blocks, rest = _EVENT_END.split(text[:cut])
-        self._rest = rest + text[cut:]
+        # Where a CRLF is cut in two, its LF is but one more empty line.
+        *blocks, self._rest = _EVENT_END.split(self._rest + chunk)
         for block in blocks:
             event, data = b"", []
             for line in _LINE_END.split(block):

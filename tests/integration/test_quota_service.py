@@ -210,7 +210,7 @@ async def everything_is_acknowledged(nats: Client) -> None:
         consumer = await nats.jetstream().consumer_info(streams.STREAM, streams.QUOTA)
         return consumer.ack_floor is not None and consumer.ack_floor.stream_seq >= last
 
-    await eventually(look, deadline_s=60)
+    await eventually(look)
 
 
 async def settled_ids(database: Database, user_id: str) -> list[str]:

@@ -90,14 +90,21 @@ def last(stop_reason: str | None = "end_turn", **usage: Any) -> dict[str, Any]:
 STOP = {"type": "message_stop"}
 
 
-async def steps_of(answered: bytes) -> list[object]:
+async def steps_until_the_end(answered: bytes, steps: list[object]) -> None:
     async with provider(answered) as claude, claude.stream(PROMPT) as stream:
-        return [step async for steps in stream.steps() for step in steps]
+        async for arrived in stream.steps():
+            steps += arrived
 
 
-async def failure_of(answered: bytes) -> ProviderError:
+async def steps_of(answered: bytes) -> list[object]:
+    steps: list[object] = []
+    await steps_until_the_end(answered, steps)
+    return steps
+
+
+async def failure_of(answered: bytes, steps: list[object] | None = None) -> ProviderError:
     with pytest.raises(ProviderError) as failure:
-        await steps_of(answered)
+        await steps_until_the_end(answered, [] if steps is None else steps)
     return failure.value
 
 
@@ -265,9 +272,13 @@ async def test_a_busy_provider_is_asked_again_when_it_says(header: str, seconds:
         ("api_error", 502, "Claude failed in the middle"),
     ],
 )
-async def test_an_error_in_the_middle_is_told_in_words(kind: str, status: int, title: str) -> None:
+async def test_an_error_in_the_middle_is_told_in_words_after_all_that_came_before_it(
+    kind: str, status: int, title: str
+) -> None:
     broken = said(start(input_tokens=7), text("Hel"), {"type": "error", "error": {"type": kind, "message": "oh"}})
-    failure = await failure_of(broken)
+    steps: list[object] = []
+    failure = await failure_of(broken, steps)
+    assert steps[1:] == [Text("Hel")]
     assert (failure.problem.document["status"], failure.problem.document["title"]) == (status, title)
     assert failure.request_id == "req_1"
 
