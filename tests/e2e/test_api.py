@@ -512,7 +512,8 @@ async def test_nearer_still_claude_is_asked_how_long_the_question_is(
 
 async def test_what_is_estimated_never_passes_the_limit(http: httpx2.AsyncClient, user: str) -> None:
     await send_report(http, report(user, 107_940))
-    await chat(http, question(user, "Hello [usage input=20] [cut middle]"))
+    many_bytes_a_token = " ".join(["𠀀" * 6] * 8)
+    await chat(http, question(user, f"{many_bytes_a_token} [usage input=20] [cut middle]"))
     assert 107_940 < (await usage(http, user))["tokensUsed"] <= 108_000
 
 
@@ -745,7 +746,8 @@ async def test_every_open_tab_is_told_at_once_and_of_every_change(http: httpx2.A
 
 async def test_pages_of_this_machine_may_call_and_others_may_not(http: httpx2.AsyncClient, user: str) -> None:
     allowed = ["http://localhost:3000", "http://127.0.0.1:5173", "https://localhost", "http://[::1]:8080"]
-    foreign = ["https://example.com", "http://localhost.example.com", "http://127.0.0.1.example.com", "null"]
+    foreign = ["https://example.com", "http://localhost.example.com", "http://127.0.0.1.example.com"]
+    foreign += ["http://not-localhost", "http://example.com#localhost", "null"]
     for origin in (*allowed, *foreign):
         expected = origin if origin in allowed else None
         answer = await http.get("/api/usage", params={"userId": user}, headers={"Origin": origin})
