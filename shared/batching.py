@@ -33,12 +33,13 @@ class GroupCommit(Generic[Item, Result]):
     async def _drain(self) -> None:
         while self._waiting:
             group, self._waiting = self._waiting[: self._size_max], self._waiting[self._size_max :]
+            outcomes: Sequence[Result | Exception]
             try:
-                results = await self._commit([item for item, _ in group])
+                outcomes = await self._commit([item for item, _ in group])
+                if len(outcomes) != len(group):
+                    raise RuntimeError(f"{len(outcomes)} results for {len(group)} items")
             except Exception as error:  # noqa: BLE001 - handed to every caller, none is left waiting
-                outcomes: Sequence[Result | Exception] = [error] * len(group)
-            else:
-                outcomes = results
+                outcomes = [error] * len(group)
             for (_, future), outcome in zip(group, outcomes, strict=True):
                 if future.done():  # the caller was cancelled; its work is committed all the same
                     continue

@@ -9,6 +9,7 @@ No event carries a prompt, an answer or a secret.
 """
 
 import json
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,8 @@ CONTENT_TYPE = "application/cloudevents+json"
 # One event reports at most this many tokens: far above any context window, far below what would overflow a sum.
 EVENT_TOKENS_MAX = 100_000_000
 METADATA_BYTES_MAX = 4096
+# As JSON escapes it; behind an escaped backslash the same six characters are plain text.
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def new_id() -> str:
@@ -52,13 +55,13 @@ def small(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
         raise ValueError("metadata must be valid Unicode") from None
     if size > METADATA_BYTES_MAX:
         raise ValueError(f"metadata may take at most {METADATA_BYTES_MAX} bytes as JSON")
-    if "\\u0000" in text:
+    if _NUL.search(text):
         raise ValueError("metadata must not contain NUL characters")
     return metadata
 
 
 # No control characters (PostgreSQL cannot store NUL); dots, stars, slashes, spaces and all of Unicode are fine.
-Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\p{Cc}]+$")]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
 UserId = Name
 Tokens = Annotated[int, Field(ge=0, le=EVENT_TOKENS_MAX, strict=True)]
 SignedTokens = Annotated[int, Field(ge=-EVENT_TOKENS_MAX, le=EVENT_TOKENS_MAX, strict=True)]

@@ -46,18 +46,18 @@ def brief_tracebacks() -> None:
     structlog.configure(processors=[structlog.processors.add_log_level, renderer])
 
 
-@pytest.fixture
-def nats_server(tmp_path: Path) -> Iterator[str]:
-    """The address of a broker that has nothing on it yet."""
+@contextmanager
+def broker_in(folder: Path) -> Iterator[str]:
+    """The address of a broker that keeps its store in `folder`."""
     executable = Path(sys.executable).with_name("nats-server")
-    listen = ["--addr", "127.0.0.1", "--port", "-1", "--ports_file_dir", str(tmp_path)]
-    keep = ["--jetstream", "--store_dir", str(tmp_path / "nats"), "--log", str(tmp_path / "nats.log")]
+    listen = ["--addr", "127.0.0.1", "--port", "-1", "--ports_file_dir", str(folder)]
+    keep = ["--jetstream", "--store_dir", str(folder / "nats"), "--log", str(folder / "nats.log")]
     process = subprocess.Popen([executable, *listen, *keep])
     try:
-        ports_file = tmp_path / f"nats-server_{process.pid}.ports"
+        ports_file = folder / f"nats-server_{process.pid}.ports"
         deadline = time.monotonic() + START_DEADLINE_S
         while not (ports_file.exists() and ports_file.read_text()):
-            assert process.poll() is None, (tmp_path / "nats.log").read_text()
+            assert process.poll() is None, (folder / "nats.log").read_text()
             assert time.monotonic() < deadline, "the broker did not start in time"
             time.sleep(0.01)
         url: str = json.loads(ports_file.read_text())["nats"][0]
@@ -67,10 +67,24 @@ def nats_server(tmp_path: Path) -> Iterator[str]:
         process.wait(timeout=10)
 
 
+@pytest.fixture(scope="session")
+def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A broker for all tests that want to share one."""
+    with broker_in(tmp_path_factory.mktemp("nats")) as url:
+        yield url
+
+
 @pytest.fixture
-async def bare_nats(nats_server: str) -> AsyncIterator[Client]:
+def own_nats_server(tmp_path: Path) -> Iterator[str]:
+    """A broker for one test alone: a stream deleted a moment ago has been seen to come back with its messages."""
+    with broker_in(tmp_path) as url:
+        yield url
+
+
+@pytest.fixture
+async def bare_nats(own_nats_server: str) -> AsyncIterator[Client]:
     """A client of a broker without a stream."""
-    client = await connect(nats_server, name="test")
+    client = await connect(own_nats_server, name="test")
     yield client
     await client.close()
 

@@ -3,6 +3,7 @@
 import hashlib
 
 from nats.aio.client import Client
+from nats.errors import Error as NatsError
 from nats.js.errors import APIError, NoStreamResponseError
 
 from services.chat.outbox import Outbox
@@ -51,8 +52,7 @@ class Reports:
         try:
             await publish(js, subject, event, headers=only_first, timeout_s=ACK_TIMEOUT_S)
         except APIError:  # the key has its message already
-            first = await js.get_last_msg(streams.STREAM, subject)
-            if (first.headers or {}).get(BODY_DIGEST) != digest:
+            if await self._first_digest(subject) != digest:
                 raise Problem(
                     409,
                     "Idempotency key used before",
@@ -61,3 +61,10 @@ class Reports:
         else:
             self._quota.remember(event)
             self._quota.published(event)
+
+    async def _first_digest(self, subject: str) -> str | None:
+        try:
+            first = await self._nc.jetstream().get_last_msg(streams.STREAM, subject)
+        except (NatsError, OSError) as error:
+            raise Unavailable("The usage stream cannot be reached right now.") from error
+        return (first.headers or {}).get(BODY_DIGEST)

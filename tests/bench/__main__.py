@@ -53,9 +53,9 @@ def main() -> None:
             figures = uvloop.run(Bench(system, cores).run(size))
         except* BadAnswer as answers:
             sys.exit(f"An answer was not whole: {answers.exceptions[0]}")
-    console = Console()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     for part in report(figures, cores):
-        console.print(part, highlight=False)
+        console.print(part)
     if not figures.counts.agree:
         sys.exit(1)
 

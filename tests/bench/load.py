@@ -7,7 +7,7 @@ measured, so what they do not spend is there for the others.
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, repeat
+from itertools import cycle, islice, repeat
 from time import perf_counter
 from typing import NamedTuple, cast
 
@@ -22,10 +22,10 @@ class BadAnswer(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to ask. Caller n repeats `requests[n]`; only a whole answer contains `end`."""
+    """Where to ask. Callers repeat the requests, each from another start; only a whole answer contains `end`."""
 
     port: int
-    requests: Sequence[Sequence[bytes]]
+    requests: Sequence[bytes]
     end: bytes
 
 
@@ -74,7 +74,8 @@ async def load(target: Target, callers: int, permits: Iterator[None]) -> Load:
         for _ in permits:
             timings.append(await caller.stream())
 
-    connected = [await _connect(target, nth) for nth in range(callers)]
+    apart = len(target.requests) // callers
+    connected = [await _connect(target, nth * apart) for nth in range(callers)]
     begun = perf_counter()
     try:
         async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
@@ -91,8 +92,8 @@ class _Caller(asyncio.Protocol):
     _first_byte_at: float
     _whole: asyncio.Future[float] | None = None
 
-    def __init__(self, requests: Sequence[bytes], end: bytes) -> None:
-        self._requests, self._end = cycle(requests), end
+    def __init__(self, requests: Iterator[bytes], end: bytes) -> None:
+        self._requests, self._end = requests, end
         self._answer = bytearray()
 
     async def stream(self) -> Timing:
@@ -129,8 +130,9 @@ class _Caller(asyncio.Protocol):
             self._whole.set_exception(BadAnswer(self._answer.decode(errors="replace")[:2000]))
 
 
-async def _connect(target: Target, nth: int) -> _Caller:
+async def _connect(target: Target, start: int) -> _Caller:
+    requests = islice(cycle(target.requests), start, None)
     _, caller = await asyncio.get_running_loop().create_connection(
-        lambda: _Caller(target.requests[nth], target.end), "127.0.0.1", target.port
+        lambda: _Caller(requests, target.end), "127.0.0.1", target.port
     )
     return caller

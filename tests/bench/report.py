@@ -79,7 +79,8 @@ class Figures:
 
 
 def report(figures: Figures, cores: Cores) -> Iterator[RenderableType]:
-    table = Table("", *NAMES, "to the limit", "aim", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table("", *NAMES, "to limit", "aim", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for title, rows in _sections(figures):
@@ -96,13 +97,13 @@ Row = tuple[str, ...]
 
 def _sections(figures: Figures) -> Iterator[tuple[str, Iterator[Row]]]:
     for callers in LATENCY_CALLERS:
-        yield f"{_callers(callers)}: ms, and ms added", _latency(figures, callers)
+        yield f"{_callers(callers)}: ms, ms added", _latency(figures, callers)
     yield "Streams a second", _throughput(figures)
     yield "CPU ms a stream", _cpu(figures)
     yield "Streams a second of CPU", _capacity(figures)
     yield "Memory, MiB", _memory(figures)
-    yield "Measured core: busy with ours, of busy in all", _busy(figures, "measured_core")
-    yield "Other cores: busy with ours, of busy in all", _busy(figures, "other_cores")
+    yield "Measured core: ours / all", _busy(figures, "measured_core")
+    yield "Other cores: ours / all", _busy(figures, "other_cores")
 
 
 def _latency(figures: Figures, callers: int) -> Iterator[Row]:
@@ -146,7 +147,7 @@ def _memory(figures: Figures) -> Iterator[Row]:
 
 
 def _busy(figures: Figures, cores: str) -> Iterator[Row]:
-    """What else ran on this machine is the difference."""
+    """How busy with our work, and with all; what else ran on this machine is the difference."""
     ours, everybodys = attrgetter(f"{cores}.ours"), attrgetter(f"{cores}.everybodys")
     for callers in CALLERS:
         busy = (
@@ -168,8 +169,10 @@ def _notes(figures: Figures, cores: Cores) -> Iterator[str]:
                     f"{name}, {callers} callers: the other cores were the bottleneck, not the measured one; "
                     "go by the streams a second of CPU."
                 )
-    syncs_ms = sorted(sync_s * 1000 for sync_s in figures.syncs_s)
-    yield f"One fsync of this disk takes {median(syncs_ms):.2f} ms; each metered stream waits for one, at least."
+    yield (
+        f"One fsync of this disk takes {median(figures.syncs_s) * 1000:.2f} ms. A stream of ChatRail waits for two (quota's hold, its "
+        "own outbox), one of the bare limit for the broker's."
+    )
     counts = figures.counts
     verdict = "all the same" if counts.agree else "NOT THE SAME"
     yield (

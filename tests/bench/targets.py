@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from tests.bench.load import Target
 from tests.bench.system import System
 
-CALLERS_MAX = 64
-# People come back after seconds, not milliseconds: the same person is not asked for again before this many others.
-USERS_PER_CALLER = 100
+# People come back after seconds, not milliseconds: each caller speaks for one after the other of these.
+USERS = 6400
 MODEL = "claude-haiku-4-5"
 MESSAGES = [{"role": "user", "content": "[deltas 20] How do I know that a bill is right?"}]
 
@@ -21,17 +20,11 @@ def targets(system: System) -> dict[str, Target]:
         {"model": MODEL, "max_tokens": 4096, "stream": True, "messages": MESSAGES},
         {"x-api-key": "simulated", "anthropic-version": "2023-06-01"},
     )
-    to_chat = [
-        [
-            _request("/api/chat", {"userId": f"caller_{caller}_{n}", "messages": MESSAGES})
-            for n in range(USERS_PER_CALLER)
-        ]
-        for caller in range(CALLERS_MAX)
-    ]
+    to_chat = [_request("/api/chat", {"userId": f"user_{nth}", "messages": MESSAGES}) for nth in range(USERS)]
     claudes_end = b"event: message_stop"
     return {
-        DIRECT: Target(system.claude_port, [[to_claude]] * CALLERS_MAX, claudes_end),
-        LIMIT: Target(system.limit_port, [[to_claude]] * CALLERS_MAX, claudes_end),
+        DIRECT: Target(system.claude_port, [to_claude], claudes_end),
+        LIMIT: Target(system.limit_port, [to_claude], claudes_end),
         CHATRAIL: Target(system.chat_port, to_chat, b"event: done"),
     }
 

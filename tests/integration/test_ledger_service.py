@@ -41,8 +41,8 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-def settings(nats_server: str, database_url: str) -> Settings:
-    return Settings(nats_url=nats_server, ledger_database_url=database_url)
+def settings(own_nats_server: str, database_url: str) -> Settings:
+    return Settings(nats_url=own_nats_server, ledger_database_url=database_url)
 
 
 @asynccontextmanager
@@ -270,9 +270,9 @@ def process(command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_without_its_stream_the_ledger_refuses_to_start_with_a_sentence(
-    bare_nats: Client, nats_server: str, database_url: str
+    bare_nats: Client, own_nats_server: str, database_url: str
 ) -> None:
-    with process("serve", CHATRAIL_NATS_URL=nats_server, CHATRAIL_LEDGER_DATABASE_URL=database_url) as ledger:
+    with process("serve", CHATRAIL_NATS_URL=own_nats_server, CHATRAIL_LEDGER_DATABASE_URL=database_url) as ledger:
         said, sentence = await asyncio.to_thread(ledger.communicate, timeout=30)
 
     assert ledger.returncode == 1
@@ -281,12 +281,12 @@ async def test_without_its_stream_the_ledger_refuses_to_start_with_a_sentence(
 
 
 async def test_the_process_migrates_serves_and_ends_in_order(
-    nats: Client, nats_server: str, database_url: str
+    nats: Client, own_nats_server: str, database_url: str
 ) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     variables = {
-        "CHATRAIL_NATS_URL": nats_server,
+        "CHATRAIL_NATS_URL": own_nats_server,
         "CHATRAIL_LEDGER_DATABASE_URL": database_url,
         "CHATRAIL_PORT": str(port),
     }

@@ -63,17 +63,17 @@ async def test_creating_adds_a_durable_that_is_missing(js: JetStreamContext) -> 
     await streams.check(js, streams.QUOTA)
 
 
-async def test_the_step_is_a_command_and_safe_to_repeat(bare_js: JetStreamContext, nats_server: str) -> None:
+async def test_the_step_is_a_command_and_safe_to_repeat(bare_js: JetStreamContext, own_nats_server: str) -> None:
     for _ in range(2):
-        assert await run(CHATRAIL_NATS_URL=nats_server, CHATRAIL_STREAM_BYTES_MAX=str(64 * MIB)) == (0, "")
+        assert await run(CHATRAIL_NATS_URL=own_nats_server, CHATRAIL_STREAM_BYTES_MAX=str(64 * MIB)) == (0, "")
     for durable in streams.DURABLES:
         await streams.check(bare_js, durable.durable_name)
 
 
 async def test_the_command_says_what_to_do_where_there_is_no_room(
-    bare_js: JetStreamContext, nats_server: str
+    bare_js: JetStreamContext, own_nats_server: str
 ) -> None:
-    status, said = await run(CHATRAIL_NATS_URL=nats_server, CHATRAIL_STREAM_BYTES_MAX=str(2**60))
+    status, said = await run(CHATRAIL_NATS_URL=own_nats_server, CHATRAIL_STREAM_BYTES_MAX=str(2**60))
     assert status == 1
     assert "set CHATRAIL_STREAM_BYTES_MAX lower" in said
     assert "Traceback" not in said
