@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,11 @@ from shared.database import sqlite_url
 Found = TypeVar("Found")
 MIB = 1024**2
 START_DEADLINE_S = 20
+
+
+def pytest_configure() -> None:
+    # A run that is told to stop, by `timeout` or by CI, ends as on Ctrl-C: with every server that it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 async def eventually(look: Callable[[], Awaitable[Found | None]], *, deadline_s: float = 30) -> Found:

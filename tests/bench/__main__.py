@@ -51,8 +51,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chatrail-bench-") as folder, running(Path(folder), cores) as system:
         try:
             figures = uvloop.run(Bench(system, cores).run(size))
-        except* BadAnswer as answers:
-            sys.exit(f"An answer was not whole: {answers.exceptions[0]}")
+        except* (BadAnswer, TimeoutError) as failed:
+            sys.exit(f"An answer did not come, or not whole: {failed.exceptions[0]!r}")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     for part in report(figures, cores):
         console.print(part)
@@ -132,4 +132,7 @@ def _fsync_s(folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 # No event contains it: JSON escapes carriage returns.
 LAST_CHUNK = b"\r\n0\r\n\r\n"
-TIMEOUT_S = 120
+STREAM_TIMEOUT_S = 30
 
 
 class BadAnswer(Exception):
@@ -67,18 +67,19 @@ def times(streams: int) -> Iterator[None]:
 
 
 async def load(target: Target, callers: int, permits: Iterator[None]) -> Load:
-    """A stream for each permit, `callers` of them at once. Raises BadAnswer, in a group, when one is not whole."""
+    """A stream for each permit, `callers` of them at once. Raises, in a group, BadAnswer or TimeoutError."""
     timings: list[Timing] = []
 
     async def call(caller: _Caller) -> None:
         for _ in permits:
-            timings.append(await caller.stream())
+            async with asyncio.timeout(STREAM_TIMEOUT_S):
+                timings.append(await caller.stream())
 
     apart = len(target.requests) // callers
     connected = [await _connect(target, nth * apart) for nth in range(callers)]
     begun = perf_counter()
     try:
-        async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group:
             for caller in connected:
                 group.create_task(call(caller))
     finally:

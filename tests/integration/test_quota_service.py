@@ -16,7 +16,6 @@ from typing import Any
 import httpx2
 import pytest
 from nats.aio.client import Client
-from nats.js.errors import NotFoundError
 from sqlalchemy import Connection, insert, select
 from starlette.applications import Starlette
 from structlog.testing import capture_logs
@@ -32,7 +31,7 @@ from shared.errors import Unavailable
 from shared.events import GenerationCompleted, encode, new_id
 from shared.quarantine import Quarantined
 from tests.builders import generation_completed, publish, publish_raw, subscription_changed, usage_reported
-from tests.fixtures import MIB, START_DEADLINE_S, Postgres, eventually
+from tests.fixtures import MIB, START_DEADLINE_S, Postgres, broker_in, eventually
 from tests.integration.test_ledger_service import closed_postgresql, locked_sqlite
 from tests.stack import PROJECT, environment, free_port
 
@@ -93,21 +92,20 @@ class Quota:
 
 
 @pytest.fixture(scope="module")
-def bus(nats_server: str) -> str:
-    """The broker with the empty stream. Tests here share it, and keep apart by their users."""
+def bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A broker with the empty stream. Tests here share it, and keep apart by their users."""
+    with broker_in(tmp_path_factory.mktemp("nats")) as url:
+        asyncio.run(_create_stream(url))
+        yield url
 
-    async def create() -> None:
-        nats = await connect(nats_server, name="test")
-        js = nats.jetstream()
-        with suppress(NotFoundError):
-            await js.delete_stream(streams.STREAM)
-        await streams.create(js, max_bytes=64 * MIB)
-        await js.delete_consumer(streams.STREAM, streams.QUOTA)
-        await js.add_consumer(streams.STREAM, replace(streams.durable(streams.QUOTA), ack_wait=ACK_WAIT_S))
-        await nats.close()
 
-    asyncio.run(create())
-    return nats_server
+async def _create_stream(url: str) -> None:
+    nats = await connect(url, name="test")
+    js = nats.jetstream()
+    await streams.create(js, max_bytes=64 * MIB)
+    await js.delete_consumer(streams.STREAM, streams.QUOTA)
+    await js.add_consumer(streams.STREAM, replace(streams.durable(streams.QUOTA), ack_wait=ACK_WAIT_S))
+    await nats.close()
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
