@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 from pydantic.alias_generators import to_camel
 
-from shared.events import Contract, Generation, Name, Outcome, Tokens, UsageSource, UserId
+from shared.events import Contract, Generation, Moment, Name, Outcome, Tokens, UsageSource, UserId
 from shared.plans import PeriodKind
 
 AUTHORIZE = "quota.authorize"
@@ -57,7 +57,7 @@ class Pending(Contract):
 
     id: Name
     user_id: UserId
-    started_at: datetime
+    started_at: Moment
     tokens_used: Tokens
     input_tokens: Tokens = 0
     output_tokens: Tokens = 0
