@@ -161,15 +161,12 @@ def _include(db: Connection, standing: dict[str, Account], pending: Sequence[Pen
     waiting = {usage.id: usage for usage in pending if usage.user_id in standing}
     if not waiting:
         return
-    known = db.execute(select(settlements.c.event_id).where(settlements.c.event_id.in_(waiting)))
-    for event_id in known.scalars():
+    dialect = db.dialect.name
+    for event_id in db.execute(_settled(dialect), {"event_ids": json.dumps(list(waiting))}).scalars():
         del waiting[event_id]
     for usage in waiting.values():
         standing[usage.user_id] = standing[usage.user_id].including(usage)
-    replaced = select(*holds.c["generation_id", "user_id", "tokens"]).where(
-        holds.c.generation_id.in_(waiting), holds.c.expires_at > at
-    )
-    for hold in db.execute(replaced):
+    for hold in db.execute(_open_holds(dialect), {"event_ids": json.dumps(list(waiting)), "at": at}):
         if hold.user_id == waiting[hold.generation_id].user_id:
             standing[hold.user_id] = standing[hold.user_id].holding(-hold.tokens)
 
@@ -177,41 +174,55 @@ def _include(db: Connection, standing: dict[str, Account], pending: Sequence[Pen
 # Statements of the hot path are built once: building one costs more than running it.
 
 
-def _users(dialect: str) -> FromClause:
-    """The parameter `user_ids`, a JSON array, as rows: one statement asks about one user or five hundred."""
-    names = bindparam("user_ids", type_=Text)
+def _listed(dialect: str, parameter: str) -> FromClause:
+    """A parameter that is a JSON array of texts, as rows of `item`: one statement asks about one or five hundred."""
+    items = bindparam(parameter, type_=Text)
     if dialect == "sqlite":
-        return select(func.json_each(names).table_valued("value").c.value.label("user_id")).subquery("users")
-    return select(func.json_array_elements_text(cast(names, JSON)).column_valued("user_id")).subquery("users")
+        return select(func.json_each(items).table_valued("value").c.value.label("item")).subquery("listed")
+    return select(func.json_array_elements_text(cast(items, JSON)).column_valued("item")).subquery("listed")
 
 
 @cache
 def _standing(dialect: str) -> Select[Any]:
     """A row for each user and each of the totals that cover `at`: plan, holds, raw sums."""
-    users, at = _users(dialect), bindparam("at", type_=UtcDateTime)
+    users, at = _listed(dialect, "user_ids"), bindparam("at", type_=UtcDateTime)
     held = (
         select(func.coalesce(func.sum(holds.c.tokens), 0))
-        .where(holds.c.user_id == users.c.user_id, holds.c.expires_at > at)
+        .where(holds.c.user_id == users.c.item, holds.c.expires_at > at)
         .scalar_subquery()
     )
-    covering = and_(totals.c.user_id == users.c.user_id, totals.c.period_start <= at, totals.c.period_end > at)
+    covering = and_(totals.c.user_id == users.c.item, totals.c.period_start <= at, totals.c.period_end > at)
     return select(
-        users.c.user_id,
+        users.c.item.label("user_id"),
         subscriptions.c.tier,
         subscriptions.c.time_zone,
         held.label("held"),
         *(column for column in totals.c if column.name != "user_id"),
-    ).select_from(
-        users.outerjoin(subscriptions, subscriptions.c.user_id == users.c.user_id).outerjoin(totals, covering)
+    ).select_from(users.outerjoin(subscriptions, subscriptions.c.user_id == users.c.item).outerjoin(totals, covering))
+
+
+@cache
+def _settled(dialect: str) -> Select[Any]:
+    events = _listed(dialect, "event_ids")
+    return select(settlements.c.event_id).join(events, events.c.item == settlements.c.event_id)
+
+
+@cache
+def _open_holds(dialect: str) -> Select[Any]:
+    events = _listed(dialect, "event_ids")
+    return (
+        select(*holds.c["generation_id", "user_id", "tokens"])
+        .join(events, events.c.item == holds.c.generation_id)
+        .where(holds.c.expires_at > bindparam("at", type_=UtcDateTime))
     )
 
 
 @cache
 def _sums_of_settlements(dialect: str) -> Select[Any]:
-    users = _users(dialect)
+    users = _listed(dialect, "user_ids")
     return (
         select(settlements.c.user_id, *(func.sum(settlements.c[name]).label(name) for name in COUNTS))
-        .join(users, users.c.user_id == settlements.c.user_id)
+        .join(users, users.c.item == settlements.c.user_id)
         .where(
             settlements.c.started_at >= bindparam("start", type_=UtcDateTime),
             settlements.c.started_at < bindparam("end", type_=UtcDateTime),

@@ -16,12 +16,6 @@ from tests.stack import Stack
 TOLD_WITHIN_S = 2.0
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(tmp_path_factory.mktemp("away") / "data") as stack:
-        yield stack
-
-
 @contextmanager
 def away(stack: Stack, part: str) -> Iterator[None]:
     """The process stands still: its connections are open, and nobody answers."""

@@ -1,7 +1,6 @@
 """Any part is killed while fifty people chat, comes back, and the three counts agree as if nothing had happened."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
@@ -10,12 +9,6 @@ from tests.people import Answer, ask_until_answered, asked, client_of, given, op
 from tests.stack import Stack
 
 PEOPLE = 50
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(tmp_path_factory.mktemp("faults") / "data") as stack:
-        yield stack
 
 
 async def _fifty_people_chat_while_a_part_dies(stack: Stack, part: str) -> list[Answer]:
