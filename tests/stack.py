@@ -90,6 +90,10 @@ class Stack:
         return self._running().wait(STOP_TIMEOUT_S)
 
     @property
+    def is_running(self) -> bool:
+        return self._running().poll() is None
+
+    @property
     def endpoints(self) -> dict[str, str]:
         """Where each part answers: chat, ledger, quota, nats, claude."""
         return _endpoints.validate_json((self.data / "endpoints.json").read_bytes())

@@ -14,11 +14,18 @@ import pytest
 from tests.stack import COMMAND, PROJECT, Stack, alive, environment, free_port
 
 
-@pytest.fixture
-def own_stack(tmp_path: Path) -> Iterator[Stack]:
-    """A stack that the test may stop; in a folder whose name needs quoting everywhere."""
-    with Stack(tmp_path / 'it\'s 100% "data" #1 ;') as running:
+@pytest.fixture(scope="module")
+def spare_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(tmp_path_factory.mktemp("spare") / 'it\'s 100% "data" #1 ;') as running:
         yield running
+
+
+@pytest.fixture
+def own_stack(spare_stack: Stack) -> Stack:
+    """A stack that the test may stop; in a folder whose name needs quoting everywhere."""
+    if not spare_stack.is_running:
+        spare_stack.start()
+    return spare_stack
 
 
 def refusal(**variables: str) -> str:
@@ -53,6 +60,12 @@ async def test_a_part_comes_back_however_often_it_is_killed(stack: Stack) -> Non
     await stack.answers(f"{stack.endpoints['ledger']}/readyz")
 
 
+async def test_two_stacks_run_side_by_side(stack: Stack, own_stack: Stack) -> None:
+    await own_stack.report("user_side_by_side", 5)
+    await own_stack.usage_reaches("user_side_by_side", 5)
+    await stack.usage_reaches("user_side_by_side", 0)
+
+
 async def test_a_stop_leaves_no_process_and_the_next_run_goes_on_with_the_same_data(own_stack: Stack) -> None:
     await own_stack.report("user_1", 8094)
     processes = own_stack.processes()
@@ -81,12 +94,6 @@ def test_a_killed_supervisor_ends_everything(own_stack: Stack) -> None:
     while alive(programs):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-async def test_two_stacks_run_side_by_side(stack: Stack, own_stack: Stack) -> None:
-    await own_stack.report("user_side_by_side", 5)
-    await own_stack.usage_reaches("user_side_by_side", 5)
-    await stack.usage_reaches("user_side_by_side", 0)
 
 
 def test_a_key_is_never_written_down_and_a_named_claude_is_used(tmp_path: Path) -> None:
