@@ -11,11 +11,15 @@ from faststream.nats.message import NatsMessage
 from faststream.nats.response import NatsResponse
 from nats.errors import Error as NatsError
 from pydantic import BaseModel, ValidationError
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
 from shared.broker import ERROR, ERROR_CODE, Encodable, connect_options, end_process
 from shared.consumer import Handler, consume
+from shared.database import Database
 from shared.errors import BadCall, Unavailable
 from shared.streams import check
+from shared.telemetry import Missing
 
 log = structlog.get_logger()
 Request = TypeVar("Request", bound=BaseModel)
@@ -86,3 +90,15 @@ async def running(broker: NatsBroker, durable: str, handle: Handler) -> AsyncIte
 def _consumer_ended(consuming: asyncio.Task[None]) -> None:
     if not consuming.cancelled() and (error := consuming.exception()):
         end_process(f"the consumer failed: {error!r}")
+
+
+async def missing(broker: NatsBroker, database: Database, ping: Callable[[Connection], None]) -> Missing:
+    """What a consuming service needs and cannot reach; `ping` raises when its tables cannot be read."""
+    absent: Missing = {}
+    if not await broker.ping(timeout=1):
+        absent["nats"] = "the broker does not answer"
+    try:
+        await database.read(ping)
+    except (SQLAlchemyError, OSError) as error:
+        absent["database"] = type(error).__name__
+    return absent

@@ -2,8 +2,8 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 
 from services.ledger import store
@@ -12,8 +12,8 @@ from services.ledger.settings import Settings
 from shared import streams
 from shared.database import Database
 from shared.plans import Plans
-from shared.subscribers import create_broker, running
-from shared.telemetry import Missing, probes
+from shared.subscribers import create_broker, missing, running
+from shared.telemetry import probes
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -22,20 +22,10 @@ def create_app(settings: Settings) -> Starlette:
     broker = create_broker(settings.nats_url, "ledger")
     handlers = Handlers(broker, database, plans)
 
-    async def missing() -> Missing:
-        absent: Missing = {}
-        if not await broker.ping(timeout=1):
-            absent["nats"] = "the broker does not answer"
-        try:
-            await database.read(store.ping)
-        except (SQLAlchemyError, OSError) as error:
-            absent["database"] = type(error).__name__
-        return absent
-
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with running(broker, streams.LEDGER, handlers.on_usage):
             yield
         await database.close()
 
-    return Starlette(routes=probes(missing), lifespan=lifespan)
+    return Starlette(routes=probes(partial(missing, broker, database, store.ping)), lifespan=lifespan)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -14,8 +15,8 @@ from services.quota.settings import Settings
 from shared import streams
 from shared.database import Database
 from shared.plans import Plans
-from shared.subscribers import create_broker, running
-from shared.telemetry import Missing, probes
+from shared.subscribers import create_broker, missing, running
+from shared.telemetry import probes
 
 log = structlog.get_logger()
 
@@ -27,16 +28,6 @@ def create_app(settings: Settings) -> Starlette:
     database = Database(settings.database_url)
     broker = create_broker(settings.nats_url, "quota")
     handlers = Handlers(broker, database, plans)
-
-    async def missing() -> Missing:
-        absent: Missing = {}
-        if not await broker.ping(timeout=1):
-            absent["nats"] = "the broker does not answer"
-        try:
-            await database.read(store.ping)
-        except (SQLAlchemyError, OSError) as error:
-            absent["database"] = type(error).__name__
-        return absent
 
     async def report_expired_holds() -> None:
         while True:
@@ -54,4 +45,4 @@ def create_app(settings: Settings) -> Starlette:
             reporting.cancel()
         await database.close()
 
-    return Starlette(routes=probes(missing), lifespan=lifespan)
+    return Starlette(routes=probes(partial(missing, broker, database, store.ping)), lifespan=lifespan)
