@@ -4,28 +4,36 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
+from nats.aio.client import Client
 from starlette.applications import Starlette
 
 from services.ledger import store
 from services.ledger.handlers import Handlers
 from services.ledger.settings import Settings
 from shared import streams
+from shared.answering import missing, running
 from shared.database import Database
 from shared.plans import Plans
-from shared.subscribers import create_broker, missing, running
 from shared.telemetry import probes
 
 
 def create_app(settings: Settings) -> Starlette:
     plans = Plans.load(settings.plans)
     database = Database(settings.database_url)
-    broker = create_broker(settings.nats_url, "ledger")
-    handlers = Handlers(broker, database, plans)
+    nc = Client()
+    handlers = Handlers(database, plans)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with running(broker, streams.LEDGER, handlers.on_usage):
+        async with running(
+            nc,
+            settings.nats_url,
+            name="ledger",
+            calls=handlers.calls,
+            durable=streams.LEDGER,
+            handle=handlers.on_usage,
+        ):
             yield
         await database.close()
 
-    return Starlette(routes=probes(partial(missing, broker, database, store.ping)), lifespan=lifespan)
+    return Starlette(routes=probes(partial(missing, nc, database, store.ping)), lifespan=lifespan)

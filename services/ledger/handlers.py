@@ -1,17 +1,16 @@
 """What the ledger does when something happened, and when it is asked."""
 
 import structlog
-from faststream.nats import NatsBroker
 from prometheus_client import Counter
 
 from services.ledger import store
 from shared import calls
+from shared.answering import Call
 from shared.calls import History, HistoryQuery, Logs, LogsQuery
 from shared.database import Database
 from shared.events import Event, GenerationCompleted
 from shared.plans import Plans
 from shared.quarantine import Poison
-from shared.subscribers import on_call
 
 log = structlog.get_logger()
 
@@ -23,10 +22,12 @@ TOKENS = Counter("chatrail_ledger_tokens", "Tokens of the generations that were 
 class Handlers:
     """Events and calls, each mapped to one method below."""
 
-    def __init__(self, broker: NatsBroker, database: Database, plans: Plans) -> None:
+    def __init__(self, database: Database, plans: Plans) -> None:
         self._database, self._plans = database, plans
-        on_call(broker, calls.HISTORY, HistoryQuery, self.history)
-        on_call(broker, calls.LOGS, LogsQuery, self.logs)
+        self.calls = (
+            Call(calls.HISTORY, HistoryQuery, self.history),
+            Call(calls.LOGS, LogsQuery, self.logs),
+        )
 
     async def on_usage(self, events: list[Event], poison: list[Poison]) -> None:
         """Record what happened: each event once, all of a batch in one transaction."""

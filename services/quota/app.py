@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import structlog
+from nats.aio.client import Client
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 
@@ -13,9 +14,9 @@ from services.quota import store
 from services.quota.handlers import Handlers
 from services.quota.settings import Settings
 from shared import streams
+from shared.answering import missing, running
 from shared.database import Database
 from shared.plans import Plans
-from shared.subscribers import create_broker, missing, running
 from shared.telemetry import probes
 
 log = structlog.get_logger()
@@ -26,8 +27,8 @@ EXPIRY_REPORT_EVERY_S = 30
 def create_app(settings: Settings) -> Starlette:
     plans = Plans.load(settings.plans)
     database = Database(settings.database_url)
-    broker = create_broker(settings.nats_url, "quota")
-    handlers = Handlers(broker, database, plans)
+    nc = Client()
+    handlers = Handlers(nc, database, plans)
 
     async def report_expired_holds() -> None:
         while True:
@@ -39,10 +40,17 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with running(broker, streams.QUOTA, handlers.on_usage):
+        async with running(
+            nc,
+            settings.nats_url,
+            name="quota",
+            calls=handlers.calls,
+            durable=streams.QUOTA,
+            handle=handlers.on_usage,
+        ):
             reporting = asyncio.create_task(report_expired_holds())
             yield
             reporting.cancel()
         await database.close()
 
-    return Starlette(routes=probes(partial(missing, broker, database, store.ping)), lifespan=lifespan)
+    return Starlette(routes=probes(partial(missing, nc, database, store.ping)), lifespan=lifespan)

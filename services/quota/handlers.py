@@ -1,32 +1,42 @@
 """What quota does when it is asked, and when something happened."""
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Sequence
 
 import structlog
-from faststream.nats import NatsBroker
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
 
 from services.quota import store
 from services.quota.domain import Account
 from shared import calls, streams
+from shared.answering import Call
 from shared.batching import GroupCommit
 from shared.calls import Authorization, Authorize, Granted, Refused, Usage, UsageQuery
 from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
 from shared.quarantine import Poison
-from shared.subscribers import on_call
 
 log = structlog.get_logger()
+
+
+# A bar on a screen need not move more often than this, however many generations one user runs.
+PUSH_AFTER_S = 0.02
 
 
 class Handlers:
     """Calls and events, each mapped to one method below."""
 
-    def __init__(self, broker: NatsBroker, database: Database, plans: Plans) -> None:
-        self._broker, self._database, self._plans = broker, database, plans
+    def __init__(self, nc: Client, database: Database, plans: Plans) -> None:
+        self._nc, self._database, self._plans = nc, database, plans
         self._together: GroupCommit[Authorize, Authorization] = GroupCommit(self._authorize_all)
-        on_call(broker, calls.AUTHORIZE, Authorize, self.authorize)
-        on_call(broker, calls.USAGE, UsageQuery, self.usage)
+        self._changed: dict[str, Account] = {}
+        self._pushing: asyncio.Task[None] | None = None
+        self.calls = (
+            Call(calls.AUTHORIZE, Authorize, self.authorize),
+            Call(calls.USAGE, UsageQuery, self.usage),
+        )
 
     async def authorize(self, request: Authorize) -> Authorization:
         """Hold room for a generation, or say why there is none. Requests that arrive together share a transaction."""
@@ -34,7 +44,7 @@ class Handlers:
 
     async def _authorize_all(self, requests: Sequence[Authorize]) -> list[Authorization]:
         answers, standing, at = await self._database.write(store.authorize, self._plans, requests)
-        await self._push(standing.values())
+        self._push_soon(standing)
         return [
             Granted(output_tokens_max=granted, started_at=at)
             if granted is not None
@@ -50,14 +60,23 @@ class Handlers:
     async def on_usage(self, events: list[Event], poison: list[Poison]) -> None:
         """Settle what happened: each event counted once, its hold released, in one transaction."""
         settled, standing = await self._database.write(store.settle, self._plans, events, poison)
-        await self._push(standing.values())
+        self._push_soon(standing)
         log.info("usage_settled", received=len(events), settled=settled, users=len(standing))
 
-    async def _push(self, accounts: Iterable[Account]) -> None:
+    def _push_soon(self, standing: dict[str, Account]) -> None:
+        self._changed |= standing
+        if self._pushing is None and standing:
+            self._pushing = asyncio.create_task(self._push())
+
+    async def _push(self) -> None:
         """Tell whoever watches these users. Not durable: a watcher that missed one asks again."""
-        connection = self._broker.connection
-        for account in accounts:
-            await connection.publish(streams.quota_updated(account.user_id), account.usage.model_dump_json().encode())
+        await asyncio.sleep(PUSH_AFTER_S)
+        changed, self._changed, self._pushing = self._changed, {}, None
+        try:
+            for user_id, account in changed.items():
+                await self._nc.publish(streams.quota_updated(user_id), account.usage.model_dump_json().encode())
+        except NatsError as error:
+            log.warning("changes_not_pushed", users=len(changed), error=repr(error))
 
     async def report_expired_holds(self) -> None:
         """Say once, in the log, that a generation was authorized and never settled."""
