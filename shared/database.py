@@ -138,10 +138,8 @@ def _sqlite_engine(url: URL, *, begin: str, connections: int) -> Engine:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
-    @event.listens_for(engine, "begin")
-    def beginning(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
-
+    # Not a listener: an engine that has one for any of its executions looks for more at each step of each.
+    engine.dialect.do_begin = lambda connection: connection.driver_connection.execute(begin)
     return engine
 
 

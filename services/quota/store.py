@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     Connection,
+    Delete,
     FromClause,
     Select,
     Text,
@@ -18,6 +19,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     delete,
+    exists,
     func,
     select,
     text,
@@ -107,7 +109,7 @@ def settle(
     arrived = {event.id: _settlement(event) for event in events if not isinstance(event, SubscriptionChanged)}
     new_ids = insert_new(db, settlements, list(arrived.values()), returning="event_id")
     generation_ids = [event.data.generation_id for event in events if isinstance(event, GenerationCompleted)]
-    db.execute(delete(holds).where(holds.c.generation_id.in_(generation_ids)))
+    db.execute(_release(db.dialect.name), {"generation_ids": json.dumps(generation_ids)})
     new = [arrived[event_id] for event_id in new_ids]
     _add_to_totals(db, new)
     standing = accounts(db, plans, user_ids, at=at)
@@ -129,15 +131,18 @@ def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) 
     """The users as they stand at `at`; one who was never seen has the default plan and zeros."""
     found: dict[str, Account] = {}
     kept: dict[str, Totals] = {}
+    settled: set[str] = set()
     for row in db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}):
         plan = plans.of(row.tier)
         period = period_at(at, plan, row.time_zone)
         found[row.user_id] = Account(row.user_id, plan, period, Totals(), int(row.held))
         if (row.period_start, row.period_end) == (period.start, period.end or FOR_EVER):
             kept[row.user_id] = _counts(row)
+        if row.has_settlements:
+            settled.add(row.user_id)
     # No total is kept yet where the period is new, or where a plan's periods have changed. The settlements know.
     unkept: dict[Period, list[str]] = defaultdict(list)
-    for user_id in found.keys() - kept.keys():
+    for user_id in settled - kept.keys():
         unkept[found[user_id].period].append(user_id)
     for period, users in unkept.items():
         known = {"user_ids": json.dumps(users), "start": period.start, "end": period.end or FOR_EVER}
@@ -161,14 +166,14 @@ def _include(db: Connection, standing: dict[str, Account], pending: Sequence[Pen
     waiting = {usage.id: usage for usage in pending if usage.user_id in standing}
     if not waiting:
         return
-    dialect = db.dialect.name
-    for event_id in db.execute(_settled(dialect), {"event_ids": json.dumps(list(waiting))}).scalars():
-        del waiting[event_id]
-    for usage in waiting.values():
+    asked = {"event_ids": json.dumps(list(waiting)), "at": at}
+    for row in db.execute(_settled_or_held(db.dialect.name), asked):
+        usage = waiting[row.event_id]
+        if row.is_settled:
+            continue
         standing[usage.user_id] = standing[usage.user_id].including(usage)
-    for hold in db.execute(_open_holds(dialect), {"event_ids": json.dumps(list(waiting)), "at": at}):
-        if hold.user_id == waiting[hold.generation_id].user_id:
-            standing[hold.user_id] = standing[hold.user_id].holding(-hold.tokens)
+        if row.user_id == usage.user_id:
+            standing[usage.user_id] = standing[usage.user_id].holding(-row.tokens)
 
 
 # Statements of the hot path are built once: building one costs more than running it.
@@ -197,23 +202,36 @@ def _standing(dialect: str) -> Select[Any]:
         subscriptions.c.tier,
         subscriptions.c.time_zone,
         held.label("held"),
+        exists().where(settlements.c.user_id == users.c.item).label("has_settlements"),
         *(column for column in totals.c if column.name != "user_id"),
     ).select_from(users.outerjoin(subscriptions, subscriptions.c.user_id == users.c.item).outerjoin(totals, covering))
 
 
 @cache
-def _settled(dialect: str) -> Select[Any]:
+def _settled_or_held(dialect: str) -> Select[Any]:
+    """A row for each event: whether it is settled, and its open hold, if it has one."""
     events = _listed(dialect, "event_ids")
-    return select(settlements.c.event_id).join(events, events.c.item == settlements.c.event_id)
+    is_open = holds.c.expires_at > bindparam("at", type_=UtcDateTime)
+    return select(
+        events.c.item.label("event_id"),
+        exists().where(settlements.c.event_id == events.c.item).label("is_settled"),
+        *holds.c["user_id", "tokens"],
+    ).select_from(events.outerjoin(holds, and_(holds.c.generation_id == events.c.item, is_open)))
 
 
 @cache
-def _open_holds(dialect: str) -> Select[Any]:
-    events = _listed(dialect, "event_ids")
+def _release(dialect: str) -> Delete:
+    generations = _listed(dialect, "generation_ids")
+    return delete(holds).where(holds.c.generation_id.in_(select(generations.c.item)))
+
+
+@cache
+def _kept_periods(dialect: str) -> Select[Any]:
+    users = _listed(dialect, "user_ids")
     return (
-        select(*holds.c["generation_id", "user_id", "tokens"])
-        .join(events, events.c.item == holds.c.generation_id)
-        .where(holds.c.expires_at > bindparam("at", type_=UtcDateTime))
+        select(*totals.c["user_id", "period_start", "period_end"])
+        .join(users, users.c.item == totals.c.user_id)
+        .where(totals.c.period_end > bindparam("after", type_=UtcDateTime))
     )
 
 
@@ -248,11 +266,8 @@ def _add_to_totals(db: Connection, arrived: Sequence[dict[str, object]]) -> None
     by_user: dict[object, list[dict[str, object]]] = defaultdict(list)
     for settlement in arrived:
         by_user[settlement["user_id"]].append(settlement)
-    kept = db.execute(
-        select(*totals.c["user_id", "period_start", "period_end"]).where(
-            totals.c.user_id.in_(by_user), totals.c.period_end > min(_moment(s) for s in arrived)
-        )
-    )
+    known = {"user_ids": json.dumps(list(by_user)), "after": min(_moment(settlement) for settlement in arrived)}
+    kept = db.execute(_kept_periods(db.dialect.name), known)
     added = []
     for row in kept:
         covered = [s for s in by_user[row.user_id] if row.period_start <= _moment(s) < row.period_end]
@@ -287,7 +302,7 @@ def _keep_totals(db: Connection, standing: Iterable[Account]) -> None:
             "user_id": user.user_id,
             "period_start": user.period.start,
             "period_end": user.period.end or FOR_EVER,
-            **asdict(user.totals),
+            **{name: getattr(user.totals, name) for name in COUNTS},
         }
         for user in standing
     ]
