@@ -38,7 +38,7 @@ class Call:
 
 
 class Answering:
-    """Subscribed in the queue group of the service. Calls do not wait for each other, and every fault is an answer."""
+    """Subscribed in the queue group of the service. No call waits for another, and every fault is an answer."""
 
     def __init__(self, nc: Client, calls: Sequence[Call]) -> None:
         self._nc, self._calls = nc, calls
@@ -55,7 +55,7 @@ class Answering:
     async def stop(self) -> None:
         """Hear no more, and give the answers that are owed."""
         for subscription in self._subscriptions:
-            await subscription.drain()
+            await subscription.drain()  # type: ignore[no-untyped-call]
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=LAST_ANSWERS_S)
 

@@ -138,8 +138,11 @@ def _sqlite_engine(url: URL, *, begin: str, connections: int) -> Engine:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
-    # Not a listener: an engine that has one for any of its executions looks for more at each step of each.
-    engine.dialect.do_begin = lambda connection: connection.driver_connection.execute(begin)
+    def do_begin(connection: Any) -> None:
+        connection.driver_connection.execute(begin)
+
+    # A listener would do, too; but an engine that has one looks for others at every step of every statement.
+    engine.dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]
     return engine
 
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import httpx2
 import msgspec
-from anthropic import APIConnectionError, APIStatusError, APITimeoutError, AsyncAnthropic, DefaultAioHttpClient
+from anthropic import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AsyncAnthropic,
+    AsyncStream,
+    DefaultAioHttpClient,
+)
 from msgspec import Struct
 from pydantic import TypeAdapter, ValidationError
 
@@ -218,12 +225,28 @@ class Claude:
         return min(prompt.input_tokens_max, count.input_tokens + count.input_tokens // 50 + MESSAGE_OVERHEAD_TOKENS)
 
     @asynccontextmanager
+    async def _ask(self, prompt: Prompt) -> AsyncIterator[httpx2.Response]:
+        # The SDK's own way to a response as it is. `messages.with_streaming_response` gives the same bytes, but
+        # walks through every message of the conversation first, and through three layers for each of Claude's words.
+        asked = {**_arguments(prompt), "max_tokens": prompt.output_tokens_max, "stream": True}
+        response: Any = await self._client.post(
+            "/v1/messages",
+            cast_to=httpx2.Response,
+            content=msgspec.json.encode(asked),
+            options={"headers": {"content-type": "application/json", "accept-encoding": "identity"}},
+            stream=True,
+            stream_cls=AsyncStream[Any],
+        )
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+    @asynccontextmanager
     async def stream(self, prompt: Prompt) -> AsyncIterator["Stream"]:
         """Ask Claude. Raises ProviderError when the provider refuses, fails, or breaks off."""
         try:
-            async with self._client.messages.with_streaming_response.create(
-                **_arguments(prompt), max_tokens=prompt.output_tokens_max, stream=True
-            ) as response:
+            async with self._ask(prompt) as response:
                 yield Stream(response, request_id=(response.headers.get("request-id") or "")[:128] or None)
         except APIStatusError as error:
             raise ProviderError(_refused(error), error.request_id) from error
@@ -240,7 +263,7 @@ class Claude:
 
 
 class Stream:
-    def __init__(self, response: Any, *, request_id: str | None) -> None:
+    def __init__(self, response: httpx2.Response, *, request_id: str | None) -> None:
         self._response = response
         self.request_id = request_id
 
@@ -257,7 +280,7 @@ class Stream:
 
     async def _steps(self) -> AsyncIterator[list[Step]]:
         parser, counts, complete = SseParser(), TokenCounts(), False
-        async for chunk in self._response.iter_bytes():
+        async for chunk in self._response.aiter_raw():
             steps: list[Step] = []
             for event, data in parser.feed(chunk):
                 if event == b"content_block_delta":

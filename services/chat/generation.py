@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import structlog
@@ -37,6 +38,10 @@ RUNNING = Gauge("chatrail_generations_running", "Generations under way")
 FINISHED = Counter("chatrail_generations", "Generations by outcome", ["outcome"])
 TOKENS = Counter("chatrail_tokens", "Tokens used by generations", ["kind"])
 
+# Given, or each is looked up again for every draft of an event.
+_ENVELOPE: dict[str, Any] = {
+    name: field.default for name, field in GenerationCompleted.model_fields.items() if isinstance(field.default, str)
+}
 # Shorter than quota's holds live (15 minutes): no generation outlives its hold.
 DEADLINE_S = 600.0
 # What a process that dies may not have counted of a running answer.
@@ -130,9 +135,11 @@ class Generation:
         """From Claude's first word to the settlement on disk. Only the process's death ends it without one."""
         RUNNING.inc()
         try:
-            outcome = await self._read_from_claude()
-            event = await self._settle(outcome)
-            await self._say_the_end(event)
+            event = self.event(await self._read_from_claude())
+            # Quota is asked while the disk writes; what it says is shown once the event is on the disk.
+            asking = asyncio.create_task(self._ask_usage(event))
+            await self._settle(event)
+            self._say_the_end(await asking)
         finally:
             RUNNING.dec()
             self._is_over = True
@@ -239,8 +246,8 @@ class Generation:
         if error := task.exception():
             log.warning("checkpoint_not_written", generation_id=self.id, error=str(error))
 
-    async def _settle(self, outcome: Outcome) -> GenerationCompleted:
-        event = self.event(outcome)
+    async def _settle(self, event: GenerationCompleted) -> None:
+        outcome = event.data.outcome
         try:
             await self._parts.outbox.settle(event)
         except sqlite3.Error as error:
@@ -252,17 +259,20 @@ class Generation:
         TOKENS.labels("input").inc(event.data.tokens_used - (event.data.output_tokens or 0))
         TOKENS.labels("output").inc(event.data.output_tokens or 0)
         log.info("generation_settled", generation_id=self.id, outcome=outcome, tokens=event.data.tokens_used)
-        return event
 
-    async def _say_the_end(self, event: GenerationCompleted) -> None:
+    async def _ask_usage(self, event: GenerationCompleted) -> bytes | None:
         if event.data.outcome == "disconnected":
-            return  # nobody is listening
+            return None  # nobody is listening
         try:
-            usage = await self._parts.quota.usage(self.user_id)
-            self._usage = msgspec.Raw(usage)
-            self._frames.append(frame(b"usage", usage))
+            return await self._parts.quota.usage(self.user_id, including=event)
         except Unavailable as error:
             log.warning("usage_not_shown", generation_id=self.id, reason=error.detail)
+            return None
+
+    def _say_the_end(self, usage: bytes | None) -> None:
+        if usage is not None:
+            self._usage = msgspec.Raw(usage)
+            self._frames.append(frame(b"usage", usage))
         if self.problem:
             self._frames.append(frame(b"error", self.problem.body))
         else:
@@ -284,6 +294,7 @@ class Generation:
         source: UsageSource = "provider" if self._is_counted else "estimated"
         # Constructed, not validated: every part was validated where it came in, and this runs several times a stream.
         return GenerationCompleted.model_construct(
+            **_ENVELOPE,
             id=self.id,
             subject=self.user_id,
             time=utc_now(),

@@ -51,9 +51,12 @@ class Quota:
         )
         return authorization.validate_json(await call(self._nc, calls.AUTHORIZE, request))
 
-    async def usage(self, user_id: str) -> bytes:
-        """The body of GET /api/usage, as quota wrote it."""
-        return await call(self._nc, calls.USAGE, UsageQuery(user_id=user_id, pending=self._known(user_id)))
+    async def usage(self, user_id: str, *, including: GenerationCompleted | None = None) -> bytes:
+        """The body of GET /api/usage, as quota wrote it; with an event, too, that is not on the disk yet."""
+        pending = self._known(user_id)
+        if including:
+            pending += (Pending.of(including.id, including.data),)
+        return await call(self._nc, calls.USAGE, UsageQuery(user_id=user_id, pending=pending))
 
     def remember(self, event: GenerationCompleted) -> None:
         """The event is durable: from now on every answer includes it."""
