@@ -1,4 +1,4 @@
-"""Group commit: work that arrives while a transaction is under way shares the next one."""
+"""Work that arrives while a batch of it is under way shares the next batch: group commit, where it writes."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -8,17 +8,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class GroupCommit(Generic[Item, Result]):
-    """`await submit(item)` gives the item's own result once the transaction it was in is committed.
+class Batching(Generic[Item, Result]):
+    """`await submit(item)` gives the item's own result once the batch that it was in is done.
 
-    `commit` gets at most `size_max` items, in order of arrival, and returns a result for each. What it raises is
-    raised to every caller of that group.
+    `work` gets at most `size_max` items, in order of arrival, and returns a result for each. What it raises is
+    raised to every caller of that batch.
     """
 
-    def __init__(
-        self, commit: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]], *, size_max: int = 256
-    ) -> None:
-        self._commit = commit
+    def __init__(self, work: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]], *, size_max: int = 256) -> None:
+        self._work = work
         self._size_max = size_max
         self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
         self._running: asyncio.Task[None] | None = None
@@ -32,16 +30,16 @@ class GroupCommit(Generic[Item, Result]):
 
     async def _drain(self) -> None:
         while self._waiting:
-            group, self._waiting = self._waiting[: self._size_max], self._waiting[self._size_max :]
+            batch, self._waiting = self._waiting[: self._size_max], self._waiting[self._size_max :]
             outcomes: Sequence[Result | Exception]
             try:
-                outcomes = await self._commit([item for item, _ in group])
-                if len(outcomes) != len(group):
-                    raise RuntimeError(f"{len(outcomes)} results for {len(group)} items")
+                outcomes = await self._work([item for item, _ in batch])
+                if len(outcomes) != len(batch):
+                    raise RuntimeError(f"{len(outcomes)} results for {len(batch)} items")
             except Exception as error:  # noqa: BLE001 - handed to every caller, none is left waiting
-                outcomes = [error] * len(group)
-            for (_, future), outcome in zip(group, outcomes, strict=True):
-                if future.done():  # the caller was cancelled; its work is committed all the same
+                outcomes = [error] * len(batch)
+            for (_, future), outcome in zip(batch, outcomes, strict=True):
+                if future.done():  # the caller was cancelled; its work is done all the same
                     continue
                 if isinstance(outcome, Exception):
                     future.set_exception(outcome)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from shared.batching import GroupCommit
+from shared.batching import Batching
 from shared.errors import Misconfigured
 from shared.events import GenerationCompleted, encode
 
@@ -49,7 +49,7 @@ class Outbox:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute(_SCHEMA)
         self._thread = ThreadPoolExecutor(1, "outbox")
-        self._changes: GroupCommit[_Change, None] = GroupCommit(self._commit)
+        self._changes: Batching[_Change, None] = Batching(self._commit)
 
     def recover(self) -> list[GenerationCompleted]:
         """Settle what a process that died left open, as it stood. Returns all that the stream may not have."""

@@ -11,7 +11,7 @@ from services.quota import store
 from services.quota.domain import Account
 from shared import calls, streams
 from shared.answering import Call
-from shared.batching import GroupCommit
+from shared.batching import Batching
 from shared.calls import Authorization, Authorize, Granted, Refused, Usage, UsageQuery
 from shared.database import Database
 from shared.events import Event
@@ -30,7 +30,8 @@ class Handlers:
 
     def __init__(self, nc: Client, database: Database, plans: Plans) -> None:
         self._nc, self._database, self._plans = nc, database, plans
-        self._together: GroupCommit[Authorize, Authorization] = GroupCommit(self._authorize_all)
+        self._authorizing: Batching[Authorize, Authorization] = Batching(self._authorize_all)
+        self._looking_up: Batching[UsageQuery, Usage] = Batching(self._look_up_all)
         self._changed: dict[str, Account] = {}
         self._pushing: asyncio.Task[None] | None = None
         self.calls = (
@@ -40,7 +41,7 @@ class Handlers:
 
     async def authorize(self, request: Authorize) -> Authorization:
         """Hold room for a generation, or say why there is none. Requests that arrive together share a transaction."""
-        return await self._together.submit(request)
+        return await self._authorizing.submit(request)
 
     async def _authorize_all(self, requests: Sequence[Authorize]) -> list[Authorization]:
         answers, standing, at = await self._database.write(store.authorize, self._plans, requests)
@@ -54,8 +55,11 @@ class Handlers:
 
     async def usage(self, query: UsageQuery) -> Usage:
         """What a user has used and what is left, with the pending usage that the caller knows of."""
-        account = await self._database.read(store.account, self._plans, query.user_id, query.pending)
-        return account.usage
+        return await self._looking_up.submit(query)
+
+    async def _look_up_all(self, queries: Sequence[UsageQuery]) -> list[Usage]:
+        standing = await self._database.read(store.look_up, self._plans, queries)
+        return [standing[query.user_id].usage for query in queries]
 
     async def on_usage(self, events: list[Event], poison: list[Poison]) -> None:
         """Settle what happened: each event counted once, its hold released, in one transaction."""

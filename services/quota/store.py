@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from services.quota.domain import Account, Totals, hold_tokens, period_at
 from services.quota.models import Hold, Settlement, Subscription, UsageTotal
-from shared.calls import Authorize, Pending
+from shared.calls import Authorize, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted
 from shared.plans import Period, Plans
@@ -66,7 +66,7 @@ def authorize(
     """
     at = lock(db, (request.user_id for request in requests))
     standing = accounts(db, plans, {request.user_id for request in requests}, at=at)
-    _include(db, standing, [usage for request in requests for usage in request.pending], at=at)
+    _include(db, standing, requests, at=at)
     answers: list[int | None] = []
     rows: list[dict[str, object]] = []
     for request in requests:
@@ -119,12 +119,12 @@ def settle(
     return len(new_ids) + len(changes), standing
 
 
-def account(db: Connection, plans: Plans, user_id: str, pending: Sequence[Pending] = ()) -> Account:
-    """One user now, with `pending` usage that is not settled yet counted in place of its holds."""
+def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> dict[str, Account]:
+    """Users now, with the `pending` usage of theirs that is not settled yet counted in place of its holds."""
     at = now(db)
-    standing = accounts(db, plans, {user_id}, at=at)
-    _include(db, standing, pending, at=at)
-    return standing[user_id]
+    found = accounts(db, plans, {query.user_id for query in queries}, at=at)
+    _include(db, found, queries, at=at)
+    return found
 
 
 def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) -> dict[str, Account]:
@@ -162,12 +162,14 @@ def expired_holds(db: Connection) -> list[tuple[str, str, int]]:
     return [(row.generation_id, row.user_id, row.tokens) for row in db.execute(late)]
 
 
-def _include(db: Connection, standing: dict[str, Account], pending: Sequence[Pending], *, at: datetime) -> None:
-    waiting = {usage.id: usage for usage in pending if usage.user_id in standing}
+def _include(
+    db: Connection, standing: dict[str, Account], asked: Sequence[Authorize | UsageQuery], *, at: datetime
+) -> None:
+    waiting = {usage.id: usage for each in asked for usage in each.pending if usage.user_id == each.user_id}
     if not waiting:
         return
-    asked = {"event_ids": json.dumps(list(waiting)), "at": at}
-    for row in db.execute(_settled_or_held(db.dialect.name), asked):
+    known = {"event_ids": json.dumps(list(waiting)), "at": at}
+    for row in db.execute(_settled_or_held(db.dialect.name), known):
         usage = waiting[row.event_id]
         if row.is_settled:
             continue

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DatabaseError
 from services.quota import store
 from services.quota.__main__ import MIGRATIONS
 from services.quota.domain import Account
-from shared.calls import Authorize, Pending
+from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import Database, table_of
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted, new_id
 from shared.plans import Period, Plans
@@ -97,7 +97,8 @@ class Quota:
         await self.database.write(store.settle, self.plans, events)
 
     async def account(self, user_id: str = "user_1", *pending: Pending) -> Account:
-        return await self.database.read(store.account, self.plans, user_id, pending)
+        query = UsageQuery(user_id=user_id, pending=pending)
+        return (await self.database.read(store.look_up, self.plans, [query]))[user_id]
 
     async def account_at(self, moment: datetime, user_id: str = "user_1") -> Account:
         def work(db: Connection) -> Account:

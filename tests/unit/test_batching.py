@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from shared.batching import GroupCommit
+from shared.batching import Batching
 
 
 class Commits:
@@ -28,19 +28,19 @@ async def commits() -> Commits:
     return Commits()
 
 
-def submitted(together: GroupCommit[int, int], *numbers: int) -> list[asyncio.Task[int]]:
+def submitted(together: Batching[int, int], *numbers: int) -> list[asyncio.Task[int]]:
     return [asyncio.create_task(together.submit(number)) for number in numbers]
 
 
 async def test_each_caller_gets_its_own_result(commits: Commits) -> None:
     commits.gate.set()
-    together = GroupCommit(commits)
+    together = Batching(commits)
     assert await asyncio.gather(*submitted(together, *range(100))) == [number * 2 for number in range(100)]
     assert await together.submit(7) == 14
 
 
 async def test_what_arrives_during_a_commit_shares_the_next_in_order_of_arrival(commits: Commits) -> None:
-    together = GroupCommit(commits)
+    together = Batching(commits)
     first = submitted(together, 1)
     await commits.begun.wait()
     later = submitted(together, 5, 3, 4)
@@ -51,20 +51,20 @@ async def test_what_arrives_during_a_commit_shares_the_next_in_order_of_arrival(
 
 async def test_a_group_is_never_larger_than_its_limit(commits: Commits) -> None:
     commits.gate.set()
-    await asyncio.gather(*submitted(GroupCommit(commits, size_max=4), *range(10)))
+    await asyncio.gather(*submitted(Batching(commits, size_max=4), *range(10)))
     assert commits.groups == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 async def test_an_error_reaches_every_caller_of_its_group_and_none_of_the_next(commits: Commits) -> None:
     commits.gate.set()
-    together = GroupCommit(commits, size_max=3)
+    together = Batching(commits, size_max=3)
     outcomes = await asyncio.gather(*submitted(together, 1, -1, 2, 3, 4), return_exceptions=True)
     assert [str(outcome) for outcome in outcomes] == ["disk full"] * 3 + ["6", "8"]
     assert await together.submit(5) == 10
 
 
 async def test_a_caller_that_is_cancelled_loses_nobodys_work(commits: Commits) -> None:
-    together = GroupCommit(commits)
+    together = Batching(commits)
     first = submitted(together, 1)
     await commits.begun.wait()
     gone, waiting = submitted(together, 2, 3)
