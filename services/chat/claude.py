@@ -185,6 +185,8 @@ class Claude:
             base_url=base_url,
             # Each of the SDK's own retries can be billed, and none is counted.
             max_retries=0,
+            # Its spans could be told, by a variable, to carry what people wrote.
+            open_telemetry=False,
             http_client=DefaultAioHttpClient(
                 timeout=httpx2.Timeout(600, connect=5),
                 limits=httpx2.Limits(max_connections=2000, max_keepalive_connections=200),
