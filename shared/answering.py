@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.broker import ERROR, ERROR_CODE, connect_options, end_process
+from shared.broker import BROKER_GONE, ERROR, ERROR_CODE, close, connect_options, end_process
 from shared.consumer import Handler, consume
 from shared.database import Database
 from shared.errors import BadCall, Unavailable
@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 # Calls of one replica under way at once. Whoever asks beyond it hears so at once, instead of waiting in vain.
 CALLS_MAX = 4096
-LAST_ANSWERS_S = 10
+LAST_ANSWERS_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,15 @@ class Answering:
         await self._nc.flush()
 
     async def stop(self) -> None:
-        """Hear no more, and give the answers that are owed."""
-        for subscription in self._subscriptions:
-            await subscription.drain()  # type: ignore[no-untyped-call]
-        if self._under_way:
-            await asyncio.wait(self._under_way, timeout=LAST_ANSWERS_S)
+        """Hear no more, and give the answers that are owed, to callers who still wait for them."""
+        try:
+            async with asyncio.timeout(LAST_ANSWERS_S):
+                for subscription in self._subscriptions:
+                    await subscription.drain()  # type: ignore[no-untyped-call]
+                if self._under_way:
+                    await asyncio.wait(self._under_way)
+        except BROKER_GONE as error:
+            log.warning("calls_not_drained", error=repr(error))
 
     def _heard(self, call: Call) -> Callable[[Msg], Awaitable[None]]:
         async def heard(message: Msg) -> None:
@@ -109,11 +113,9 @@ async def running(
         yield
     finally:
         consuming.cancel()
-        with suppress(asyncio.CancelledError):
-            await consuming
-        with suppress(NatsError):
-            await answering.stop()
-            await nc.close()
+        await asyncio.wait([consuming])
+        await answering.stop()
+        await close(nc)
 
 
 def _consumer_ended(consuming: asyncio.Task[None]) -> None:

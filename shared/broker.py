@@ -1,5 +1,6 @@
 """One way to connect to NATS, with the client's dangerous defaults put right, and one way to call over it."""
 
+import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,10 @@ log = structlog.get_logger()
 
 ERROR_CODE = "Nats-Service-Error-Code"
 ERROR = "Nats-Service-Error"
+
+# What the client raises when the broker went first. The RuntimeError is uvloop's, of a transport that is closed.
+BROKER_GONE = (NatsError, OSError, RuntimeError)
+CLOSE_S = 2.0
 
 # Callers promise a 503 within two seconds; this leaves them time to say it.
 TIMEOUT_S = 1.5
@@ -76,6 +81,15 @@ async def connect(url: str, *, name: str, on_reconnect: Callable[[], None] | Non
     """A client that fails at once while disconnected; by default it sends later what it said had failed."""
     options: dict[str, Any] = {**connect_options(name, on_reconnect=on_reconnect)}
     return await nats.connect(url, pending_size=0, **options)
+
+
+async def close(nc: Client) -> None:
+    """Send what is left to send, if the broker is there to hear it: one that is gone keeps nobody from ending."""
+    try:
+        async with asyncio.timeout(CLOSE_S):
+            await nc.close()
+    except BROKER_GONE as error:
+        log.warning("nats_not_closed_in_order", error=repr(error))
 
 
 def end_process(reason: str) -> None:

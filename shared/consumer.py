@@ -14,7 +14,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 from sqlalchemy.exc import DataError, IntegrityError
 
-from shared.broker import end_process
+from shared.broker import BROKER_GONE, end_process
 from shared.errors import PoisonMessage
 from shared.events import Event, decode
 from shared.quarantine import Poison
@@ -47,7 +47,7 @@ async def consume(nc: Client, durable: str, handle: Handler) -> None:
         end_process("the connection to the broker is closed")
     finally:
         watching.cancel()
-        with suppress(NatsError):
+        with suppress(*BROKER_GONE):
             # nats-py's drain would wait half a minute for messages of a pull that nobody reads any more.
             await pulling.unsubscribe()
 

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager, suppress
 import structlog
 from fastapi import FastAPI
 from nats.aio.client import Client
-from nats.errors import Error as NatsError
 from starlette.middleware.cors import CORSMiddleware
 
 from services.chat import identity, problems
@@ -23,7 +22,7 @@ from services.chat.routes import chat, page, plans, usage
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
 from shared import streams
-from shared.broker import connect_options, end_process
+from shared.broker import close, connect_options, end_process
 from shared.errors import Misconfigured, Unavailable
 from shared.plans import Plans
 from shared.telemetry import Missing, probes
@@ -102,8 +101,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 pass
     await publisher.close()
     connecting.cancel()
-    with suppress(NatsError):
-        await nc.close()
+    await close(nc)
     await claude.close()
     outbox.close()
 
