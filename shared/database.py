@@ -36,7 +36,8 @@ from shared.errors import Misconfigured
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-BUSY_TIMEOUT_S = 5
+# No caller waits for longer; a batch of events comes again by itself.
+BUSY_TIMEOUT_S = 2
 WRITERS = 4
 READERS = 4
 Rows = list[dict[str, Any]]

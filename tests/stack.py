@@ -193,3 +193,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One stack for all tests of the run; they keep apart by their users' ids, and leave it whole."""
     with Stack(tmp_path_factory.mktemp("stack") / "data") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def counted_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Another, on which only Claude's answers are counted: together they are what the stand-in gave."""
+    with Stack(tmp_path_factory.mktemp("counted") / "data") as running:
+        yield running

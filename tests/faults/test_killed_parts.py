@@ -2,6 +2,7 @@
 
 import asyncio
 
+import psutil
 import pytest
 
 from tests.fixtures import eventually
@@ -37,6 +38,20 @@ async def test_a_killed_part_costs_no_token(stack: Stack, part: str) -> None:
         return recorded(stack) == totalled(stack) == gave and not open_holds(stack)
 
     await eventually(all_agree)
+
+
+async def test_parts_that_are_told_to_end_together_with_their_broker_end_in_order(stack: Stack) -> None:
+    parts = [psutil.Process(stack.pid(part)) for part in ("broker", "quota", "ledger")]
+    for part in parts:
+        part.terminate()
+    _, alive = psutil.wait_procs(parts, timeout=5)
+    assert not alive
+
+    await stack.answers(f"{stack.url}/readyz")
+    said = [
+        line for part in ("quota", "ledger") for line in (stack.data / f"logs/{part}.log").read_text().splitlines()
+    ]
+    assert [line for line in said if not line.startswith("{")] == []  # a traceback is no JSON
 
 
 async def test_a_killed_chat_settles_what_it_left_open_as_it_stood(stack: Stack) -> None:

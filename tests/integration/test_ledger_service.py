@@ -283,6 +283,7 @@ async def test_without_its_stream_the_ledger_refuses_to_start_with_a_sentence(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)  # every stack does it on SQLite
 async def test_the_process_migrates_serves_and_ends_in_order(
     nats: Client, own_nats_server: str, database_url: str
 ) -> None:
