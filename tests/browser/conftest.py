@@ -5,7 +5,8 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from playwright.async_api import BrowserContext, Page, async_playwright, expect
+import pytest_asyncio
+from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
 from tests.left_out import left_out
 
@@ -23,24 +24,30 @@ ARGUMENTS = [
 expect.set_options(timeout=15_000)
 
 
-@pytest.fixture
+@pytest.fixture(scope="package")
 def chromium() -> Path:
     if not CHROMIUM.exists():
         left_out(f"{CHROMIUM} is missing: install Chromium to test the rail")
     return CHROMIUM
 
 
-@pytest.fixture
-async def context(chromium: Path) -> AsyncIterator[BrowserContext]:
-    """One person's browser: its tabs share local storage."""
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
+async def browser(chromium: Path) -> AsyncIterator[Browser]:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        context = await browser.new_context(locale="en-GB", timezone_id="Europe/Vienna")
-        yield context
+        yield browser
         await browser.close()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
+async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
+    """One person's browser: its tabs share local storage."""
+    context = await browser.new_context(locale="en-GB", timezone_id="Europe/Vienna")
+    yield context
+    await context.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
 async def page(context: BrowserContext) -> Page:
     return await context.new_page()
 

@@ -8,6 +8,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from playwright.async_api import BrowserContext, Locator, Page, Route, expect
 
+# One browser serves all tests, each with a profile of its own; it lives in one event loop.
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
 LOCAL_NOTICE = "Counting locally: the server cannot be reached."
 USAGE_CALLS = "**/api/usage**"
 CHAT_CALLS = "**/api/chat"
