@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 
 import structlog
 from fastapi import FastAPI
+from fastapi_swagger import patch_fastapi  # type: ignore[import-untyped]
 from nats.aio.client import Client
 from starlette.middleware.cors import CORSMiddleware
 
@@ -40,7 +41,9 @@ def create_app(settings: Settings) -> FastAPI:
         version="1",
         summary="Metered Claude chat: every token counted once, and the person who chats sees what is left.",
         lifespan=_lifespan,
+        docs_url=None,
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
         responses=problems.RESPONSES,
     )
     app.state.settings = settings
@@ -48,6 +51,8 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     for routes in (chat, usage, plans, page):
         app.include_router(routes.router)
+    # FastAPI's own page loads its viewer from another site; this one brings it along.
+    patch_fastapi(app, redirect_from_root_to_docs=False)
     app.router.routes.extend(probes(lambda: _missing(app)))
     app.mount("/web", page.web_files)
     app.add_middleware(BodyLimit)

@@ -110,14 +110,8 @@ class Generation:
             granted = await self._parts.quota.authorize(
                 self._parts.claude, self._prompt, generation_id=self.id, user_id=self.user_id
             )
-        except Unanswered:
-            await intending
-            await outbox.settle(intent)
-            self._parts.publisher.offer([intent])
-            raise
-        except (Problem, Unavailable):
-            await intending
-            await outbox.forget([self.id])
+        except (Problem, Unavailable) as refusal:
+            await self._withdraw(intent, intending, may_be_held=isinstance(refusal, Unanswered))
             raise
         self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)
         self._started_at = granted.started_at
@@ -130,6 +124,19 @@ class Generation:
             log.error("outbox_cannot_intend", generation_id=self.id, error=str(error))
             self._parts.publisher.offer([intent])
             raise Unavailable("This service cannot write to its disk.", retry_after_s=5) from error
+
+    async def _withdraw(
+        self, intent: GenerationCompleted, intending: asyncio.Task[None], *, may_be_held: bool
+    ) -> None:
+        """Claude was never asked. Where a hold may stand all the same, the intent, of no tokens, is settled."""
+        outbox = self._parts.outbox
+        try:
+            await intending
+            await (outbox.settle(intent) if may_be_held else outbox.forget([self.id]))
+        except sqlite3.Error as error:
+            log.error("outbox_cannot_withdraw", generation_id=self.id, error=str(error))
+        if may_be_held:
+            self._parts.publisher.offer([intent])
 
     async def run(self) -> None:
         """From Claude's first word to the settlement on disk. Only the process's death ends it without one."""
