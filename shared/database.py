@@ -82,7 +82,9 @@ class Database:
             self._write_threads = ThreadPoolExecutor(1, "writer")
         else:
             parsed = parsed.set(drivername="postgresql+psycopg")
-            self._writer = create_engine(parsed, pool_size=WRITERS + READERS, max_overflow=0, pool_pre_ping=True)
+            self._writer = create_engine(
+                parsed, pool_size=WRITERS + READERS, max_overflow=0, pool_pre_ping=True, pool_reset_on_return=None
+            )
             # One snapshot for all statements of a read, as SQLite gives it.
             self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ")
             self._write_threads = ThreadPoolExecutor(WRITERS, "writer")
@@ -131,6 +133,7 @@ def _sqlite_engine(url: URL, *, begin: str, connections: int) -> Engine:
         pool_size=connections,
         max_overflow=0,
         poolclass=QueuePool,
+        pool_reset_on_return=None,  # what is not committed is rolled back already
         connect_args={"isolation_level": None, "check_same_thread": False, "timeout": BUSY_TIMEOUT_S},
     )
 

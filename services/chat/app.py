@@ -82,7 +82,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     watchers = Watchers(nc, quota)
     app.state.nc, app.state.quota, app.state.generations, app.state.watchers = nc, quota, generations, watchers
     app.state.reports = Reports(nc, outbox, publisher, quota)
-    app.state.subscriptions = Subscriptions(nc)
+    app.state.subscriptions = Subscriptions(nc, quota)
 
     def end_streams() -> None:
         watchers.close()

@@ -1,7 +1,7 @@
 """What quota does when it is asked, and when something happened."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import structlog
 from nats.aio.client import Client
@@ -32,7 +32,7 @@ class Handlers:
         self._nc, self._database, self._plans = nc, database, plans
         self._authorizing: Batching[Authorize, Authorization] = Batching(self._authorize_all)
         self._looking_up: Batching[UsageQuery, Usage] = Batching(self._look_up_all)
-        self._changed: dict[str, Account] = {}
+        self._changed: set[str] = set()
         self._pushing: asyncio.Task[None] | None = None
         self.calls = (
             Call(calls.AUTHORIZE, Authorize, self.authorize),
@@ -67,18 +67,18 @@ class Handlers:
         self._push_soon(standing)
         log.info("usage_settled", received=len(events), settled=settled, users=len(standing))
 
-    def _push_soon(self, standing: dict[str, Account]) -> None:
-        self._changed |= standing
-        if self._pushing is None and standing:
+    def _push_soon(self, user_ids: Iterable[str]) -> None:
+        self._changed.update(user_ids)
+        if self._pushing is None and self._changed:
             self._pushing = asyncio.create_task(self._push())
 
     async def _push(self) -> None:
-        """Tell whoever watches these users. Not durable: a watcher that missed one asks again."""
+        """Tell whoever watches these users to ask. Not durable: a watcher that missed one asks again by itself."""
         await asyncio.sleep(PUSH_AFTER_S)
-        changed, self._changed, self._pushing = self._changed, {}, None
+        changed, self._changed, self._pushing = self._changed, set(), None
         try:
-            for user_id, account in changed.items():
-                await self._nc.publish(streams.quota_updated(user_id), account.usage.model_dump_json().encode())
+            for user_id in changed:
+                await self._nc.publish(streams.quota_updated(user_id))
         except NatsError as error:
             log.warning("changes_not_pushed", users=len(changed), error=repr(error))
 

@@ -297,7 +297,8 @@ async def test_whoever_watches_a_user_is_told_of_every_change(quota: Quota, nats
     await nats.flush()
 
     async def next_told() -> tuple[str, int, int]:
-        usage = Usage.model_validate_json((await mine.next_msg(timeout=PATIENCE_S)).data)
+        await mine.next_msg(timeout=PATIENCE_S)
+        usage = await usage_of(nats, user_id)
         return usage.tier, usage.tokens_used, usage.tokens_held
 
     request = asking(user_id)
