@@ -11,11 +11,13 @@ Result = TypeVar("Result")
 class Batching(Generic[Item, Result]):
     """`await submit(item)` gives the item's own result once the batch that it was in is done.
 
-    `work` gets at most `size_max` items, in order of arrival, and returns a result for each. What it raises is
-    raised to every caller of that batch.
+    `work` gets at most `size_max` items, in order of arrival, and returns a result for each, or the exception that is
+    raised to its caller. What it raises is raised to every caller of that batch.
     """
 
-    def __init__(self, work: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]], *, size_max: int = 256) -> None:
+    def __init__(
+        self, work: Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]], *, size_max: int = 256
+    ) -> None:
         self._work = work
         self._size_max = size_max
         self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []

@@ -29,7 +29,7 @@ from services.chat.problems import Problem
 from services.chat.publisher import Publisher
 from services.chat.quota import Quota
 from services.chat.sse import KEEPALIVE, frame
-from shared.errors import Unanswered, Unavailable
+from shared.errors import BadCall, Unanswered, Unavailable
 from shared.events import Generation as Usage
 from shared.events import GenerationCompleted, Metadata, Outcome, TokenCounts, UsageSource, utc_now
 
@@ -110,7 +110,7 @@ class Generation:
             granted = await self._parts.quota.authorize(
                 self._parts.claude, self._prompt, generation_id=self.id, user_id=self.user_id
             )
-        except (Problem, Unavailable) as refusal:
+        except (Problem, Unavailable, BadCall) as refusal:
             await self._withdraw(intent, intending, may_be_held=isinstance(refusal, Unanswered))
             raise
         self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 
 import structlog
 from nats.aio.client import Client
@@ -9,11 +10,13 @@ from nats.errors import Error as NatsError
 
 from services.quota import store
 from services.quota.domain import Account
+from services.quota.store import Grant, Taken
 from shared import calls, streams
 from shared.answering import Call
 from shared.batching import Batching
 from shared.calls import Authorization, Authorize, Granted, Refused, Usage, UsageQuery
 from shared.database import Database
+from shared.errors import BadCall
 from shared.events import Event
 from shared.plans import Plans
 from shared.quarantine import Poison
@@ -43,14 +46,12 @@ class Handlers:
         """Hold room for a generation, or say why there is none. Requests that arrive together share a transaction."""
         return await self._authorizing.submit(request)
 
-    async def _authorize_all(self, requests: Sequence[Authorize]) -> list[Authorization]:
+    async def _authorize_all(self, requests: Sequence[Authorize]) -> list[Authorization | Exception]:
         answers, standing, at = await self._database.write(store.authorize, self._plans, requests)
         self._push_soon(standing)
         return [
-            Granted(output_tokens_max=granted, started_at=at)
-            if granted is not None
-            else _refusal(standing[request.user_id], retry_after_s=standing[request.user_id].retry_after_s(at))
-            for request, granted in zip(requests, answers, strict=True)
+            _authorization(answer, standing[request.user_id], at)
+            for request, answer in zip(requests, answers, strict=True)
         ]
 
     async def usage(self, query: UsageQuery) -> Usage:
@@ -88,9 +89,13 @@ class Handlers:
             log.warning("hold_expired", generation_id=generation_id, user_id=user_id, tokens=tokens)
 
 
-def _refusal(account: Account, *, retry_after_s: int) -> Refused:
+def _authorization(answer: Grant | Taken | None, account: Account, at: datetime) -> Authorization | Exception:
+    if isinstance(answer, Taken):
+        return BadCall("generation_id is of a generation that is over, or another user's: make a new one")
+    if answer is not None:
+        return Granted(output_tokens_max=answer.output_tokens, started_at=answer.started_at)
     return Refused(
         tokens_available=account.allowance.available_tokens or 0,
-        retry_after_s=retry_after_s,
+        retry_after_s=account.retry_after_s(at),
         usage=account.usage,
     )

@@ -49,10 +49,14 @@ class Settlement(SQLModel, table=True):
     output_tokens: int = Field(sa_type=BigInteger)
     cache_creation_input_tokens: int = Field(sa_type=BigInteger)
     cache_read_input_tokens: int = Field(sa_type=BigInteger)
+    is_late: bool = False
 
 
 class Hold(SQLModel, table=True):
-    """Tokens set aside for a generation under way. It counts until it is settled or its time is over."""
+    """Tokens set aside for a generation under way, `output_tokens` of them for what Claude writes.
+
+    It counts in the period of `started_at` until it is settled or its time is over. Settled after that, it is late.
+    """
 
     __tablename__ = "holds"
     __table_args__ = (Index("holds_by_user", "user_id", "expires_at"),)
@@ -61,5 +65,7 @@ class Hold(SQLModel, table=True):
     user_id: str = Field(sa_type=Text)
     period_start: datetime = Field(sa_type=UtcDateTime)
     tokens: int = Field(sa_type=BigInteger)
+    output_tokens: int = Field(sa_type=BigInteger)
+    started_at: datetime = Field(sa_type=UtcDateTime)
     expires_at: datetime = Field(sa_type=UtcDateTime)
     reported_at: datetime | None = Field(default=None, sa_type=UtcDateTime)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     JSON,
     Connection,
-    Delete,
+    Executable,
     FromClause,
     Select,
     Text,
@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from services.quota.domain import Account, Totals, hold_tokens, period_at
 from services.quota.models import Hold, Settlement, Subscription, UsageTotal
-from shared.calls import Authorize, UsageQuery
+from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted
 from shared.plans import Period, Plans
@@ -57,42 +57,82 @@ def lock(db: Connection, user_ids: Iterable[str]) -> datetime:
     return now(db)
 
 
+class Grant(NamedTuple):
+    """The output that a generation may have, and the database's clock when it was authorized."""
+
+    output_tokens: int
+    started_at: datetime
+
+
+class Taken(Exception):
+    """Nothing can be held under this generation id: it is settled, or expired, or another user's."""
+
+
 def authorize(
     db: Connection, plans: Plans, requests: Sequence[Authorize]
-) -> tuple[list[int | None], dict[str, Account], datetime]:
+) -> tuple[list[Grant | Taken | None], dict[str, Account], datetime]:
     """Hold what fits, request by request, in order: used + held never passes the limit.
 
-    The output granted to each request (None: refused), the accounts as they stand afterwards, and the moment.
+    A generation that has its hold already is answered as it was before, and holds nothing more. Returns what each
+    request is granted (None: it is refused), the accounts as they stand afterwards, and the moment.
     """
     at = lock(db, (request.user_id for request in requests))
     standing = accounts(db, plans, {request.user_id for request in requests}, at=at)
-    _include(db, standing, requests, at=at)
-    answers: list[int | None] = []
-    rows: list[dict[str, object]] = []
+    pending = _pending(requests)
+    settled, held = _known(db, [*pending, *(request.generation_id for request in requests)])
+    _include(standing, pending, settled, held, at=at)
+    answers: list[Grant | Taken | None] = []
+    added: list[_Hold] = []
     for request in requests:
-        user = standing[request.user_id]
-        granted = user.allowance.output_granted(
-            user.plan.weights,
-            input_tokens_max=request.input_tokens_max,
-            output_tokens_min=request.output_tokens_min,
-            output_tokens_max=request.output_tokens_max,
-        )
-        answers.append(granted)
-        if granted is None:
-            continue
-        tokens = hold_tokens(user.plan.weights, input_tokens_max=request.input_tokens_max, output_tokens_max=granted)
-        standing[request.user_id] = user.holding(tokens)
-        rows.append(
-            {
-                "generation_id": request.generation_id,
-                "user_id": request.user_id,
-                "period_start": user.period.start,
-                "tokens": tokens,
-                "expires_at": at + HOLD_TTL,
-            }
-        )
-    insert_new(db, holds, rows)
+        user, hold = standing[request.user_id], held.get(request.generation_id)
+        if request.generation_id in settled or (hold and not hold.stands(request.user_id, at)):
+            answers.append(Taken())
+        elif hold:
+            answers.append(Grant(hold.output_tokens, hold.started_at))
+        elif hold := _hold(user, request, at=at):
+            held[request.generation_id] = hold
+            standing[request.user_id] = user.holding(hold.tokens)
+            added.append(hold)
+            answers.append(Grant(hold.output_tokens, at))
+        else:
+            answers.append(None)
+    insert_new(db, holds, [hold._asdict() for hold in added])
     return answers, standing, at
+
+
+class _Hold(NamedTuple):
+    generation_id: str
+    user_id: str
+    period_start: datetime
+    tokens: int
+    output_tokens: int
+    started_at: datetime
+    expires_at: datetime
+
+    def stands(self, user_id: str, at: datetime) -> bool:
+        return self.user_id == user_id and self.expires_at > at
+
+
+def _hold(user: Account, request: Authorize, *, at: datetime) -> _Hold | None:
+    """The hold for as much of what is asked as fits; None when too little does."""
+    weights, input_tokens = user.plan.weights, request.input_tokens_max
+    output_tokens = user.allowance.output_granted(
+        weights,
+        input_tokens_max=input_tokens,
+        output_tokens_min=request.output_tokens_min,
+        output_tokens_max=request.output_tokens_max,
+    )
+    if output_tokens is None:
+        return None
+    return _Hold(
+        request.generation_id,
+        request.user_id,
+        user.period.start,
+        hold_tokens(weights, input_tokens_max=input_tokens, output_tokens_max=output_tokens),
+        output_tokens,
+        started_at=at,
+        expires_at=at + HOLD_TTL,
+    )
 
 
 def settle(
@@ -106,10 +146,11 @@ def settle(
     at = lock(db, user_ids)
     changes = [event for event in events if isinstance(event, SubscriptionChanged)]
     _change_subscriptions(db, changes)
-    arrived = {event.id: _settlement(event) for event in events if not isinstance(event, SubscriptionChanged)}
-    new_ids = insert_new(db, settlements, list(arrived.values()), returning="event_id")
     generation_ids = [event.data.generation_id for event in events if isinstance(event, GenerationCompleted)]
-    db.execute(_release(db.dialect.name), {"generation_ids": json.dumps(generation_ids)})
+    released = db.execute(_release(db.dialect.name), {"generation_ids": json.dumps(generation_ids)})
+    late = {hold.generation_id for hold in released if hold.expires_at <= at}
+    arrived = {event.id: _settlement(event, late) for event in events if not isinstance(event, SubscriptionChanged)}
+    new_ids = insert_new(db, settlements, list(arrived.values()), returning="event_id")
     new = [arrived[event_id] for event_id in new_ids]
     _add_to_totals(db, new)
     standing = accounts(db, plans, user_ids, at=at)
@@ -123,7 +164,8 @@ def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> dict
     """Users now, with the `pending` usage of theirs that is not settled yet counted in place of its holds."""
     at = now(db)
     found = accounts(db, plans, {query.user_id for query in queries}, at=at)
-    _include(db, found, queries, at=at)
+    if pending := _pending(queries):
+        _include(found, pending, *_known(db, list(pending)), at=at)
     return found
 
 
@@ -135,7 +177,12 @@ def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) 
     for row in db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}):
         plan = plans.of(row.tier)
         period = period_at(at, plan, row.time_zone)
-        found[row.user_id] = Account(row.user_id, plan, period, Totals(), int(row.held))
+        held = (
+            int(row.held)
+            if row.held_since is None or period.covers(row.held_since)
+            else _held(db, row.user_id, period, at)
+        )
+        found[row.user_id] = Account(row.user_id, plan, period, Totals(), held)
         if (row.period_start, row.period_end) == (period.start, period.end or FOR_EVER):
             kept[row.user_id] = _counts(row)
         if row.has_settlements:
@@ -150,6 +197,12 @@ def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) 
     return {user_id: replace(user, totals=kept.get(user_id, Totals())) for user_id, user in found.items()}
 
 
+def _held(db: Connection, user_id: str, period: Period, at: datetime) -> int:
+    """What the user's open holds of this period hold: for the minutes in which some are of the period before."""
+    of_period = (holds.c.user_id == user_id, holds.c.expires_at > at, holds.c.started_at >= period.start)
+    return int(db.execute(select(func.coalesce(func.sum(holds.c.tokens), 0)).where(*of_period)).scalar_one())
+
+
 def expired_holds(db: Connection) -> list[tuple[str, str, int]]:
     """(generation, user, tokens) of holds whose time is over and that nobody settled: each is reported once."""
     at = now(db)
@@ -162,20 +215,34 @@ def expired_holds(db: Connection) -> list[tuple[str, str, int]]:
     return [(row.generation_id, row.user_id, row.tokens) for row in db.execute(late)]
 
 
+def _pending(asked: Sequence[Authorize | UsageQuery]) -> dict[str, Pending]:
+    return {usage.id: usage for each in asked for usage in each.pending if usage.user_id == each.user_id}
+
+
+def _known(db: Connection, event_ids: list[str]) -> tuple[set[str], dict[str, _Hold]]:
+    """Which of these are settled, and the holds that have not been settled, expired ones included."""
+    rows = db.execute(_settled_or_held(db.dialect.name), {"event_ids": json.dumps(event_ids)}).all()
+    settled = {row.event_id for row in rows if row.is_settled}
+    held = {row.event_id: _Hold(*row[2:]) for row in rows if row.user_id is not None}
+    return settled, held
+
+
 def _include(
-    db: Connection, standing: dict[str, Account], asked: Sequence[Authorize | UsageQuery], *, at: datetime
+    standing: dict[str, Account],
+    pending: dict[str, Pending],
+    settled: set[str],
+    held: dict[str, _Hold],
+    *,
+    at: datetime,
 ) -> None:
-    waiting = {usage.id: usage for each in asked for usage in each.pending if usage.user_id == each.user_id}
-    if not waiting:
-        return
-    known = {"event_ids": json.dumps(list(waiting)), "at": at}
-    for row in db.execute(_settled_or_held(db.dialect.name), known):
-        usage = waiting[row.event_id]
-        if row.is_settled:
+    """Count what is pending and not settled yet, in place of its hold."""
+    for usage in pending.values():
+        if usage.id in settled:
             continue
-        standing[usage.user_id] = standing[usage.user_id].including(usage)
-        if row.user_id == usage.user_id:
-            standing[usage.user_id] = standing[usage.user_id].holding(-row.tokens)
+        user, hold = standing[usage.user_id].including(usage), held.get(usage.id)
+        if hold and hold.stands(usage.user_id, at) and user.period.covers(hold.started_at):
+            user = user.holding(-hold.tokens)
+        standing[usage.user_id] = user
 
 
 # Statements of the hot path are built once: building one costs more than running it.
@@ -193,17 +260,16 @@ def _listed(dialect: str, parameter: str) -> FromClause:
 def _standing(dialect: str) -> Select[Any]:
     """A row for each user and each of the totals that cover `at`: plan, holds, raw sums."""
     users, at = _listed(dialect, "user_ids"), bindparam("at", type_=UtcDateTime)
-    held = (
-        select(func.coalesce(func.sum(holds.c.tokens), 0))
-        .where(holds.c.user_id == users.c.item, holds.c.expires_at > at)
-        .scalar_subquery()
-    )
+    is_open = and_(holds.c.user_id == users.c.item, holds.c.expires_at > at)
+    held = select(func.coalesce(func.sum(holds.c.tokens), 0)).where(is_open).scalar_subquery()
+    held_since = select(func.min(holds.c.started_at)).where(is_open).scalar_subquery()
     covering = and_(totals.c.user_id == users.c.item, totals.c.period_start <= at, totals.c.period_end > at)
     return select(
         users.c.item.label("user_id"),
         subscriptions.c.tier,
         subscriptions.c.time_zone,
         held.label("held"),
+        held_since.label("held_since"),
         exists().where(settlements.c.user_id == users.c.item).label("has_settlements"),
         *(column for column in totals.c if column.name != "user_id"),
     ).select_from(users.outerjoin(subscriptions, subscriptions.c.user_id == users.c.item).outerjoin(totals, covering))
@@ -211,20 +277,20 @@ def _standing(dialect: str) -> Select[Any]:
 
 @cache
 def _settled_or_held(dialect: str) -> Select[Any]:
-    """A row for each event: whether it is settled, and its open hold, if it has one."""
+    """A row for each event: whether it is settled, and its hold, if it has one."""
     events = _listed(dialect, "event_ids")
-    is_open = holds.c.expires_at > bindparam("at", type_=UtcDateTime)
     return select(
         events.c.item.label("event_id"),
         exists().where(settlements.c.event_id == events.c.item).label("is_settled"),
-        *holds.c["user_id", "tokens"],
-    ).select_from(events.outerjoin(holds, and_(holds.c.generation_id == events.c.item, is_open)))
+        *holds.c[*_Hold._fields],
+    ).select_from(events.outerjoin(holds, holds.c.generation_id == events.c.item))
 
 
 @cache
-def _release(dialect: str) -> Delete:
+def _release(dialect: str) -> Executable:
     generations = _listed(dialect, "generation_ids")
-    return delete(holds).where(holds.c.generation_id.in_(select(generations.c.item)))
+    released = delete(holds).where(holds.c.generation_id.in_(select(generations.c.item)))
+    return released.returning(*holds.c["generation_id", "expires_at"])
 
 
 @cache
@@ -255,10 +321,17 @@ def _counts(row: object) -> Totals:
     return Totals(*(int(getattr(row, name)) for name in COUNTS))
 
 
-def _settlement(event: GenerationCompleted | UsageAdjusted) -> dict[str, object]:
+def _settlement(event: GenerationCompleted | UsageAdjusted, late: set[str]) -> dict[str, object]:
     started_at = event.data.started_at if isinstance(event, GenerationCompleted) else event.data.effective_at
     counts = {name: getattr(event.data, name, None) or 0 for name in COUNTS}
-    return {"event_id": event.id, "user_id": event.data.user_id, "started_at": started_at, **counts}
+    is_late = isinstance(event, GenerationCompleted) and event.data.generation_id in late
+    return {
+        "event_id": event.id,
+        "user_id": event.data.user_id,
+        "started_at": started_at,
+        "is_late": is_late,
+        **counts,
+    }
 
 
 def _add_to_totals(db: Connection, arrived: Sequence[dict[str, object]]) -> None:

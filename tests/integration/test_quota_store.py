@@ -91,6 +91,9 @@ class Quota:
 
     async def authorize(self, *requests: Authorize) -> list[int | None]:
         """The output granted to each."""
+        return list(map(output_tokens, await self.ask(*requests)))
+
+    async def ask(self, *requests: Authorize) -> list[store.Grant | store.Taken | None]:
         return (await self.database.write(store.authorize, self.plans, requests))[0]
 
     async def settle(self, *events: Event) -> None:
@@ -119,6 +122,12 @@ class Quota:
             lambda db: db.execute(update(store.holds).where(which).values(expires_at=datetime.now(UTC) + time))
         )
 
+    async def move(self, request: Authorize, moment: datetime) -> None:
+        """As if it had been authorized then."""
+        which = store.holds.c.generation_id == request.generation_id
+        times = {"started_at": moment, "expires_at": moment + store.HOLD_TTL}
+        await self.database.write(lambda db: db.execute(update(store.holds).where(which).values(times)))
+
     async def totals(self, user_id: str = "user_1") -> dict[tuple[datetime, datetime], int]:
         """What is kept for each period."""
         kept = select(store.totals).where(store.totals.c.user_id == user_id)
@@ -138,6 +147,11 @@ class Quota:
             ]
 
         return await self.database.read(work)
+
+
+def output_tokens(answer: store.Grant | store.Taken | None) -> int | None:
+    assert not isinstance(answer, store.Taken)
+    return answer and answer.output_tokens
 
 
 def _sum(name: str, total: RowMapping, settled: Sequence[RowMapping]) -> int:
@@ -220,6 +234,59 @@ async def test_of_many_that_arrive_together_those_that_fit_are_granted_in_order(
         20_000,
     ]
     assert (await quota.account()).held_tokens == 90_000
+
+
+async def test_asked_twice_for_one_generation_the_answer_and_the_hold_are_the_same(quota: Quota) -> None:
+    await quota.settle(spent(LIMIT - 1_300))
+    request = asking()
+    first = await quota.ask(request)
+    assert await quota.ask(request, request) == first * 2
+    twice = asking("user_2")
+    one, other = await quota.ask(twice, twice)
+    assert one == other
+    assert [(await quota.account(user)).held_tokens for user in ("user_1", "user_2")] == [1_300, 2_000]
+
+
+async def test_nothing_is_held_for_a_generation_that_is_over_or_another_users(quota: Quota) -> None:
+    over, expired, theirs = asking(), asking(), asking("user_2")
+    await quota.ask(expired, theirs)
+    await quota.settle(ending(over))  # it was never authorized here, or its authorization comes late
+    await quota.let_expire(expired.generation_id)
+    mine = theirs.model_copy(update={"user_id": "user_1"})
+    answers = await quota.ask(over, expired, mine, over)
+    assert all(isinstance(answer, store.Taken) for answer in answers)
+    assert (await quota.account()).held_tokens == 0
+    assert (await quota.account("user_2")).held_tokens == 2_000
+
+
+async def test_a_settlement_after_its_holds_time_counts_and_is_marked_late(quota: Quota) -> None:
+    in_time, late = asking(), asking()
+    await quota.ask(in_time, late)
+    await quota.let_expire(late.generation_id)
+    report = spent(500)
+    await quota.settle(ending(late), ending(in_time), report)
+    await quota.settle(ending(late))
+
+    marks = select(*store.settlements.c["event_id", "is_late"])
+    rows = await quota.database.read(lambda db: db.execute(marks).all())
+    assert {row.event_id: row.is_late for row in rows} == {
+        in_time.generation_id: False,
+        late.generation_id: True,
+        report.id: False,
+    }
+    assert (await quota.account()).used_tokens == 2_500
+
+
+async def test_a_hold_counts_in_the_period_in_which_it_was_authorized(quota: Quota) -> None:
+    before, after = asking(), asking(beside=5_000)
+    await quota.ask(before, after)
+    end = (await quota.account()).period.end
+    assert end is not None
+    await quota.move(before, end - TICK)
+    await quota.move(after, end)
+
+    assert (await quota.account_at(end - TICK)).held_tokens == 8_000  # both are open: a clock may be a tick behind
+    assert (await quota.account_at(end)).held_tokens == 6_000
 
 
 async def test_an_unlimited_plan_never_refuses(quota: Quota) -> None:
@@ -602,7 +669,7 @@ class AnyDay(RuleBasedStateMachine):
         requests = [asking(self.user_id, beside=i, least=least, asked=o) for i, least, o in sizes]
         account = self.account()
         answers, _, at = self.run(self.quota.database.write(store.authorize, self.quota.plans, requests))
-        for request, granted in zip(requests, answers, strict=True):
+        for request, granted in zip(requests, map(output_tokens, answers), strict=True):
             beside, least, asked = request.input_tokens_max, request.output_tokens_min, request.output_tokens_max
             room = self.room(account)
             if granted is None:
@@ -616,6 +683,18 @@ class AnyDay(RuleBasedStateMachine):
             assert room is None or tokens <= room
             assert granted == asked or room is None or room < self.weigh(account, beside, granted + 1)
             self.tiers[request.generation_id] = account.plan.tier
+
+    @precondition(lambda self: self.authorized)
+    @rule(data=st.data(), asked=st.integers(1, 200_000))
+    def authorize_again(self, data: st.DataObject, asked: int) -> None:
+        generation_id = data.draw(st.sampled_from(sorted(self.authorized)))
+        request, granted, at = self.authorized[generation_id]
+        again = request.model_copy(update={"output_tokens_max": asked})
+        answers = self.run(self.quota.ask(again, again))
+        if generation_id in self.held:
+            assert answers == [store.Grant(granted, at)] * 2
+        else:
+            assert all(isinstance(answer, store.Taken) for answer in answers)
 
     @precondition(lambda self: self.authorized)
     @rule(data=st.data())
