@@ -56,6 +56,7 @@ class Plan(BaseModel):
     price_per_1k_usd: Decimal | None = Field(default=None, ge=0)
     upgrade_to: str | None = None
     time_zone: TimeZone = "UTC"
+    output_tokens_min: int = Field(default=64, ge=1, le=128_000)
     weights: Weights = Weights()
 
     def cost_usd(self, tokens: int) -> Decimal:

@@ -82,6 +82,7 @@ class Generation:
         self.problem: Problem | None = None
         self._usage = msgspec.Raw(b"null")
         self._stop_reason: str | None = None
+        self._is_clamped = False
         self._is_asked = False
         self._has_begun = False
         self._parts, self._prompt = parts, prompt
@@ -113,6 +114,7 @@ class Generation:
         except (Problem, Unavailable, BadCall) as refusal:
             await self._withdraw(intent, intending, may_be_held=isinstance(refusal, Unanswered))
             raise
+        self._is_clamped = granted.output_tokens_max < self._prompt.output_tokens_max
         self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)
         self._started_at = granted.started_at
         try:
@@ -287,13 +289,16 @@ class Generation:
 
     def _done(self) -> dict[str, object]:
         counts = self.tokens
-        return {
+        done = {
             "generationId": self.id,
             "inputTokens": counts.total - counts.output_tokens,
             "outputTokens": counts.output_tokens,
             "tokensUsed": counts.total,
             "stopReason": self._stop_reason,
         }
+        # It was the plan that ended the answer, and neither Claude nor the caller's own maxTokens.
+        is_limit_reached = self._is_clamped and self._stop_reason == "max_tokens"
+        return done | {"limitReached": True} if is_limit_reached else done
 
     def event(self, outcome: Outcome) -> GenerationCompleted:
         """The event as it would be if the generation ended now. Its id is the generation's: it settles once."""

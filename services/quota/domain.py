@@ -44,6 +44,11 @@ class Allowance:
         return granted if granted >= max(1, output_tokens_min) else None
 
 
+def useful_output_tokens(plan: Plan, *, output_tokens_min: int, output_tokens_max: int) -> int:
+    """The least output that is worth asking Claude for: of a generation that wants less, all that it wants."""
+    return max(output_tokens_min, min(plan.output_tokens_min, output_tokens_max))
+
+
 def hold_tokens(weights: Weights, *, input_tokens_max: int, output_tokens_max: int) -> int:
     """The most that a generation can come to count for."""
     return ceil(_dearest_input(weights) * input_tokens_max + weights.output * output_tokens_max)

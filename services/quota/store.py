@@ -26,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 
-from services.quota.domain import Account, Totals, hold_tokens, period_at
+from services.quota.domain import Account, Totals, hold_tokens, period_at, useful_output_tokens
 from services.quota.models import Hold, Settlement, Subscription, UsageTotal
 from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
@@ -116,10 +116,13 @@ class _Hold(NamedTuple):
 def _hold(user: Account, request: Authorize, *, at: datetime) -> _Hold | None:
     """The hold for as much of what is asked as fits; None when too little does."""
     weights, input_tokens = user.plan.weights, request.input_tokens_max
+    least = useful_output_tokens(
+        user.plan, output_tokens_min=request.output_tokens_min, output_tokens_max=request.output_tokens_max
+    )
     output_tokens = user.allowance.output_granted(
         weights,
         input_tokens_max=input_tokens,
-        output_tokens_min=request.output_tokens_min,
+        output_tokens_min=least,
         output_tokens_max=request.output_tokens_max,
     )
     if output_tokens is None:

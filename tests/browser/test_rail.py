@@ -158,6 +158,13 @@ async def test_enter_sends_and_shift_enter_starts_a_line(page: Page, stack: Stac
     await expect(messages(page, "user")).to_have_text("one\ntwo")
 
 
+async def test_an_answer_that_the_plan_cut_short_says_so(page: Page, stack: Stack, user_id: str) -> None:
+    await use(stack, user_id, 107_500)
+    await open_rail(page, stack, user_id)
+    await send(page, "Go on. [usage input=20 output=4000]")
+    await expect(page.get_by_text("The answer was cut short: there were no more tokens left for it.")).to_be_visible()
+
+
 async def test_at_the_limit_the_input_is_kept_and_comes_alive_again(page: Page, stack: Stack, user_id: str) -> None:
     await use(stack, user_id, 108_000)
     await open_rail(page, stack, user_id)

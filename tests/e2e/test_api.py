@@ -494,7 +494,7 @@ async def test_a_refusal_by_the_model_is_an_answer_with_its_reason(http: httpx2.
 async def test_near_the_limit_an_answer_is_cut_short_instead_of_refused(http: httpx2.AsyncClient, user: str) -> None:
     await send_report(http, report(user, 107_000))
     *_, (_, seen), (_, done) = await chat(http, question(user, "Hello [usage input=20 output=4000]", maxTokens=4000))
-    assert done["stopReason"] == "max_tokens"
+    assert (done["stopReason"], done["limitReached"]) == ("max_tokens", True)
     assert 500 < done["outputTokens"] < 980
     assert seen["tokensUsed"] == 107_000 + done["tokensUsed"] <= 108_000
 
@@ -502,19 +502,37 @@ async def test_near_the_limit_an_answer_is_cut_short_instead_of_refused(http: ht
 async def test_nearer_still_claude_is_asked_how_long_the_question_is(
     stack: Stack, http: httpx2.AsyncClient, user: str
 ) -> None:
-    await send_report(http, report(user, 107_940))
+    await send_report(http, report(user, 107_880))
     before = (await given(stack))["countTokensCalls"]
     *_, (_, seen), (_, done) = await chat(http, question(user, "Hello [usage input=20 output=4000]"))
     assert (await given(stack))["countTokensCalls"] == before + 1
     assert (done["stopReason"], done["inputTokens"]) == ("max_tokens", 20)
-    assert 107_940 < seen["tokensUsed"] <= 108_000
+    assert 107_880 < seen["tokensUsed"] <= 108_000
 
 
 async def test_what_is_estimated_never_passes_the_limit(http: httpx2.AsyncClient, user: str) -> None:
-    await send_report(http, report(user, 107_940))
+    await send_report(http, report(user, 107_880))
     many_bytes_a_token = " ".join(["𠀀" * 6] * 8)
     await chat(http, question(user, f"{many_bytes_a_token} [usage input=20] [cut middle]"))
-    assert 107_940 < (await usage(http, user))["tokensUsed"] <= 108_000
+    assert 107_880 < (await usage(http, user))["tokensUsed"] <= 108_000
+
+
+async def test_what_ends_by_its_own_maximum_is_not_said_to_have_reached_a_limit(
+    http: httpx2.AsyncClient, user: str
+) -> None:
+    *_, (_, done) = await chat(http, question(user, "Hello [usage input=20 output=4000]", maxTokens=30))
+    assert (done["stopReason"], done["outputTokens"]) == ("max_tokens", 30)
+    assert "limitReached" not in done
+
+
+async def test_an_answer_too_short_to_be_of_use_is_refused_unless_it_is_all_that_is_wanted(
+    http: httpx2.AsyncClient, user: str
+) -> None:
+    await send_report(http, report(user, 107_920))
+    refused = await http.post("/api/chat", json=question(user, "Hello [usage input=20]"))
+    assert problem_of(refused, 429)["tokensRemaining"] == 80
+    *_, (end, done) = await chat(http, question(user, "Hello [usage input=20 output=4000]", maxTokens=10))
+    assert (end, done["outputTokens"]) == ("done", 10)
 
 
 @pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.quota.domain import RETRY_WHILE_HELD_S, Account, Allowance, Totals, hold_tokens, period_at
+from services.quota.domain import (
+    RETRY_WHILE_HELD_S,
+    Account,
+    Allowance,
+    Totals,
+    hold_tokens,
+    period_at,
+    useful_output_tokens,
+)
 from shared.calls import Pending
 from shared.plans import Period, PeriodKind, Plan, Plans, Weights, weighted_tokens
 from tests.builders import NOON, generation_completed, usage_reported
@@ -147,6 +155,16 @@ def test_nothing_is_ever_available_beyond_the_limit_or_below_zero(limit: int, us
 )
 def test_near_the_limit_the_output_is_clamped_to_what_fits_beside_the_input(left: int, granted: int | None) -> None:
     assert output_granted(left, asked=4_096, beside=1_000) == granted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "least", "useful"),
+    [(4_096, 1, 64), (64, 1, 64), (63, 1, 63), (1, 1, 1), (4_096, 4_096, 4_096), (4_096, 100, 100)],
+)
+def test_output_is_useful_from_the_plans_least_on_or_when_it_is_all_that_is_wanted(
+    wanted: int, least: int, useful: int
+) -> None:
+    assert useful_output_tokens(FREE, output_tokens_min=least, output_tokens_max=wanted) == useful
 
 
 def test_less_output_than_the_least_that_is_asked_for_is_refused() -> None:

@@ -68,7 +68,8 @@ _SSE_EXAMPLE = (
 )
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Events start, delta, usage, done, error; one JSON document if only that is accepted.",
+        "description": "Events start, delta, usage, done, error; one JSON document if only that is accepted. "
+        "`limitReached: true` in done: the plan ended the answer, not Claude.",
         "content": {"text/event-stream": {"example": _SSE_EXAMPLE}, "application/json": {}},
     },
     400: {"description": "Malformed JSON or an unknown model", "content": {MEDIA_TYPE: {}}},

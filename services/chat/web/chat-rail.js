@@ -44,6 +44,7 @@ import {
 const ORIGIN = new URL(import.meta.url).origin;
 const STYLESHEET = new URL("./chat-rail.css", import.meta.url).href;
 const BOTTOM_SLACK_PX = 48;
+const LIMIT_NOTE = "The answer was cut short: there were no more tokens left for it.";
 const STOP_REASON_NOTES = { max_tokens: "The answer was cut off: it reached its token limit." };
 const USAGE_MEMBERS = [
   "tier",
@@ -258,9 +259,9 @@ export class ChatRail extends HTMLElement {
     this.#showOutcome(outcome, bubbles[1]);
   }
 
-  /** Read one answer to its end, whatever that is: `{ fault, stopReason, isAccepted, isSettled }`. */
+  /** Read one answer to its end, whatever that is: `{ fault, stopReason, isLimitReached, isAccepted, isSettled }`. */
   async #receive(messages, answer, signal) {
-    const outcome = { fault: null, stopReason: null, isAccepted: false, isSettled: false };
+    const outcome = { fault: null, stopReason: null, isLimitReached: false, isAccepted: false, isSettled: false };
     try {
       for await (const { event, data } of this.#api.chat(messages, signal)) {
         outcome.isAccepted = true;
@@ -268,8 +269,10 @@ export class ChatRail extends HTMLElement {
         else if (event === "usage") {
           outcome.isSettled = true;
           this.#feed?.settle(data);
-        } else if (event === "done") outcome.stopReason = data.stopReason ?? "end_turn";
-        else if (event === "error") throw new Problem(data);
+        } else if (event === "done") {
+          outcome.stopReason = data.stopReason ?? "end_turn";
+          outcome.isLimitReached = Boolean(data.limitReached);
+        } else if (event === "error") throw new Problem(data);
       }
       if (!outcome.stopReason) throw new TypeError("The connection was lost before the end of the answer.");
     } catch (fault) {
@@ -278,13 +281,13 @@ export class ChatRail extends HTMLElement {
     return outcome;
   }
 
-  #showOutcome({ fault, stopReason, isAccepted }, bubble) {
+  #showOutcome({ fault, stopReason, isLimitReached, isAccepted }, bubble) {
     const isKept = bubble.node.isConnected;
     if (fault?.name === "AbortError") show(bubble.note, isKept ? "Stopped." : "");
     else if (fault instanceof Problem && fault.isTokenLimit) this.#onRefused(fault);
     else if (fault && isKept) show(bubble.note, `The answer broke off. ${faultWords(fault, { isAccepted }).join(" ")}`);
     else if (fault) this.#showProblem(fault, { isAccepted, canRetry: !fault.isCallersFault });
-    else show(bubble.note, STOP_REASON_NOTES[stopReason] ?? "");
+    else show(bubble.note, isLimitReached ? LIMIT_NOTE : (STOP_REASON_NOTES[stopReason] ?? ""));
     if (!fault && !isKept) this.#showProblem(new Problem({ title: "The answer was empty." }), { canRetry: true });
   }
 
