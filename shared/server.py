@@ -64,6 +64,8 @@ def serve(service: str, read: Callable[[], Settings], create_app: Callable[[Sett
             log_config=None,
             server_header=False,
             proxy_headers=False,
+            # Longer than clients keep an idle connection: whoever closes first must not be the one that is asked.
+            timeout_keep_alive=75,
             timeout_graceful_shutdown=15,
         )
         with suppress(KeyboardInterrupt, asyncio.CancelledError):

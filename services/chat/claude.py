@@ -189,7 +189,9 @@ class Claude:
             open_telemetry=False,
             http_client=DefaultAioHttpClient(
                 timeout=httpx2.Timeout(600, connect=5),
-                limits=httpx2.Limits(max_connections=2000, max_keepalive_connections=200),
+                # Servers close idle connections after 5 s and more: one that is closing must not be asked, because
+                # nobody could tell whether the question was heard, and billed.
+                limits=httpx2.Limits(max_connections=2000, max_keepalive_connections=200, keepalive_expiry=4),
             ),
         )
         self._listed: frozenset[str] = frozenset()
