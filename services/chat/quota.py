@@ -12,8 +12,9 @@ from shared.broker import call
 from shared.calls import Authorize, Granted, Pending, Refused, UsageQuery, authorization
 from shared.events import GenerationCompleted
 
-# Quota settles within a fraction of a second of publishing; until then its answers are told of what is on the way.
-SETTLED_AFTER_S = 5.0
+# Quota settles within a fraction of a second of publishing. What a replica took along when it died is settled after
+# the stream's ack_wait and the start of another; until then quota's answers are told of what is on the way.
+SETTLED_AFTER_S = 15.0
 # More than this for one user at once is a bulk import, which need not read its own writes.
 PENDING_MAX = 100
 
