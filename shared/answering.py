@@ -100,10 +100,10 @@ class Answering:
 
 @asynccontextmanager
 async def running(
-    nc: Client, url: str, *, name: str, calls: Sequence[Call], durable: str, handle: Handler
+    nc: Client, url: str, durable: str, *, calls: Sequence[Call], handle: Handler
 ) -> AsyncIterator[None]:
     """Calls answered, events handled, on a bus that was checked first. Raises Misconfigured when it is not ours."""
-    await nc.connect(url, pending_size=0, **connect_options(name))
+    await nc.connect(url, pending_size=0, **connect_options(durable))
     await check(nc.jetstream(), durable)
     answering = Answering(nc, calls)
     await answering.start()

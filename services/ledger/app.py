@@ -25,14 +25,8 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with running(
-            nc,
-            settings.nats_url,
-            name="ledger",
-            calls=handlers.calls,
-            durable=streams.LEDGER,
-            handle=handlers.on_usage,
-        ):
+        bus = running(nc, settings.nats_url, streams.LEDGER, calls=handlers.calls, handle=handlers.on_usage)
+        async with bus:
             yield
         await database.close()
 

@@ -40,14 +40,8 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with running(
-            nc,
-            settings.nats_url,
-            name="quota",
-            calls=handlers.calls,
-            durable=streams.QUOTA,
-            handle=handlers.on_usage,
-        ):
+        bus = running(nc, settings.nats_url, streams.QUOTA, calls=handlers.calls, handle=handlers.on_usage)
+        async with bus:
             reporting = asyncio.create_task(report_expired_holds())
             yield
             reporting.cancel()
