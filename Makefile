@@ -1,14 +1,14 @@
 # make run     ChatRail on this machine, at http://127.0.0.1:8000
 # make test    all tests
 # make check   style, types and boundaries
-# make bench   what ChatRail adds to a call of Claude
+# make bench   what ChatRail adds to a call of Claude; make bench-quota how fast quota authorizes
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
 # make clean   everything that make made, except data/
 
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run test check bench lock clean
+.PHONY: run test check bench bench-quota lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -25,6 +25,9 @@ check: .venv/installed-dev
 
 bench: .venv/installed-dev
 	@exec $(bin)/python -m tests.bench $(ARGS)
+
+bench-quota: .venv/installed-dev
+	@exec $(bin)/python -m tests.bench.quota $(ARGS)
 
 .venv/installed-run: requirements.lock
 	$(install)
