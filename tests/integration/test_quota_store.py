@@ -823,7 +823,7 @@ def _parts(data: st.DataObject, tokens_max: int) -> tuple[int, int, int]:
 def test_whatever_happens_in_whatever_order_the_account_is_what_a_simple_model_says(
     quota: Quota, database_url: str
 ) -> None:
-    examples = 80 if database_url.startswith("sqlite") else 10
+    examples = 60 if database_url.startswith("sqlite") else 10
     with asyncio.Runner() as run:
 
         class Days(AnyDay):
