@@ -99,7 +99,11 @@ def _sums_by_day_and_tier(query: HistoryQuery) -> Select[Any]:
     )
     used = (
         select(*usage.c["usage_date", "event_type", *COUNTS], tier.label("tier"))
-        .where(usage.c.user_id == query.user_id, usage.c.usage_date.between(query.from_date, query.to_date))
+        .where(
+            usage.c.user_id == query.user_id,
+            usage.c.usage_date.between(query.from_date, query.to_date),
+            usage.c.tokens_used != 0,  # Claude was never asked, or gave nothing
+        )
         .subquery()
     )
     return (

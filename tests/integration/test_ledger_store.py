@@ -258,6 +258,18 @@ async def test_a_day_of_corrections_alone_costs_less_than_nothing_and_never_minu
     assert (day.tokens_used, day.generations, day.cost_usd) == (-100_000, 0, cost_usd)
 
 
+async def test_a_generation_that_claude_was_never_asked_for_is_in_the_logs_and_not_in_the_history(
+    database: Database,
+) -> None:
+    refused = usage_reported(tokens_used=0)
+    await record(database, refused)
+    assert await history(database) == []
+    await record(database, usage_reported(tokens_used=5))
+    (day,) = await history(database)
+    assert (day.tokens_used, day.generations) == (5, 1)
+    assert refused.id in [record.id for record in await all_records(database)]
+
+
 async def test_a_user_never_seen_has_an_empty_history_and_empty_logs(database: Database) -> None:
     assert await history(database, "nobody") == []
     assert await all_records(database, "nobody") == []
