@@ -26,7 +26,7 @@ Handler = Callable[[list[Event], list[Poison]], Awaitable[None]]
 
 # The first event is taken at once, those that come within BATCH_AGE_S of it share its transaction.
 BATCH_SIZE = 500
-BATCH_AGE_S = 0.05
+BATCH_AGE_S = 0.04
 # A pull that was under way when the broker died is lost; the next one is made after this long at most.
 PULL_S = 1.0
 WATCH_EVERY_S = 5.0
