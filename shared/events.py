@@ -2,7 +2,7 @@
 
     generation.completed   tokens were spent, or a back end reports that they were
     subscription.changed   from now on a user has another plan
-    usage.adjusted         a correction, signed, with a reason and an actor
+    usage.adjusted         a correction, signed, or a top-up, with a reason and an actor
 
 `id` is a UUIDv7 made by our server and is the idempotency key everywhere, for ever; `subject` is the user.
 No event carries a prompt, an answer or a secret.
@@ -135,10 +135,16 @@ class Subscription(Contract):
 
 
 class Adjustment(Contract):
-    """A signed correction of a user's total, in the period that `effective_at` falls into."""
+    """A signed correction of a user's total in the period that `effective_at` falls into, or room added to its limit.
+
+    One of the two counts is 0: a correction has `tokens_used` (negative: a credit), a top-up has `top_up_tokens`.
+    """
 
     user_id: UserId
     tokens_used: SignedTokens
+    top_up_tokens: Tokens = 0
+    # Of a top-up: it stands until it is used up, instead of in its period alone.
+    outlives_period: bool = False
     reason: Name
     actor: Name
     effective_at: Moment

@@ -32,6 +32,8 @@ GENERATION_COMPLETED = "generation.completed"
 KEYED_GENERATION_COMPLETED = "generation.completed.keyed"
 SUBSCRIPTION_CHANGED = "subscription.changed"
 USAGE_ADJUSTED = "usage.adjusted"
+# A family of its own: the key of an adjustment never meets that of a report.
+KEYED_USAGE_ADJUSTED = "usage.adjusted.keyed"
 
 STREAM = "USAGE"
 LEDGER = "ledger"
@@ -52,10 +54,14 @@ def keyed(key_digest: str) -> str:
     return f"{KEYED_GENERATION_COMPLETED}.{key_digest}"
 
 
+def keyed_adjustment(key_digest: str) -> str:
+    return f"{KEYED_USAGE_ADJUSTED}.{key_digest}"
+
+
 # File storage, never expiring, never silently dropping: at max_bytes the publisher is told, and keeps its outbox.
 USAGE_STREAM = StreamConfig(
     name=STREAM,
-    subjects=[GENERATION_COMPLETED, keyed("*"), SUBSCRIPTION_CHANGED, USAGE_ADJUSTED],
+    subjects=[GENERATION_COMPLETED, keyed("*"), SUBSCRIPTION_CHANGED, USAGE_ADJUSTED, keyed_adjustment("*")],
     storage=StorageType.FILE,
     retention=RetentionPolicy.LIMITS,
     discard=DiscardPolicy.NEW,
@@ -92,9 +98,12 @@ _DURABLE_NEEDS = ("deliver_policy", "ack_policy", "max_deliver", "filter_subject
 
 
 async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: int = 1) -> None:
-    """Create what is missing, and nothing else. Raises Misconfigured when what exists is of another kind."""
+    """Create what is missing, and nothing else. Raises Misconfigured when what exists is of another kind.
+
+    Missing may be the stream, a durable, or a subject that the stream of an earlier release does not have.
+    """
     try:
-        await js.stream_info(STREAM)
+        await _add_subjects(js, (await js.stream_info(STREAM)).config)
     except NotFoundError:
         try:
             await js.add_stream(replace(USAGE_STREAM, max_bytes=max_bytes, num_replicas=replicas))
@@ -110,6 +119,15 @@ async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: in
             await js.add_consumer(STREAM, config)
     for config in DURABLES:
         await check(js, config.durable_name or "")
+
+
+async def _add_subjects(js: JetStreamContext, found: StreamConfig) -> None:
+    """To a stream that differs in nothing else; one that has subjects of its own is left to `check` to refuse."""
+    needed = USAGE_STREAM.subjects or []
+    if set(found.subjects or []) < set(needed):
+        updated = replace(found, subjects=needed)
+        _compare(f"stream {STREAM}", updated, USAGE_STREAM, _STREAM_NEEDS)
+        await js.update_stream(updated)
 
 
 async def check(js: JetStreamContext, durable_name: str | None = None) -> None:

@@ -11,6 +11,7 @@ from nats.aio.client import Client
 from starlette.middleware.cors import CORSMiddleware
 
 from services.chat import identity, problems
+from services.chat.adjustments import Adjustments
 from services.chat.claude import Claude
 from services.chat.generation import Generations, Parts
 from services.chat.limits import BodyLimit
@@ -19,7 +20,7 @@ from services.chat.publisher import Publisher
 from services.chat.push import Watchers
 from services.chat.quota import Quota
 from services.chat.reports import Reports
-from services.chat.routes import chat, page, plans, usage
+from services.chat.routes import adjustments, chat, page, plans, usage
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
 from shared import streams
@@ -49,7 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.plans = Plans.load(settings.plans)
     problems.install(app)
-    for routes in (chat, usage, plans, page):
+    for routes in (chat, usage, adjustments, plans, page):
         app.include_router(routes.router)
     # FastAPI's own page loads its viewer from another site; this one brings it along.
     patch_fastapi(app, redirect_from_root_to_docs=False)
@@ -82,7 +83,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     watchers = Watchers(nc, quota)
     app.state.nc, app.state.quota, app.state.generations, app.state.watchers = nc, quota, generations, watchers
     app.state.reports = Reports(nc, outbox, publisher, quota)
-    app.state.subscriptions = Subscriptions(nc, quota)
+    app.state.adjustments = Adjustments(nc)
+    app.state.subscriptions = Subscriptions(nc)
 
     def end_streams() -> None:
         watchers.close()

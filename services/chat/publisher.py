@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterable
 import structlog
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
+from nats.errors import OutboundBufferLimitError
 from nats.js import JetStreamContext
-from nats.js.errors import APIError
+from nats.js.errors import APIError, NoStreamResponseError
 
 from services.chat.outbox import Outbox
 from shared import streams
-from shared.errors import Unavailable
+from shared.errors import Unanswered, Unavailable
 from shared.events import CONTENT_TYPE, Event, GenerationCompleted, encode
 
 log = structlog.get_logger()
 
 GROUP_MAX = 256
 ACK_TIMEOUT_S = 5.0
+# Of an event that a caller waits for: within the two seconds that callers are promised.
+PROMPT_ACK_TIMEOUT_S = 1.5
+_UNREACHABLE = "The usage stream cannot be reached right now."
 RETRY_MAX_S = 2.0
 FORGET_AFTER_S = 0.2
 # Events wait this long for company, safe in the outbox: what a broker, quota and ledger do for one they do for a few
@@ -28,20 +32,33 @@ GATHER_S = 0.025
 
 async def publish(
     js: JetStreamContext, subject: str, event: Event, *, headers: dict[str, str] | None = None, timeout_s: float
-) -> None:
-    """Returns once the stream has the event on disk. Raises Unavailable when that is not known."""
+) -> int:
+    """The event's sequence on the stream, once the stream has it on disk.
+
+    Raises Unavailable when the stream did not take it, Unanswered when nobody knows whether it did.
+    """
     try:
-        await js.publish(
+        stored = await js.publish(
             subject,
             encode(event),
             timeout=timeout_s,
             stream=streams.STREAM,
             headers={"Content-Type": CONTENT_TYPE, "Nats-Msg-Id": event.id, **(headers or {})},
         )
-    except (NatsError, APIError, OSError) as error:
+    except (APIError, NoStreamResponseError, OutboundBufferLimitError) as error:
         if isinstance(error, APIError) and error.err_code == streams.WRONG_LAST_SEQUENCE:
             raise
-        raise Unavailable("The usage stream cannot be reached right now.") from error
+        raise Unavailable(_UNREACHABLE) from error
+    except (NatsError, OSError) as error:
+        raise Unanswered(_UNREACHABLE) from error
+    return int(stored.seq)
+
+
+async def publish_promptly(nc: Client, subject: str, event: Event, *, headers: dict[str, str] | None = None) -> int:
+    """As `publish`, for a caller who waits."""
+    if not nc.is_connected:
+        raise Unavailable(_UNREACHABLE)
+    return await publish(nc.jetstream(), subject, event, headers=headers, timeout_s=PROMPT_ACK_TIMEOUT_S)
 
 
 class Publisher:
@@ -85,9 +102,9 @@ class Publisher:
             *(publish(self._js, streams.GENERATION_COMPLETED, event, timeout_s=ACK_TIMEOUT_S) for event in group),
             return_exceptions=True,
         )
-        errors = [result for result in results if result is not None]
-        unsent = [event for event, result in zip(group, results, strict=True) if result is not None]
-        sent = [event for event, result in zip(group, results, strict=True) if result is None]
+        errors = [result for result in results if isinstance(result, BaseException)]
+        unsent = [event for event, result in zip(group, results, strict=True) if isinstance(result, BaseException)]
+        sent = [event for event, result in zip(group, results, strict=True) if isinstance(result, int)]
         for event in sent:
             self._on_sent(event)
         self._forget_soon([event.id for event in sent])

@@ -75,11 +75,14 @@ def _generation(data: Generation) -> dict[str, Any]:
 
 
 def _adjustment(data: Adjustment) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"reason": data.reason, "actor": data.actor}
+    if data.top_up_tokens:
+        metadata |= {"topUpTokens": data.top_up_tokens, "outlivesPeriod": data.outlives_period}
     return {
         "user_id": data.user_id,
-        "action_type": "adjustment",
+        "action_type": "top_up" if data.top_up_tokens else "adjustment",
         "tokens_used": data.tokens_used,
-        "metadata": {"reason": data.reason, "actor": data.actor},
+        "metadata": metadata,
         "created_at": data.effective_at,
     }
 

@@ -796,6 +796,7 @@ async def test_what_is_an_operators_needs_the_operators_key_where_there_is_one(
         calls = [
             ("POST", "/api/usage", report(user)),
             ("PUT", address(user), {"tier": "pro"}),
+            ("POST", "/api/usage/adjustments", {"userId": user, "tokensUsed": -94, "reason": "any", "actor": "any"}),
         ]
         async with nothing_recorded(guarded_stack):
             for method, path, body in calls:
@@ -809,7 +810,7 @@ async def test_what_is_an_operators_needs_the_operators_key_where_there_is_one(
             answer = await http.request(method, path, json=body, headers=headers)
             assert answer.status_code == 200, answer.text
         found = await usage(http, user)
-        assert (found["tokensUsed"], found["tier"]) == (8_094, "pro")
+        assert (found["tokensUsed"], found["tier"]) == (8_000, "pro")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])  # noqa: S104 - refused

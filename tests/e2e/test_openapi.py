@@ -17,6 +17,7 @@ CHECKS: list[CheckFunction] = [not_a_server_error, content_type_conformance, res
 ROUTES = {
     "/api/chat": {"post"},
     "/api/usage": {"get", "post"},
+    "/api/usage/adjustments": {"post"},
     "/api/usage/history": {"get"},
     "/api/usage/logs": {"get"},
     "/api/usage/events": {"get"},
@@ -51,7 +52,7 @@ async def test_the_description_names_every_route_with_an_example_of_each_body(st
         document = (await http.get("/openapi.json")).json()
         page = await http.get("/docs")
     assert {path: set(methods) for path, methods in document["paths"].items()} == ROUTES
-    for name in ("ChatRequest", "Report", "SubscriptionChange"):
+    for name in ("ChatRequest", "Report", "AdjustmentRequest", "SubscriptionChange"):
         assert document["components"]["schemas"][name]["examples"]
     assert page.status_code == 200
     assert "/openapi.json" in page.text

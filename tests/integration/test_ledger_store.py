@@ -249,6 +249,17 @@ async def test_an_adjustment_is_signed_and_is_not_a_generation(database: Databas
     assert (kept.model, kept.input_tokens, kept.outcome, kept.usage_source) == (None, None, None, None)
 
 
+async def test_a_top_up_is_in_the_logs_and_used_nothing(database: Database) -> None:
+    correction = usage_adjusted(tokens_used=0, reason="invoice 7", actor="billing")
+    data = correction.data.model_copy(update={"top_up_tokens": 50_000, "outlives_period": True})
+    await record(database, correction.model_copy(update={"data": data}))
+
+    (kept,) = await all_records(database)
+    assert (kept.action_type, kept.tokens_used) == ("top_up", 0)
+    assert kept.metadata == {"reason": "invoice 7", "actor": "billing", "topUpTokens": 50_000, "outlivesPeriod": True}
+    assert await history(database) == []
+
+
 @pytest.mark.parametrize(("tier", "cost_usd"), [("free", "0.00"), ("pro", "-1.00")])
 async def test_a_day_of_corrections_alone_costs_less_than_nothing_and_never_minus_zero(
     database: Database, tier: str, cost_usd: str

@@ -14,7 +14,7 @@ from nats.js.errors import APIError
 from shared import streams
 from shared.errors import Misconfigured
 from shared.events import decode, encode
-from tests.builders import generation_completed, publish, publish_raw
+from tests.builders import generation_completed, publish, publish_raw, usage_adjusted
 from tests.fixtures import MIB
 from tests.stack import PROJECT, environment
 
@@ -63,6 +63,39 @@ async def test_creating_adds_a_durable_that_is_missing(js: JetStreamContext) -> 
     await streams.check(js, streams.QUOTA)
 
 
+async def test_a_stream_of_an_earlier_release_gets_the_subjects_that_it_lacks_and_nothing_else_changes(
+    bare_nats: Client, bare_js: JetStreamContext
+) -> None:
+    lacking = [streams.GENERATION_COMPLETED, streams.SUBSCRIPTION_CHANGED]
+    await bare_js.add_stream(
+        replace(
+            streams.USAGE_STREAM, subjects=lacking, max_bytes=64 * MIB, duplicate_window=60, metadata={"by": "us"}
+        )
+    )
+    await publish(bare_nats, event := generation_completed())
+    before = (await bare_js.stream_info(streams.STREAM)).config
+    with pytest.raises(Misconfigured, match="subjects"):
+        await streams.check(bare_js)
+
+    for _ in range(2):
+        await streams.create(bare_js, max_bytes=128 * MIB)
+
+    assert (await bare_js.stream_info(streams.STREAM)).config == replace(
+        before, subjects=streams.USAGE_STREAM.subjects
+    )
+    assert (await bare_js.get_msg(streams.STREAM, seq=1)).data == encode(event)
+    await bare_js.publish(streams.keyed_adjustment("0f" * 32), encode(usage_adjusted()), headers=ONLY_FIRST)
+    assert await stored(bare_js) == 2
+
+
+async def test_a_stream_that_is_refused_for_something_else_gets_no_subjects(bare_js: JetStreamContext) -> None:
+    lacking = [streams.GENERATION_COMPLETED]
+    await bare_js.add_stream(replace(streams.USAGE_STREAM, subjects=lacking, max_bytes=64 * MIB, deny_purge=False))
+    with pytest.raises(Misconfigured, match="The stream USAGE has deny_purge = "):
+        await streams.create(bare_js)
+    assert (await bare_js.stream_info(streams.STREAM)).config.subjects == lacking
+
+
 async def test_the_step_is_a_command_and_safe_to_repeat(bare_js: JetStreamContext, own_nats_server: str) -> None:
     for _ in range(2):
         assert await run(CHATRAIL_NATS_URL=own_nats_server, CHATRAIL_STREAM_BYTES_MAX=str(64 * MIB)) == (0, "")
@@ -95,7 +128,8 @@ async def run(**variables: str) -> tuple[int | None, str]:
 @pytest.mark.parametrize(
     "other",
     [
-        {"subjects": ["generation.completed"]},
+        {"subjects": [*(streams.USAGE_STREAM.subjects or []), "another"]},
+        {"subjects": [streams.GENERATION_COMPLETED, "another"]},
         {"discard": DiscardPolicy.OLD},
         {"max_age": 3600},
         {"deny_delete": False},
@@ -201,6 +235,12 @@ async def test_other_keys_and_reports_without_one_are_not_in_the_way(nats: Clien
     for digest in ("aa", "bb"):
         await js.publish(streams.keyed(digest), encode(generation_completed()), headers=ONLY_FIRST)
     assert await stored(js) == 3
+
+
+async def test_one_key_of_a_report_and_of_an_adjustment_are_two(js: JetStreamContext) -> None:
+    await js.publish(streams.keyed("aa"), encode(generation_completed()), headers=ONLY_FIRST)
+    await js.publish(streams.keyed_adjustment("aa"), encode(usage_adjusted()), headers=ONLY_FIRST)
+    assert await stored(js) == 2
 
 
 @pytest.mark.parametrize("user_id", ["a", "a.b", "*", ">", "a b", "ü/🛤", "x" * 128])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue, ValidationError
 
 from shared.errors import PoisonMessage
-from shared.events import EVENT_TOKENS_MAX, METADATA_BYTES_MAX, Event, decode, encode
+from shared.events import EVENT_TOKENS_MAX, METADATA_BYTES_MAX, Event, UsageAdjusted, decode, encode
 from tests.builders import USER_IDS, generation_completed, subscription_changed, usage_adjusted, usage_reported
 
 TOKENS = st.integers(0, EVENT_TOKENS_MAX // 4)
@@ -82,6 +82,15 @@ def test_an_event_from_a_newer_release_with_more_to_say_is_understood() -> None:
     document = on_the_wire(generation_completed())
     document["traceparent"] = document["data"]["region"] = "new"
     assert isinstance(decode(json.dumps(document).encode()).subject, str)
+
+
+def test_an_adjustment_from_before_there_were_top_ups_is_understood() -> None:
+    document = on_the_wire(usage_adjusted())
+    del document["data"]["top_up_tokens"], document["data"]["outlives_period"]
+    assert document["dataschema"] == "urn:chatrail:usage.adjusted:1"
+    decoded = decode(json.dumps(document).encode())
+    assert isinstance(decoded, UsageAdjusted)
+    assert (decoded.data.top_up_tokens, decoded.data.outlives_period) == (0, False)
 
 
 @pytest.mark.parametrize("schema", ["urn:chatrail:generation.completed:2", "urn:chatrail:usage.adjusted:1", ""])

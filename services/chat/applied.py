@@ -1,0 +1,34 @@
+"""What chat put on the stream, applied: from then on every answer of quota's includes it."""
+
+import asyncio
+
+import structlog
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+
+from shared import streams
+
+log = structlog.get_logger()
+
+# The event is durable by then; waiting for quota only makes "the next answer" true for the impatient.
+APPLIED_WITHIN_S = 2.0
+ASK_AGAIN_S = 0.02
+
+
+async def applied(nc: Client, sequence: int) -> None:
+    """Returns once quota has acknowledged the stream up to `sequence`, or after two seconds.
+
+    Quota acknowledges what its database has committed. A push (`quota.updated.<user>`) would not do: one also comes
+    for whatever else happens to the user, and none for an event that was applied before anybody listened.
+    """
+    js = nc.jetstream()
+    try:
+        async with asyncio.timeout(APPLIED_WITHIN_S):
+            while True:
+                quota = await js.consumer_info(streams.STREAM, streams.QUOTA)
+                if quota.ack_floor.stream_seq >= sequence:
+                    return
+                await asyncio.sleep(ASK_AGAIN_S)
+    except (TimeoutError, NatsError, APIError, OSError) as error:
+        log.warning("not_applied_yet", sequence=sequence, error=repr(error))

@@ -1,0 +1,56 @@
+"""Events with an `Idempotency-Key`: the stream itself keeps each key, for ever and for all replicas."""
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+
+from services.chat.problems import Problem
+from services.chat.publisher import publish_promptly
+from shared import streams
+from shared.errors import Unavailable
+from shared.events import Event, decode
+
+BODY_DIGEST = "Chatrail-Body-Sha256"
+
+
+class Recorded(NamedTuple):
+    """The one event of a key, and its sequence on the stream."""
+
+    event_id: str
+    sequence: int
+
+
+async def publish_once(
+    nc: Client, event: Event, *, subject_of: Callable[[str], str], key: str, body: bytes
+) -> Recorded:
+    """This event, or the one that the key came with before: `subject_of` the key's digest has room for one message.
+
+    Raises Problem 409 when the key came with another body before; Unavailable when the stream did not take the
+    event, Unanswered when nobody knows whether it did: both may be repeated with the same key.
+    """
+    subject, digest = subject_of(hashlib.sha256(key.encode()).hexdigest()), hashlib.sha256(body).hexdigest()
+    only_first = {"Nats-Expected-Last-Subject-Sequence": "0", BODY_DIGEST: digest}
+    try:
+        return Recorded(event.id, await publish_promptly(nc, subject, event, headers=only_first))
+    except APIError:  # the key has its message already
+        first, first_digest = await _first(nc, subject)
+    if first_digest != digest:
+        raise Problem(
+            409,
+            "Idempotency key used before",
+            "This Idempotency-Key came with another body; use a new key for each report and adjustment.",
+        )
+    return first
+
+
+async def _first(nc: Client, subject: str) -> tuple[Recorded, str | None]:
+    try:
+        message = await nc.jetstream().get_last_msg(streams.STREAM, subject)
+    except (NatsError, OSError) as error:
+        raise Unavailable("The usage stream cannot be reached right now.") from error
+    first = Recorded(decode(message.data or b"").id, message.seq or 0)
+    return first, (message.headers or {}).get(BODY_DIGEST)
