@@ -1,7 +1,7 @@
 """The calls between services: core NATS request/reply, answered by any replica of the queue group.
 
     quota.authorize   Authorize     -> Granted | Refused
-    quota.usage       UsageQuery    -> Usage
+    quota.usage       UsageQuery    -> UsageAnswer
     ledger.history    HistoryQuery  -> History
     ledger.logs       LogsQuery     -> Logs
 
@@ -48,6 +48,23 @@ class Usage(View):
     cost_usd: str
 
 
+class LimitState(Contract):
+    """One limit of a user's plan, top-ups included; without an end the period has no window and no reset."""
+
+    period: PeriodKind
+    limit_tokens: int
+    remaining_tokens: int
+    window_s: int | None
+    resets_in_s: int | None
+
+
+class UsageAnswer(Contract):
+    """What people are shown, and each limit behind it. An unlimited plan has none."""
+
+    usage: Usage
+    limits: tuple[LimitState, ...]
+
+
 class Pending(Contract):
     """Usage that is durable (stream or outbox) and that quota may not have applied yet.
 
@@ -58,6 +75,7 @@ class Pending(Contract):
     id: Name
     user_id: UserId
     started_at: Moment
+    model: Name | None = None
     tokens_used: Tokens
     input_tokens: Tokens = 0
     output_tokens: Tokens = 0
@@ -70,6 +88,7 @@ class Pending(Contract):
             id=event_id,
             user_id=generation.user_id,
             started_at=generation.started_at,
+            model=generation.model,
             tokens_used=generation.tokens_used,
             input_tokens=generation.input_tokens or 0,
             output_tokens=generation.output_tokens or 0,
@@ -83,6 +102,7 @@ class Authorize(Contract):
 
     generation_id: Name
     user_id: UserId
+    model: Name | None = None
     input_tokens_max: Tokens
     output_tokens_min: Tokens
     output_tokens_max: Tokens
@@ -95,15 +115,23 @@ class Granted(Contract):
     kind: Literal["granted"] = "granted"
     output_tokens_max: int
     started_at: datetime
+    limits: tuple[LimitState, ...] = ()
+
+
+# Why nothing is held: it does not fit into what is left; it would, but for what the user's other generations hold; or
+# the user has as many generations under way as the plan allows.
+Reason = Literal["tokens", "held", "concurrency"]
 
 
 class Refused(Contract):
     """Nothing is held. `tokens_available` is what a smaller generation could still have."""
 
     kind: Literal["refused"] = "refused"
+    reason: Reason
     tokens_available: int
     retry_after_s: int
     usage: Usage
+    limits: tuple[LimitState, ...] = ()
 
 
 Authorization = Granted | Refused

@@ -12,7 +12,6 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import (
     URL,
-    ColumnElement,
     Connection,
     DateTime,
     Dialect,
@@ -180,15 +179,14 @@ def _insert_new(dialect: str, table: Table, returning: str | None) -> Any:
     return statement.returning(table.c[returning]) if returning else statement
 
 
-def upsert(db: Connection, table: Table, rows: Rows, *, only_if: Callable[[Any], ColumnElement[bool]]) -> None:
-    """Insert the rows, or overwrite those that exist where `only_if(new row)` holds."""
+def upsert(db: Connection, table: Table, rows: Rows) -> None:
+    """Insert the rows, or overwrite those whose primary key exists."""
     if not rows:
         return
     keys = [column.name for column in table.primary_key]
     statement = _insert(db.dialect.name, table)
-    values = {name: statement.excluded[name] for name in (column.name for column in table.c) if name not in keys}
-    condition = only_if(statement.excluded)
-    db.execute(statement.on_conflict_do_update(index_elements=keys, set_=values, where=condition), rows)
+    values = {column.name: statement.excluded[column.name] for column in table.c if column.name not in keys}
+    db.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), rows)
 
 
 def _insert(dialect: str, table: Table) -> Any:

@@ -4,6 +4,8 @@
     subscription.changed   from now on a user has another plan
     usage.adjusted         a correction, signed, or a top-up, with a reason and an actor
 
+    quota.threshold.reached (on a stream of its own) tells that a user has used so much of a limit.
+
 `id` is a UUIDv7 made by our server and is the idempotency key everywhere, for ever; `subject` is the user.
 No event carries a prompt, an answer or a secret.
 """
@@ -28,6 +30,7 @@ from pydantic import (
 from uuid6 import uuid7
 
 from shared.errors import PoisonMessage, in_words
+from shared.plans import PeriodKind
 
 CONTENT_TYPE = "application/cloudevents+json"
 # One event reports at most this many tokens: far above any context window, far below what would overflow a sum.
@@ -150,6 +153,20 @@ class Adjustment(Contract):
     effective_at: Moment
 
 
+class Threshold(Contract):
+    """A user has used `percent` of a limit in the period that began at `period_start`, once for each per cent."""
+
+    user_id: UserId
+    tier: Name
+    percent: int
+    tokens_used: int
+    tokens_limit: int
+    period: PeriodKind
+    period_start: datetime | None
+    resets_at: datetime | None
+    reached_at: Moment
+
+
 class CloudEvent(Contract):
     """The envelope (CloudEvents 1.0, structured mode)."""
 
@@ -186,6 +203,15 @@ class UsageAdjusted(CloudEvent):
     data: Adjustment
 
 
+class ThresholdReached(CloudEvent):
+    """Tells operators and applications; no total depends on it, so it is on a stream of its own."""
+
+    type: Literal["quota.threshold.reached"] = "quota.threshold.reached"
+    dataschema: Literal["urn:chatrail:quota.threshold.reached:1"] = "urn:chatrail:quota.threshold.reached:1"
+    source: Name = "/chatrail/quota"
+    data: Threshold
+
+
 Event = GenerationCompleted | SubscriptionChanged | UsageAdjusted
 # What an event must say of itself. A default is for those who make one: read with it, an event without
 # an id would get another id, and be counted again, at each delivery.
@@ -193,7 +219,7 @@ REQUIRED = ("specversion", "id", "source", "type", "subject", "dataschema")
 _event: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 
-def encode(event: Event) -> bytes:
+def encode(event: CloudEvent) -> bytes:
     return event.model_dump_json().encode()
 
 

@@ -1,10 +1,14 @@
 """Plans and their periods: pure rules, no I/O but reading the one file."""
 
+import re
 import tomllib
+from calendar import monthrange
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_CEILING, ROUND_HALF_UP, Decimal
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -15,6 +19,7 @@ from shared.errors import Misconfigured, in_words
 
 PLANS_FILE = Path(__file__).with_name("plans.toml")
 
+FOR_EVER = datetime(9999, 12, 31, tzinfo=UTC)
 PeriodKind = Literal["day", "month", "none"]
 
 
@@ -34,10 +39,15 @@ def zone(name: str) -> ZoneInfo:
 
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
 Weight = Annotated[Decimal, Field(ge=0, le=1000)]
+LimitTokens = Annotated[int, Field(ge=0, le=10**15)]
 
 
 class Weights(BaseModel):
-    """How much a token of each kind counts against the limit. Raw counts are kept, so a change needs no replay."""
+    """How much a token counts against the limit: by its kind, times what its model is worth.
+
+    `models` names models or families of them: "claude-opus" is also the weight of "claude-opus-4-8-20260101", unless
+    a longer name fits, too. Raw counts are kept, so a change needs no replay.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,19 +55,57 @@ class Weights(BaseModel):
     output: Weight = Decimal(1)
     cache_creation: Weight = Decimal(1)
     cache_read: Weight = Decimal(1)
+    models: dict[str, Weight] = {}
+
+    def of_model(self, model: str | None) -> Decimal:
+        families = [name for name in self.models if model == name or (model or "").startswith(f"{name}-")]
+        return self.models[max(families, key=len)] if families else Decimal(1)
+
+
+class Limit(BaseModel):
+    """At most so many tokens a period; None: no limit, and the period is only shown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    limit_tokens: LimitTokens | None
+    period: PeriodKind
 
 
 class Plan(BaseModel):
+    """`limit_tokens` and `period` say the one limit of most plans; `limits` lists more of them. All of them hold."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tier: str
-    limit_tokens: int | None = Field(default=None, ge=0, le=10**15)
-    period: PeriodKind
+    limit_tokens: LimitTokens | None = None
+    period: PeriodKind | None = None
+    listed: tuple[Limit, ...] = Field(default=(), alias="limits")
+    anchor: Literal["calendar", "subscription"] = "calendar"
     price_per_1k_usd: Decimal | None = Field(default=None, ge=0)
     upgrade_to: str | None = None
     time_zone: TimeZone = "UTC"
     output_tokens_min: int = Field(default=64, ge=1, le=128_000)
+    concurrent_generations_max: int | None = Field(default=None, ge=1)
+    alert_percents: tuple[Annotated[int, Field(ge=1, le=100)], ...] = (80, 100)
     weights: Weights = Weights()
+
+    @model_validator(mode="after")
+    def _its_limits_make_sense(self) -> "Plan":
+        if self.period is None and (self.limit_tokens is not None or not self.listed):
+            raise ValueError("needs a period: 'day', 'month' or 'none'")
+        if any(limit.limit_tokens is None for limit in self.listed):
+            raise ValueError("each of limits needs limit_tokens")
+        kinds = [limit.period for limit in self.limits]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("has two limits of the same period")
+        return self
+
+    @cached_property
+    def limits(self) -> tuple[Limit, ...]:
+        if self.listed and self.limit_tokens is None:
+            return self.listed
+        assert self.period is not None  # noqa: S101 - validated above
+        return (Limit(limit_tokens=self.limit_tokens, period=self.period), *self.listed)
 
     def cost_usd(self, tokens: int) -> Decimal:
         """The price of `tokens`, in dollars rounded to cents; 0 where a contract sets the price."""
@@ -84,17 +132,48 @@ class Plans(BaseModel):
 
     @classmethod
     def load(cls, path: Path = PLANS_FILE) -> "Plans":
-        """Raises Misconfigured, in words, when the file cannot be read or makes no sense."""
+        """Raises Misconfigured, with the line and the reason, when the file cannot be read or makes no sense."""
+        text = ""
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            document = tomllib.loads(text)
             plans = {tier: {"tier": tier, **plan} for tier, plan in document.get("plans", {}).items()}
             return cls.model_validate({**document, "plans": plans})
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise Misconfigured(f"The plans file {path} cannot be read: {error}") from error
         except ValidationError as error:
-            raise Misconfigured(f"The plans file {path} is wrong: {in_words(error)}") from error
+            line = _line_of(error.errors()[0]["loc"], text)
+            raise Misconfigured(f"The plans file {path} is wrong at line {line}: {in_words(error)}") from error
         except (TypeError, AttributeError) as error:
             raise Misconfigured(f"The plans file {path} is wrong: {error}") from error
+
+
+_HEADER = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]")
+_KEY = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
+
+
+def _line_of(where: tuple[int | str, ...], text: str) -> int:
+    """The line that says most of the path `where`: its key, or the table that lacks it. The parser does not tell."""
+    table: list[int | str] = []
+    tables: Counter[str] = Counter()
+    best, line_of_best = 0, 1
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _HEADER.match(line):
+            path = table = [*_parts(header[2])]
+            if header[1] == "[[":
+                table.append(tables[header[2]])
+                tables[header[2]] += 1
+        elif key := _KEY.match(line):
+            path = table + _parts(key[1])
+        else:
+            continue
+        if path == list(where[: len(path)]) and len(path) > best:
+            best, line_of_best = len(path), number
+    return line_of_best
+
+
+def _parts(dotted: str) -> list[int | str]:
+    return [part.strip("\"'") for part in re.findall(r"""[\w-]+|"[^"]*"|'[^']*'""", dotted)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,39 +183,73 @@ class Period:
     start: datetime
     end: datetime | None
 
+    @property
+    def bounds(self) -> tuple[datetime, datetime]:
+        """As databases keep it: one that never ends lasts for ever."""
+        return self.start, self.end or FOR_EVER
+
     def covers(self, moment: datetime) -> bool:
         return self.start <= moment and (self.end is None or moment < self.end)
 
     @classmethod
-    def containing(cls, moment: datetime, kind: PeriodKind, time_zone: str = "UTC") -> "Period":
+    def containing(
+        cls, moment: datetime, kind: PeriodKind, time_zone: str = "UTC", *, anchor_day: int = 1
+    ) -> "Period":
+        """The period of `moment`. Months begin on `anchor_day`, or on the last day of a month that is shorter."""
         if kind == "none":
             return cls(datetime(1970, 1, 1, tzinfo=UTC), None)
         there = zone(time_zone)
         midnight = moment.astimezone(there).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
         if kind == "month":
-            midnight = midnight.replace(day=1)
-            after = (midnight + timedelta(days=32)).replace(day=1)
+            first = _begin_of_month(midnight, anchor_day)
+            if first > midnight:
+                first = _begin_of_month(midnight.replace(day=1) - timedelta(days=1), anchor_day)
+            midnight = first
+            after = _begin_of_month(midnight.replace(day=1) + timedelta(days=32), anchor_day)
         else:
             after = midnight + timedelta(days=1)
         # Wall-clock arithmetic in the zone, then UTC: days of 23 and 25 hours come out right.
         return cls(midnight.astimezone(UTC), after.astimezone(UTC))
 
 
-def weighted_tokens(
-    weights: Weights,
-    *,
-    tokens_used: int,
-    input_tokens: int,
-    output_tokens: int,
-    cache_creation_input_tokens: int,
-    cache_read_input_tokens: int,
-) -> int:
-    """What counts against the limit. Tokens that a report did not split count once, rounded up as a whole."""
+def _begin_of_month(day: datetime, anchor_day: int) -> datetime:
+    return day.replace(day=min(anchor_day, monthrange(day.year, day.month)[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Raw tokens, as providers and reports count them. What a report did not split is in `tokens_used` only."""
+
+    tokens_used: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.tokens_used + other.tokens_used,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.cache_creation_input_tokens + other.cache_creation_input_tokens,
+            self.cache_read_input_tokens + other.cache_read_input_tokens,
+        )
+
+
+COUNTS = ("tokens_used", "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+
+
+def weighted_tokens(weights: Weights, counts: Iterable[tuple[str | None, Counts]]) -> int:
+    """What counts against the limit, rounded up as a whole. Tokens that a report did not split are of weight 1."""
+    exact = sum((weights.of_model(model) * _by_kind(weights, counted) for model, counted in counts), start=Decimal(0))
+    return int(exact.to_integral_value(rounding=ROUND_CEILING))
+
+
+def _by_kind(weights: Weights, counted: Counts) -> Decimal:
     split = (
-        (input_tokens, weights.input),
-        (output_tokens, weights.output),
-        (cache_creation_input_tokens, weights.cache_creation),
-        (cache_read_input_tokens, weights.cache_read),
+        (counted.input_tokens, weights.input),
+        (counted.output_tokens, weights.output),
+        (counted.cache_creation_input_tokens, weights.cache_creation),
+        (counted.cache_read_input_tokens, weights.cache_read),
     )
-    extra = sum((tokens * (weight - 1) for tokens, weight in split if weight != 1), start=Decimal(0))
-    return tokens_used + int(extra.to_integral_value(rounding=ROUND_CEILING))
+    return sum((tokens * (weight - 1) for tokens, weight in split if weight != 1), start=Decimal(counted.tokens_used))

@@ -35,7 +35,10 @@ USAGE_ADJUSTED = "usage.adjusted"
 # A family of its own: the key of an adjustment never meets that of a report.
 KEYED_USAGE_ADJUSTED = "usage.adjusted.keyed"
 
+THRESHOLD_REACHED = "quota.threshold.reached"
+
 STREAM = "USAGE"
+ALERTS = "ALERTS"
 LEDGER = "ledger"
 QUOTA = "quota"
 
@@ -71,6 +74,20 @@ USAGE_STREAM = StreamConfig(
     duplicate_window=120,
     deny_delete=True,
     deny_purge=True,
+    num_replicas=1,
+)
+
+# No total depends on these: the oldest make room for the newest.
+ALERTS_STREAM = StreamConfig(
+    name=ALERTS,
+    subjects=[THRESHOLD_REACHED],
+    storage=StorageType.FILE,
+    retention=RetentionPolicy.LIMITS,
+    discard=DiscardPolicy.OLD,
+    max_bytes=64 * 1024**2,
+    max_age=90 * 24 * 3600,
+    max_msg_size=64 * 1024,
+    duplicate_window=120,
     num_replicas=1,
 )
 
@@ -112,6 +129,10 @@ async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: in
                 f"The broker refuses the stream {STREAM} with {max_bytes} bytes: {error.description}. "
                 "Free disk space, or set CHATRAIL_STREAM_BYTES_MAX lower."
             ) from error
+    try:
+        await js.stream_info(ALERTS)
+    except NotFoundError:
+        await js.add_stream(replace(ALERTS_STREAM, num_replicas=replicas))
     for config in DURABLES:
         try:
             await js.consumer_info(STREAM, config.durable_name or "")

@@ -70,11 +70,18 @@ def usage_adjusted(
     effective_at: datetime = NOON,
     reason: str = "counted twice",
     actor: str = "operator",
+    **data: Any,
 ) -> UsageAdjusted:
     adjustment = Adjustment(
-        user_id=user_id, tokens_used=tokens_used, reason=reason, actor=actor, effective_at=effective_at
+        user_id=user_id, tokens_used=tokens_used, reason=reason, actor=actor, effective_at=effective_at, **data
     )
     return UsageAdjusted(subject=user_id, data=adjustment)
+
+
+def topped_up(
+    user_id: str = "user_1", tokens: int = 5_000, *, lasts: bool = False, effective_at: datetime = NOON
+) -> UsageAdjusted:
+    return usage_adjusted(user_id, 0, top_up_tokens=tokens, outlives_period=lasts, effective_at=effective_at)
 
 
 async def publish(nats: Client, *events: Event) -> None:

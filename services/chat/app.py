@@ -63,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         allow_origin_regex=identity.LOOPBACK_ORIGIN if settings.identity == "open" else None,
         allow_methods=["GET", "POST"],
         allow_headers=["Content-Type"],
-        expose_headers=["Retry-After", "X-Next-Cursor"],
+        expose_headers=["Retry-After", "X-Next-Cursor", "RateLimit", "RateLimit-Policy"],
     )
     if settings.identity == "open":
         app.add_middleware(identity.LocalHost)

@@ -29,6 +29,7 @@ from services.chat.problems import Problem
 from services.chat.publisher import Publisher
 from services.chat.quota import Quota
 from services.chat.sse import KEEPALIVE, frame
+from shared.calls import LimitState
 from shared.errors import BadCall, Unanswered, Unavailable
 from shared.events import Generation as Usage
 from shared.events import GenerationCompleted, Metadata, Outcome, TokenCounts, UsageSource, utc_now
@@ -78,6 +79,7 @@ class Generation:
         self.id = generation_id
         self.user_id = user_id
         self.model = prompt.model
+        self.limits: tuple[LimitState, ...] = ()
         self._text: list[str] = []
         self.problem: Problem | None = None
         self._usage = msgspec.Raw(b"null")
@@ -116,7 +118,7 @@ class Generation:
             raise
         self._is_clamped = granted.output_tokens_max < self._prompt.output_tokens_max
         self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)
-        self._started_at = granted.started_at
+        self._started_at, self.limits = granted.started_at, granted.limits
         try:
             await intending
             # From here on Claude may be asked: a process that dies now owes the input, at least.
@@ -273,7 +275,7 @@ class Generation:
         if event.data.outcome == "disconnected":
             return None  # nobody is listening
         try:
-            return await self._parts.quota.usage(self.user_id, including=event)
+            return (await self._parts.quota.usage(self.user_id, including=event)).body
         except Unavailable as error:
             log.warning("usage_not_shown", generation_id=self.id, reason=error.detail)
             return None

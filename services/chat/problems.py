@@ -10,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from shared.calls import Refused
 from shared.errors import BadCall, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
@@ -59,20 +58,6 @@ class Problem(Exception):
 
     def response(self) -> Response:
         return Response(self.body, self.status, {"Cache-Control": "no-store", **self.headers}, MEDIA_TYPE)
-
-
-def limit_exceeded(refused: Refused) -> Problem:
-    """429 at the limit: which plan to upgrade to, what is left, when it resets."""
-    usage = refused.usage
-    upgrade = f"Upgrade to {usage.upgrade_to.capitalize()}" if usage.upgrade_to else "This plan's tokens are used up"
-    return Problem(
-        429,
-        "Token limit exceeded",
-        upgrade,
-        headers={"Retry-After": str(refused.retry_after_s)},
-        **usage.model_dump(mode="json"),
-        tokensAvailable=refused.tokens_available,
-    )
 
 
 def unavailable(error: Unavailable) -> Problem:

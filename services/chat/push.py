@@ -1,7 +1,7 @@
 """A user's usage, pushed to every open tab whenever it changes."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from nats.aio.client import Client
@@ -22,9 +22,11 @@ class Watchers:
         self._nc, self._quota = nc, quota
         self._open: set[asyncio.Queue[bool]] = set()
 
-    def watch(self, user_id: str) -> EventStream:
+    def watch(self, user_id: str, *, headers: Mapping[str, str]) -> EventStream:
         news: asyncio.Queue[bool] = asyncio.Queue()
-        return EventStream(self._frames(user_id, news), on_disconnect=lambda: news.put_nowait(_CLOSED))
+        return EventStream(
+            self._frames(user_id, news), on_disconnect=lambda: news.put_nowait(_CLOSED), headers=headers
+        )
 
     def close(self) -> None:
         for news in self._open:
@@ -42,7 +44,7 @@ class Watchers:
                 try:
                     if subscription is None:
                         subscription = await self._nc.subscribe(quota_updated(user_id), cb=changed)
-                    usage = await self._quota.usage(user_id)
+                    usage = (await self._quota.usage(user_id)).body
                 except (Unavailable, NatsError):
                     usage = shown  # the rail counts locally meanwhile, and is told as soon as quota answers
                 yield frame(b"usage", usage) if usage != shown else KEEPALIVE

@@ -2,15 +2,23 @@
 
 import asyncio
 from collections import defaultdict
+from typing import NamedTuple
 
+import msgspec
+import structlog
 from nats.aio.client import Client
+from pydantic import TypeAdapter
 
 from services.chat.claude import Claude, Prompt
-from services.chat.problems import limit_exceeded
+from services.chat.ratelimit import headers, refusal
+from services.chat.waiting import WaitingRoom
 from shared import calls
 from shared.broker import call
-from shared.calls import Authorize, Granted, Pending, Refused, UsageQuery, authorization
+from shared.calls import Authorize, Granted, LimitState, Pending, Refused, UsageQuery, authorization
+from shared.errors import Unavailable
 from shared.events import GenerationCompleted
+
+log = structlog.get_logger()
 
 # Quota settles within a fraction of a second of publishing. What a replica took along when it died is settled after
 # the stream's ack_wait and the start of another; until then quota's answers are told of what is on the way.
@@ -19,24 +27,54 @@ SETTLED_AFTER_S = 15.0
 PENDING_MAX = 100
 
 
+class Shown(NamedTuple):
+    """The body of GET /api/usage, as quota wrote it, and each limit behind it, still to be read."""
+
+    body: bytes
+    limits_json: bytes
+
+    @property
+    def limits(self) -> tuple[LimitState, ...]:
+        return _limits.validate_json(self.limits_json)
+
+
+class _Answer(msgspec.Struct):
+    usage: msgspec.Raw
+    limits: msgspec.Raw
+
+
+_answer = msgspec.json.Decoder(_Answer)
+_limits = TypeAdapter(tuple[LimitState, ...])
+
+
 class Quota:
     def __init__(self, nc: Client) -> None:
         self._nc = nc
+        self._waiting_room = WaitingRoom(nc)
         self._pending: defaultdict[str, dict[str, Pending]] = defaultdict(dict)
 
     async def authorize(self, claude: Claude, prompt: Prompt, *, generation_id: str, user_id: str) -> Granted:
         """A hold for the generation, with the output clamped to what is left.
 
-        Raises Problem 429 when nothing is left, before anything is sent to Claude; Unavailable when quota cannot
-        be asked: then nothing is spent.
+        Where only the user's other generations are in the way, it waits for them to end. Raises Problem 429 when
+        that does not help, before anything is sent to Claude; Unavailable when quota cannot be asked: then nothing
+        is spent.
         """
-        answer = await self._ask(prompt, prompt.input_tokens_max, prompt.output_tokens_max, generation_id, user_id)
-        if isinstance(answer, Refused) and answer.tokens_available > 0:
+
+        async def ask() -> Granted | Refused:
+            return await self._ask(prompt, input_tokens_max, output_tokens_min, generation_id, user_id)
+
+        input_tokens_max, output_tokens_min = prompt.input_tokens_max, prompt.output_tokens_max
+        answer = await ask()
+        if isinstance(answer, Refused) and answer.tokens_available > 0 and answer.reason != "concurrency":
             # The bound by bytes is generous. Near the limit it is worth asking how long the prompt really is.
-            input_tokens = await claude.count_input_tokens(prompt)
-            answer = await self._ask(prompt, input_tokens, 1, generation_id, user_id)
+            input_tokens_max, output_tokens_min = await claude.count_input_tokens(prompt), 1
+            answer = await ask()
+        if isinstance(answer, Refused) and answer.reason != "tokens":
+            output_tokens_min = 1
+            answer = await self._waiting_room.wait(user_id, answer, ask)
         if isinstance(answer, Refused):
-            raise limit_exceeded(answer)
+            raise refusal(answer)
         return answer
 
     async def _ask(
@@ -45,6 +83,7 @@ class Quota:
         request = Authorize(
             generation_id=generation_id,
             user_id=user_id,
+            model=prompt.model,
             input_tokens_max=input_tokens_max,
             output_tokens_min=output_tokens_min,
             output_tokens_max=prompt.output_tokens_max,
@@ -52,18 +91,28 @@ class Quota:
         )
         return authorization.validate_json(await call(self._nc, calls.AUTHORIZE, request))
 
-    async def usage(self, user_id: str, *, including: GenerationCompleted | None = None) -> bytes:
-        """The body of GET /api/usage, as quota wrote it; with an event, too, that is not on the disk yet."""
+    async def usage(self, user_id: str, *, including: GenerationCompleted | None = None) -> Shown:
+        """What is used and left; with an event, too, that is not on the disk yet."""
         pending = self._known(user_id)
         if including:
             pending += (Pending.of(including.id, including.data),)
-        return await call(self._nc, calls.USAGE, UsageQuery(user_id=user_id, pending=pending))
+        answer = _answer.decode(await call(self._nc, calls.USAGE, UsageQuery(user_id=user_id, pending=pending)))
+        return Shown(bytes(answer.usage), bytes(answer.limits))
+
+    async def rate_limit(self, user_id: str) -> dict[str, str]:
+        """The header fields for an answer that is not itself quota's; none where quota cannot be asked now."""
+        try:
+            return headers((await self.usage(user_id)).limits)
+        except Unavailable as error:
+            log.warning("limits_not_told", reason=error.detail)
+            return {}
 
     def remember(self, event: GenerationCompleted) -> None:
         """The event is durable: from now on every answer includes it."""
         known = self._pending[event.subject]
         if len(known) < PENDING_MAX:
             known[event.id] = Pending.of(event.id, event.data)
+        self._waiting_room.changed(event.subject)
 
     def published(self, event: GenerationCompleted) -> None:
         """The stream has the event: quota will settle it by itself in a moment."""

@@ -1,6 +1,7 @@
 """The ledger's database: every event that used tokens, once and for ever, and what is read from it."""
 
 import base64
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import UTC, date
 from decimal import Decimal
@@ -15,13 +16,12 @@ from shared.calls import Day, History, HistoryQuery, Logs, LogsQuery, Record
 from shared.database import insert_new, table_of
 from shared.errors import BadCall
 from shared.events import Adjustment, Event, Generation, GenerationCompleted, SubscriptionChanged, UsageAdjusted
-from shared.plans import Plans, weighted_tokens
+from shared.plans import COUNTS, Counts, Plan, Plans, weighted_tokens
 from shared.quarantine import Poison, quarantine
 from shared.streams import GENERATION_COMPLETED
 
 usage, subscription_changes = table_of(Usage), table_of(SubscriptionChange)
 
-COUNTS = ("tokens_used", "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 # A reply is one NATS message of at most 1 MiB: a page of large records ends early, with a cursor.
 PAGE_BYTES_MAX = 768 * 1024
 
@@ -101,7 +101,7 @@ def _sums_by_day_and_tier(query: HistoryQuery) -> Select[Any]:
         .scalar_subquery()
     )
     used = (
-        select(*usage.c["usage_date", "event_type", *COUNTS], tier.label("tier"))
+        select(*usage.c["usage_date", "event_type", "model", *COUNTS], tier.label("tier"))
         .where(
             usage.c.user_id == query.user_id,
             usage.c.usage_date.between(query.from_date, query.to_date),
@@ -114,16 +114,20 @@ def _sums_by_day_and_tier(query: HistoryQuery) -> Select[Any]:
             used.c.usage_date,
             used.c.tier,
             func.count().filter(used.c.event_type == GENERATION_COMPLETED).label("generations"),
+            used.c.model,
             *(cast(func.coalesce(func.sum(used.c[name]), 0), BigInteger).label(name) for name in COUNTS),
         )
-        .group_by(used.c.usage_date, used.c.tier)
+        .group_by(used.c.usage_date, used.c.tier, used.c.model)
         .order_by(used.c.usage_date.desc())
     )
 
 
 def _day(plans: Plans, day: date, parts: Iterable[Row[Any]]) -> Day:
-    """One day, in a part for each plan that the user had on it. Its input includes both cache counts."""
+    """One day, in a part for each plan and model that the user had on it. Its input includes both cache counts."""
     sums = list(parts)
+    by_tier: defaultdict[str | None, list[tuple[str | None, Counts]]] = defaultdict(list)
+    for part in sums:
+        by_tier[part.tier].append((part.model, Counts(*(getattr(part, name) for name in COUNTS))))
     return Day(
         date=day,
         tokens_used=sum(part.tokens_used for part in sums),
@@ -133,13 +137,12 @@ def _day(plans: Plans, day: date, parts: Iterable[Row[Any]]) -> Day:
         output_tokens=sum(part.output_tokens for part in sums),
         generations=sum(part.generations for part in sums),
         # From 0.00: what a correction takes from a free plan is Decimal("-0.00").
-        cost_usd=str(sum((_cost_usd(plans, part) for part in sums), start=Decimal("0.00"))),
+        cost_usd=str(sum((_cost_usd(plans.of(tier), used) for tier, used in by_tier.items()), start=Decimal("0.00"))),
     )
 
 
-def _cost_usd(plans: Plans, part: Row[Any]) -> Decimal:
-    plan = plans.of(part.tier)
-    return plan.cost_usd(weighted_tokens(plan.weights, **{name: getattr(part, name) for name in COUNTS}))
+def _cost_usd(plan: Plan, used: list[tuple[str | None, Counts]]) -> Decimal:
+    return plan.cost_usd(weighted_tokens(plan.weights, used))
 
 
 def _fitting(records: list[Record]) -> list[Record]:

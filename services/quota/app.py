@@ -7,6 +7,8 @@ from functools import partial
 
 import structlog
 from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 
@@ -21,7 +23,8 @@ from shared.telemetry import probes
 
 log = structlog.get_logger()
 
-EXPIRY_REPORT_EVERY_S = 30
+# Holds that nobody settled, and alerts that a process took along when it died.
+LOOK_AFTER_EVERY_S = 30
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -30,21 +33,22 @@ def create_app(settings: Settings) -> Starlette:
     nc = Client()
     handlers = Handlers(nc, database, plans)
 
-    async def report_expired_holds() -> None:
+    async def look_after() -> None:
         while True:
             try:
                 await handlers.report_expired_holds()
-            except (SQLAlchemyError, OSError) as error:
-                log.warning("expired_holds_not_reported", error=type(error).__name__)
-            await asyncio.sleep(EXPIRY_REPORT_EVERY_S)
+                await handlers.publish_alerts()
+            except (SQLAlchemyError, NatsError, APIError, OSError) as error:
+                log.warning("not_looked_after", error=repr(error))
+            await asyncio.sleep(LOOK_AFTER_EVERY_S)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         bus = running(nc, settings.nats_url, streams.QUOTA, calls=handlers.calls, handle=handlers.on_usage)
         async with bus:
-            reporting = asyncio.create_task(report_expired_holds())
+            looking_after = asyncio.create_task(look_after())
             yield
-            reporting.cancel()
+            looking_after.cancel()
         await database.close()
 
     return Starlette(routes=probes(partial(missing, nc, database, store.ping)), lifespan=lifespan)

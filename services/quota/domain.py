@@ -1,12 +1,16 @@
 """The rules of the quota, pure: what is left, what a generation may take, what people are shown."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from math import ceil
+from typing import NamedTuple
+from zoneinfo import ZoneInfo
 
-from shared.calls import Pending, Usage
-from shared.plans import Period, Plan, Weights, weighted_tokens
+from shared.calls import LimitState, Pending, Reason, Usage
+from shared.events import Threshold
+from shared.plans import FOR_EVER, Counts, Limit, Period, Plan, Weights, weighted_tokens, zone
 
 # While others' generations hold what is left, asking again soon makes sense; what is used only the reset brings back.
 RETRY_WHILE_HELD_S = 5
@@ -59,93 +63,328 @@ def _dearest_input(weights: Weights) -> Decimal:
     return max(weights.input, weights.cache_creation, weights.cache_read)
 
 
-def period_at(moment: datetime, plan: Plan, time_zone: str | None) -> Period:
-    """The user's period. A time zone that this machine does not know is the plan's: one odd event stops nobody."""
-    try:
-        return Period.containing(moment, plan.period, time_zone or plan.time_zone)
-    except ValueError:
-        return Period.containing(moment, plan.period, plan.time_zone)
+def _for_model(weights: Weights, model: str | None) -> Weights:
+    """The same, with the model's weight multiplied in."""
+    factor = weights.of_model(model)
+    if factor == 1:
+        return weights
+    kinds = {kind: getattr(weights, kind) * factor for kind in ("input", "output", "cache_creation", "cache_read")}
+    return Weights.model_construct(**kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Calendar:
+    """Where a user's days and months begin: their time zone, and the day on which they subscribed."""
+
+    time_zone: str | None = None
+    subscribed_at: datetime | None = None
+
+    def period(self, moment: datetime, plan: Plan, limit: Limit) -> Period:
+        """A time zone that this machine does not know is the plan's: one odd event stops nobody."""
+        there = self._zone(plan)
+        anchor_day = 1
+        if plan.anchor == "subscription" and self.subscribed_at is not None:
+            anchor_day = self.subscribed_at.astimezone(there).day
+        return Period.containing(moment, limit.period, there.key, anchor_day=anchor_day)
+
+    def _zone(self, plan: Plan) -> ZoneInfo:
+        try:
+            return zone(self.time_zone or plan.time_zone)
+        except ValueError:
+            return zone(plan.time_zone)
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Raw tokens of one user in one period; weights are applied when they are read."""
+    """One user's tokens in one period, raw: weights are applied when they are read. `models` says whose they were.
 
-    tokens_used: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_creation_input_tokens: int = 0
-    cache_read_input_tokens: int = 0
+    Top-ups raise the limit: `top_up_tokens` in this period alone, `lasting_top_up_tokens` until they are used up.
+    """
 
-    def __add__(self, other: "Totals | Pending") -> "Totals":
+    counts: Counts = field(default_factory=Counts)
+    models: Mapping[str, Counts] = field(default_factory=dict)
+    top_up_tokens: int = 0
+    lasting_top_up_tokens: int = 0
+
+    def __add__(self, other: "Totals") -> "Totals":
+        models = dict(self.models)
+        for model, counts in other.models.items():
+            models[model] = models.get(model, Counts()) + counts
         return Totals(
-            self.tokens_used + other.tokens_used,
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-            self.cache_creation_input_tokens + other.cache_creation_input_tokens,
-            self.cache_read_input_tokens + other.cache_read_input_tokens,
+            self.counts + other.counts,
+            models,
+            self.top_up_tokens + other.top_up_tokens,
+            self.lasting_top_up_tokens + other.lasting_top_up_tokens,
         )
+
+    def used_tokens(self, weights: Weights) -> int:
+        """What counts against a limit. Corrections may bring it below zero."""
+        if not weights.models:
+            return weighted_tokens(weights, [(None, self.counts)])
+        named = sum(self.models.values(), start=Counts())
+        unnamed = Counts(*(getattr(self.counts, name) - getattr(named, name) for name in Counts.__slots__))
+        return weighted_tokens(weights, [*self.models.items(), (None, unnamed)])
+
+
+@dataclass(frozen=True, slots=True)
+class LimitStanding:
+    """A user and one limit of their plan, at one moment. `carried_tokens`: left of top-ups of the periods before."""
+
+    limit: Limit
+    period: Period
+    weights: Weights
+    totals: Totals = Totals()
+    held_tokens: int = 0
+    carried_tokens: int = 0
+
+    @property
+    def used_tokens(self) -> int:
+        return self.totals.used_tokens(self.weights)
+
+    @property
+    def allowance(self) -> Allowance:
+        # Corrections never make a plan larger.
+        return Allowance(self.limit_tokens, max(0, self.used_tokens), self.held_tokens)
+
+    @property
+    def limit_tokens(self) -> int | None:
+        """The plan's, and what was topped up."""
+        if self.limit.limit_tokens is None:
+            return None
+        top_ups = self.totals.top_up_tokens + self.totals.lasting_top_up_tokens
+        return self.limit.limit_tokens + top_ups + self.carried_tokens
+
+    @property
+    def beyond_tokens(self) -> int:
+        """What was used beyond the plan and the top-ups of this period alone."""
+        if self.limit.limit_tokens is None:
+            return 0
+        own = self.limit.limit_tokens + self.totals.top_up_tokens
+        return max(0, self.used_tokens - own)
+
+    @property
+    def resets_at(self) -> datetime:
+        return self.period.bounds[1]
+
+    def state(self, at: datetime) -> LimitState | None:
+        """As every convention says it; None without a limit."""
+        allowance, end = self.allowance, self.period.end
+        if allowance.limit_tokens is None:
+            return None
+        return LimitState(
+            period=self.limit.period,
+            limit_tokens=allowance.limit_tokens,
+            remaining_tokens=max(0, allowance.limit_tokens - allowance.used_tokens),
+            window_s=None if end is None else round((end - self.period.start).total_seconds()),
+            resets_in_s=None if end is None else _seconds_until(end, at),
+        )
+
+
+def carried_tokens(top_ups: Iterable[tuple[datetime, int]], spent: Iterable[tuple[datetime, int]]) -> int:
+    """What is left of top-ups that outlive their period: (when, tokens) of each, and (when, tokens) of each period
+    that used more than it had itself, at its end. A period takes no more than there is by then."""
+    left = 0
+    moves = [(moment, 0, tokens) for moment, tokens in top_ups] + [(moment, 1, -tokens) for moment, tokens in spent]
+    for _, _, tokens in sorted(moves):
+        left = max(0, left + tokens)
+    return left
+
+
+class Change(NamedTuple):
+    """One change of a user's plan. They sort by time; of two at once, by id."""
+
+    changed_at: datetime
+    event_id: str
+    tier: str
+    time_zone: str | None
+
+
+class Subscribed(NamedTuple):
+    """What all changes come to: the newest, and since when the user has had its plan without a break."""
+
+    tier: str
+    time_zone: str | None
+    changed_at: datetime
+    subscribed_at: datetime
+    event_id: str
+
+
+def subscribed(changes: Iterable[Change]) -> Subscribed | None:
+    """The same in whatever order the changes arrived; None without any."""
+    found: Subscribed | None = None
+    for change in sorted(changes):
+        since = found.subscribed_at if found and found.tier == change.tier else change.changed_at
+        found = Subscribed(change.tier, change.time_zone, change.changed_at, since, change.event_id)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Room for a generation: what it may write, and what is held for all of it."""
+
+    output_tokens: int
+    hold_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    reason: Reason
+    retry_after_s: int
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A user as the quota sees them at one moment."""
+    """A user as the quota sees them at one moment: one standing for each limit of the plan."""
 
     user_id: str
     plan: Plan
-    period: Period
-    totals: Totals
-    held_tokens: int
+    standings: tuple[LimitStanding, ...]
+    open_generations: int = 0
 
-    @property
-    def allowance(self) -> Allowance:
-        # Corrections may bring a total below zero; they never make a plan larger.
-        return Allowance(self.plan.limit_tokens, max(0, self.used_tokens), self.held_tokens)
-
-    @property
-    def used_tokens(self) -> int:
-        totals = self.totals
-        return weighted_tokens(
-            self.plan.weights,
-            tokens_used=totals.tokens_used,
-            input_tokens=totals.input_tokens,
-            output_tokens=totals.output_tokens,
-            cache_creation_input_tokens=totals.cache_creation_input_tokens,
-            cache_read_input_tokens=totals.cache_read_input_tokens,
+    def reserve(
+        self,
+        *,
+        input_tokens_max: int,
+        output_tokens_min: int,
+        output_tokens_max: int,
+        at: datetime,
+        model: str | None = None,
+    ) -> Reserved | Refusal:
+        """As much of the output as fits under every limit, or why not even the least that is useful does."""
+        weights = _for_model(self.plan.weights, model)
+        least = useful_output_tokens(
+            self.plan, output_tokens_min=output_tokens_min, output_tokens_max=output_tokens_max
         )
 
-    def holding(self, tokens: int) -> "Account":
-        return replace(self, held_tokens=self.held_tokens + tokens)
+        def granted(allowance: Allowance) -> int | None:
+            return allowance.output_granted(
+                weights,
+                input_tokens_max=input_tokens_max,
+                output_tokens_min=least,
+                output_tokens_max=output_tokens_max,
+            )
+
+        never = [s for s in self.standings if granted(replace(s.allowance, held_tokens=0)) is None]
+        if never:
+            return Refusal("tokens", self._reset_s(never, at))
+        if self.open_generations >= (self.plan.concurrent_generations_max or self.open_generations + 1):
+            return Refusal("concurrency", RETRY_WHILE_HELD_S)
+        fitting = [granted(standing.allowance) for standing in self.standings]
+        known = [output_tokens for output_tokens in fitting if output_tokens is not None]
+        if len(known) < len(fitting):
+            return Refusal("held", RETRY_WHILE_HELD_S)
+        output_tokens = min(known)
+        held = hold_tokens(weights, input_tokens_max=input_tokens_max, output_tokens_max=output_tokens)
+        return Reserved(output_tokens, held)
+
+    def _reset_s(self, standings: list[LimitStanding], at: datetime) -> int:
+        """Until the last of these limits begins anew. One that never does asks to try again all the same."""
+        end = max(standing.resets_at for standing in standings)
+        return RETRY_WHILE_HELD_S if end == FOR_EVER else _seconds_until(end, at)
+
+    def holding(self, tokens: int, since: datetime) -> "Account":
+        """With one more generation under way that holds `tokens` in the periods of `since`."""
+        return self._with_held(tokens, since, generations=1)
+
+    def released(self, tokens: int, since: datetime) -> "Account":
+        return self._with_held(-tokens, since, generations=-1)
+
+    def _with_held(self, tokens: int, since: datetime, *, generations: int) -> "Account":
+        standings = tuple(
+            replace(standing, held_tokens=standing.held_tokens + tokens)
+            if standing.period.covers(since)
+            else standing
+            for standing in self.standings
+        )
+        return replace(self, standings=standings, open_generations=self.open_generations + generations)
 
     def including(self, pending: Pending) -> "Account":
-        """With usage that is durable but not settled yet, if it belongs to this period."""
-        if not self.period.covers(pending.started_at):
-            return self
-        return replace(self, totals=self.totals + pending)
+        """With usage that is durable but not settled yet, in the periods that it belongs to."""
+        counts = Counts(
+            pending.tokens_used,
+            pending.input_tokens,
+            pending.output_tokens,
+            pending.cache_creation_input_tokens,
+            pending.cache_read_input_tokens,
+        )
+        added = Totals(counts, {pending.model: counts} if pending.model else {})
+        standings = tuple(
+            replace(standing, totals=standing.totals + added)
+            if standing.period.covers(pending.started_at)
+            else standing
+            for standing in self.standings
+        )
+        return replace(self, standings=standings)
 
-    def retry_after_s(self, now: datetime) -> int:
-        waits_for_reset = self.allowance.is_used_up or not self.held_tokens
-        if waits_for_reset and self.period.end is not None:
-            return max(1, ceil((self.period.end - now).total_seconds()))
-        return RETRY_WHILE_HELD_S
+    @property
+    def tightest(self) -> LimitStanding:
+        """The limit that leaves least, and of equals the one that resets last: it decides, and it is shown."""
+        if len(self.standings) == 1:
+            return self.standings[0]
+
+        def left(standing: LimitStanding) -> tuple[float, float]:
+            available = standing.allowance.available_tokens
+            return (float("inf") if available is None else available, -standing.resets_at.timestamp())
+
+        return min(self.standings, key=left)
+
+    @property
+    def tokens_available(self) -> int:
+        return self.tightest.allowance.available_tokens or 0
+
+    def limits(self, at: datetime) -> tuple[LimitState, ...]:
+        states = (standing.state(at) for standing in self.standings)
+        return tuple(state for state in states if state is not None)
+
+    def covers(self, moment: datetime) -> bool:
+        """Whether every limit's period is the one of that moment."""
+        return all(standing.period.covers(moment) for standing in self.standings)
+
+    def thresholds(self, at: datetime) -> list[tuple[Period, Threshold]]:
+        """Of each limit, each per cent that is used of those that the plan wants to hear of."""
+        return [
+            (
+                standing.period,
+                Threshold(
+                    user_id=self.user_id,
+                    tier=self.plan.tier,
+                    percent=percent,
+                    tokens_used=used,
+                    tokens_limit=limit,
+                    period=standing.limit.period,
+                    period_start=None if standing.period.end is None else standing.period.start,
+                    resets_at=standing.period.end,
+                    reached_at=at,
+                ),
+            )
+            for standing in self.standings
+            for used, limit in [(standing.allowance.used_tokens, standing.allowance.limit_tokens)]
+            for percent in self.plan.alert_percents
+            if limit and used * 100 >= limit * percent
+        ]
 
     @property
     def usage(self) -> Usage:
-        allowance, plan = self.allowance, self.plan
-        used, limit = allowance.used_tokens, plan.limit_tokens
+        shown, plan = self.tightest, self.plan
+        allowance = shown.allowance
+        used, limit = allowance.used_tokens, allowance.limit_tokens
         return Usage(
             tier=plan.tier,
             tokens_used=used,
             tokens_limit=limit,
             tokens_remaining=None if limit is None else max(0, limit - used),
             usage_percentage=_percentage(used, limit),
-            tokens_held=self.held_tokens,
-            period=plan.period,
-            period_start=None if plan.period == "none" else self.period.start,
-            resets_at=self.period.end,
+            tokens_held=shown.held_tokens,
+            period=shown.limit.period,
+            period_start=None if shown.limit.period == "none" else shown.period.start,
+            resets_at=shown.period.end,
             upgrade_to=plan.upgrade_to,
             cost_usd=str(plan.cost_usd(used)),
         )
+
+
+def _seconds_until(end: datetime, at: datetime) -> int:
+    return max(1, ceil((end - at).total_seconds()))
 
 
 def _percentage(used: int, limit: int | None) -> float:

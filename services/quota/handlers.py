@@ -9,12 +9,13 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from services.quota import store
-from services.quota.domain import Account
+from services.quota.alerts import Alerts
+from services.quota.domain import Account, Refusal
 from services.quota.store import Grant, Taken
 from shared import calls, streams
 from shared.answering import Call
 from shared.batching import Batching
-from shared.calls import Authorization, Authorize, Granted, Refused, Usage, UsageQuery
+from shared.calls import Authorization, Authorize, Granted, Refused, UsageAnswer, UsageQuery
 from shared.database import Database
 from shared.errors import BadCall
 from shared.events import Event
@@ -34,7 +35,8 @@ class Handlers:
     def __init__(self, nc: Client, database: Database, plans: Plans) -> None:
         self._nc, self._database, self._plans = nc, database, plans
         self._authorizing: Batching[Authorize, Authorization] = Batching(self._authorize_all)
-        self._looking_up: Batching[UsageQuery, Usage] = Batching(self._look_up_all)
+        self._looking_up: Batching[UsageQuery, UsageAnswer] = Batching(self._look_up_all)
+        self._alerts = Alerts(nc, database)
         self._changed: set[str] = set()
         self._pushing: asyncio.Task[None] | None = None
         self.calls = (
@@ -54,19 +56,22 @@ class Handlers:
             for request, answer in zip(requests, answers, strict=True)
         ]
 
-    async def usage(self, query: UsageQuery) -> Usage:
+    async def usage(self, query: UsageQuery) -> UsageAnswer:
         """What a user has used and what is left, with the pending usage that the caller knows of."""
         return await self._looking_up.submit(query)
 
-    async def _look_up_all(self, queries: Sequence[UsageQuery]) -> list[Usage]:
-        standing = await self._database.read(store.look_up, self._plans, queries)
-        return [standing[query.user_id].usage for query in queries]
+    async def _look_up_all(self, queries: Sequence[UsageQuery]) -> list[UsageAnswer]:
+        standing, at = await self._database.read(store.look_up, self._plans, queries)
+        users = (standing[query.user_id] for query in queries)
+        return [UsageAnswer(usage=user.usage, limits=user.limits(at)) for user in users]
 
     async def on_usage(self, events: list[Event], poison: list[Poison]) -> None:
         """Settle what happened: each event counted once, its hold released, in one transaction."""
-        settled, standing = await self._database.write(store.settle, self._plans, events, poison)
-        self._push_soon(standing)
-        log.info("usage_settled", received=len(events), settled=settled, users=len(standing))
+        settled = await self._database.write(store.settle, self._plans, events, poison)
+        self._push_soon(settled.standing)
+        if settled.alerts:
+            self._alerts.publish_soon()
+        log.info("usage_settled", received=len(events), settled=settled.events, users=len(settled.standing))
 
     def _push_soon(self, user_ids: Iterable[str]) -> None:
         self._changed.update(user_ids)
@@ -83,19 +88,26 @@ class Handlers:
         except NatsError as error:
             log.warning("changes_not_pushed", users=len(changed), error=repr(error))
 
+    async def publish_alerts(self) -> None:
+        """Those that a process took along when it died."""
+        await self._alerts.publish()
+
     async def report_expired_holds(self) -> None:
         """Say once, in the log, that a generation was authorized and never settled."""
         for generation_id, user_id, tokens in await self._database.write(store.expired_holds):
             log.warning("hold_expired", generation_id=generation_id, user_id=user_id, tokens=tokens)
 
 
-def _authorization(answer: Grant | Taken | None, account: Account, at: datetime) -> Authorization | Exception:
+def _authorization(answer: Grant | Taken | Refusal, account: Account, at: datetime) -> Authorization | Exception:
     if isinstance(answer, Taken):
         return BadCall("generation_id is of a generation that is over, or another user's: make a new one")
-    if answer is not None:
-        return Granted(output_tokens_max=answer.output_tokens, started_at=answer.started_at)
+    limits = account.limits(at)
+    if isinstance(answer, Grant):
+        return Granted(output_tokens_max=answer.output_tokens, started_at=answer.started_at, limits=limits)
     return Refused(
-        tokens_available=account.allowance.available_tokens or 0,
-        retry_after_s=account.retry_after_s(at),
+        reason=answer.reason,
+        tokens_available=account.tokens_available,
+        retry_after_s=answer.retry_after_s,
         usage=account.usage,
+        limits=limits,
     )

@@ -9,7 +9,7 @@ from shared.database import UtcDateTime
 
 
 class Subscription(SQLModel, table=True):
-    """The plan of a user who has chosen one. The newest change wins, in whatever order changes arrive."""
+    """The plan of a user who has chosen one: the newest change, and since when they have had its plan."""
 
     __tablename__ = "subscriptions"
 
@@ -17,7 +17,21 @@ class Subscription(SQLModel, table=True):
     tier: str = Field(sa_type=Text)
     time_zone: str | None = Field(default=None, sa_type=Text)
     changed_at: datetime = Field(sa_type=UtcDateTime)
+    subscribed_at: datetime = Field(sa_type=UtcDateTime)
     event_id: str = Field(sa_type=Text)
+
+
+class PlanChange(SQLModel, table=True):
+    """Every change of a plan, in whatever order changes arrive: what is made of them is the same in all orders."""
+
+    __tablename__ = "plan_changes"
+    __table_args__ = (Index("plan_changes_by_user", "user_id", "changed_at", "event_id"),)
+
+    event_id: str = Field(primary_key=True, sa_type=Text)
+    user_id: str = Field(sa_type=Text)
+    tier: str = Field(sa_type=Text)
+    time_zone: str | None = Field(default=None, sa_type=Text)
+    changed_at: datetime = Field(sa_type=UtcDateTime)
 
 
 class UsageTotal(SQLModel, table=True):
@@ -33,6 +47,10 @@ class UsageTotal(SQLModel, table=True):
     output_tokens: int = Field(sa_type=BigInteger)
     cache_creation_input_tokens: int = Field(sa_type=BigInteger)
     cache_read_input_tokens: int = Field(sa_type=BigInteger)
+    top_up_tokens: int = Field(default=0, sa_type=BigInteger)
+    lasting_top_up_tokens: int = Field(default=0, sa_type=BigInteger)
+    # {"claude-haiku-4-5": [the five counts, as above], ...}: plans may weigh models differently.
+    models: str = Field(default="{}", sa_type=Text)
 
 
 class Settlement(SQLModel, table=True):
@@ -49,6 +67,9 @@ class Settlement(SQLModel, table=True):
     output_tokens: int = Field(sa_type=BigInteger)
     cache_creation_input_tokens: int = Field(sa_type=BigInteger)
     cache_read_input_tokens: int = Field(sa_type=BigInteger)
+    top_up_tokens: int = Field(default=0, sa_type=BigInteger)
+    lasting_top_up_tokens: int = Field(default=0, sa_type=BigInteger)
+    model: str | None = Field(default=None, sa_type=Text)
     is_late: bool = False
 
 
@@ -69,3 +90,17 @@ class Hold(SQLModel, table=True):
     started_at: datetime = Field(sa_type=UtcDateTime)
     expires_at: datetime = Field(sa_type=UtcDateTime)
     reported_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class Alert(SQLModel, table=True):
+    """A user came to so many per cent of a limit in a period. Its primary key is what makes it happen once."""
+
+    __tablename__ = "alerts"
+
+    user_id: str = Field(primary_key=True, sa_type=Text)
+    period_start: datetime = Field(primary_key=True, sa_type=UtcDateTime)
+    period_end: datetime = Field(primary_key=True, sa_type=UtcDateTime)
+    percent: int = Field(primary_key=True)
+    event_id: str = Field(sa_type=Text)
+    event: str = Field(sa_type=Text)
+    is_published: bool = False

@@ -2,9 +2,9 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, replace
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from sqlalchemy import (
     Connection,
     Executable,
     FromClause,
+    Row,
     Select,
     Text,
     and_,
@@ -26,21 +27,31 @@ from sqlalchemy import (
     update,
 )
 
-from services.quota.domain import Account, Totals, hold_tokens, period_at, useful_output_tokens
-from services.quota.models import Hold, Settlement, Subscription, UsageTotal
+from services.quota.domain import (
+    Account,
+    Calendar,
+    Change,
+    LimitStanding,
+    Refusal,
+    Totals,
+    carried_tokens,
+    subscribed,
+)
+from services.quota.models import Alert, Hold, Settlement, Subscription, PlanChange, UsageTotal
 from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
-from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted
-from shared.plans import Period, Plans
+from shared.events import Event, GenerationCompleted, SubscriptionChanged, ThresholdReached, UsageAdjusted, encode
+from shared.plans import COUNTS, Counts, Period, Plans
 from shared.quarantine import Poison, quarantine
 
 # Longer than the longest generation: a hold never ends before the generation that it covers.
 HOLD_TTL = timedelta(minutes=15)
-FOR_EVER = datetime(9999, 12, 31, tzinfo=UTC)
 
-holds, settlements = table_of(Hold), table_of(Settlement)
-subscriptions, totals = table_of(Subscription), table_of(UsageTotal)
-COUNTS = ("tokens_used", "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+holds, settlements, totals = table_of(Hold), table_of(Settlement), table_of(UsageTotal)
+subscriptions, changes, alerts = table_of(Subscription), table_of(PlanChange), table_of(Alert)
+NOTHING = Totals()
+SUMS = (*COUNTS, "top_up_tokens", "lasting_top_up_tokens")
+_NO_COUNTS = dict.fromkeys(SUMS, 0)
 
 # SQLite has one writer. On PostgreSQL an advisory lock a user, taken in one order: no row need exist yet, and two
 # batches that share users wait for each other instead of deadlocking.
@@ -70,18 +81,18 @@ class Taken(Exception):
 
 def authorize(
     db: Connection, plans: Plans, requests: Sequence[Authorize]
-) -> tuple[list[Grant | Taken | None], dict[str, Account], datetime]:
-    """Hold what fits, request by request, in order: used + held never passes the limit.
+) -> tuple[list[Grant | Taken | Refusal], dict[str, Account], datetime]:
+    """Hold what fits, request by request, in order: used + held never passes a limit.
 
-    A generation that has its hold already is answered as it was before, and holds nothing more. Returns what each
-    request is granted (None: it is refused), the accounts as they stand afterwards, and the moment.
+    A generation that has its hold already is answered as it was before, and holds nothing more. Returns the answers,
+    the accounts as they stand afterwards, and the moment.
     """
     at = lock(db, (request.user_id for request in requests))
     standing = accounts(db, plans, {request.user_id for request in requests}, at=at)
     pending = _pending(requests)
     settled, held = _known(db, [*pending, *(request.generation_id for request in requests)])
     _include(standing, pending, settled, held, at=at)
-    answers: list[Grant | Taken | None] = []
+    answers: list[Grant | Taken | Refusal] = []
     added: list[_Hold] = []
     for request in requests:
         user, hold = standing[request.user_id], held.get(request.generation_id)
@@ -89,13 +100,13 @@ def authorize(
             answers.append(Taken())
         elif hold:
             answers.append(Grant(hold.output_tokens, hold.started_at))
-        elif hold := _hold(user, request, at=at):
-            held[request.generation_id] = hold
-            standing[request.user_id] = user.holding(hold.tokens)
-            added.append(hold)
-            answers.append(Grant(hold.output_tokens, at))
+        elif isinstance(reserved := _reserve(user, request, at=at), _Hold):
+            held[request.generation_id] = reserved
+            standing[request.user_id] = user.holding(reserved.tokens, since=at)
+            added.append(reserved)
+            answers.append(Grant(reserved.output_tokens, at))
         else:
-            answers.append(None)
+            answers.append(reserved)
     insert_new(db, holds, [hold._asdict() for hold in added])
     return answers, standing, at
 
@@ -113,42 +124,41 @@ class _Hold(NamedTuple):
         return self.user_id == user_id and self.expires_at > at
 
 
-def _hold(user: Account, request: Authorize, *, at: datetime) -> _Hold | None:
-    """The hold for as much of what is asked as fits; None when too little does."""
-    weights, input_tokens = user.plan.weights, request.input_tokens_max
-    least = useful_output_tokens(
-        user.plan, output_tokens_min=request.output_tokens_min, output_tokens_max=request.output_tokens_max
-    )
-    output_tokens = user.allowance.output_granted(
-        weights,
-        input_tokens_max=input_tokens,
-        output_tokens_min=least,
+def _reserve(user: Account, request: Authorize, *, at: datetime) -> _Hold | Refusal:
+    """The hold for as much of what is asked as fits."""
+    reserved = user.reserve(
+        input_tokens_max=request.input_tokens_max,
+        output_tokens_min=request.output_tokens_min,
         output_tokens_max=request.output_tokens_max,
+        model=request.model,
+        at=at,
     )
-    if output_tokens is None:
-        return None
+    if isinstance(reserved, Refusal):
+        return reserved
     return _Hold(
         request.generation_id,
         request.user_id,
-        user.period.start,
-        hold_tokens(weights, input_tokens_max=input_tokens, output_tokens_max=output_tokens),
-        output_tokens,
+        user.standings[0].period.start,
+        reserved.hold_tokens,
+        reserved.output_tokens,
         started_at=at,
         expires_at=at + HOLD_TTL,
     )
 
 
-def settle(
-    db: Connection, plans: Plans, events: Sequence[Event], poison: Sequence[Poison] = ()
-) -> tuple[int, dict[str, Account]]:
-    """Count each event once, for ever; release its hold; note changed subscriptions. All of it, or nothing.
+class Settled(NamedTuple):
+    """How many events were new, the accounts of all users that the events name, and the alerts they set off."""
 
-    How many events were new, and the accounts of all users that the events name, as they stand afterwards.
-    """
+    events: int
+    standing: dict[str, Account]
+    alerts: list[str]
+
+
+def settle(db: Connection, plans: Plans, events: Sequence[Event], poison: Sequence[Poison] = ()) -> Settled:
+    """Count each event once, for ever; release its hold; note changed subscriptions. All of it, or nothing."""
     user_ids = {event.data.user_id for event in events}
     at = lock(db, user_ids)
-    changes = [event for event in events if isinstance(event, SubscriptionChanged)]
-    _change_subscriptions(db, changes)
+    changed = _change_subscriptions(db, [event for event in events if isinstance(event, SubscriptionChanged)])
     generation_ids = [event.data.generation_id for event in events if isinstance(event, GenerationCompleted)]
     released = db.execute(_release(db.dialect.name), {"generation_ids": json.dumps(generation_ids)})
     late = {hold.generation_id for hold in released if hold.expires_at <= at}
@@ -160,50 +170,88 @@ def settle(
     _keep_totals(db, standing.values())
     _keep_totals_of_other_periods(db, plans, standing, new)
     quarantine(db, poison)
-    return len(new_ids) + len(changes), standing
+    return Settled(len(new_ids) + changed, standing, _alert(db, standing.values(), at))
 
 
-def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> dict[str, Account]:
-    """Users now, with the `pending` usage of theirs that is not settled yet counted in place of its holds."""
+def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> tuple[dict[str, Account], datetime]:
+    """Users now, and when that is. Their `pending` usage that is not settled yet is counted in place of its holds."""
     at = now(db)
     found = accounts(db, plans, {query.user_id for query in queries}, at=at)
     if pending := _pending(queries):
         _include(found, pending, *_known(db, list(pending)), at=at)
-    return found
+    return found, at
 
 
 def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) -> dict[str, Account]:
     """The users as they stand at `at`; one who was never seen has the default plan and zeros."""
-    found: dict[str, Account] = {}
-    kept: dict[str, Totals] = {}
-    settled: set[str] = set()
-    for row in db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}):
-        plan = plans.of(row.tier)
-        period = period_at(at, plan, row.time_zone)
-        held = (
-            int(row.held)
-            if row.held_since is None or period.covers(row.held_since)
-            else _held(db, row.user_id, period, at)
-        )
-        found[row.user_id] = Account(row.user_id, plan, period, Totals(), held)
-        if (row.period_start, row.period_end) == (period.start, period.end or FOR_EVER):
-            kept[row.user_id] = _counts(row)
-        if row.has_settlements:
-            settled.add(row.user_id)
+    rows = db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}).all()
+    kept = {(row.user_id, row.period_start, row.period_end): _totals(row) for row in rows if row.period_start}
+    found = {row.user_id: row for row in rows}
+    standing = {user_id: _account(db, plans, row, at) for user_id, row in found.items()}
     # No total is kept yet where the period is new, or where a plan's periods have changed. The settlements know.
     unkept: dict[Period, list[str]] = defaultdict(list)
-    for user_id in settled - kept.keys():
-        unkept[found[user_id].period].append(user_id)
+    for user in standing.values():
+        for limit in user.standings if found[user.user_id].has_settlements else ():
+            if (user.user_id, *limit.period.bounds) not in kept:
+                unkept[limit.period].append(user.user_id)
     for period, users in unkept.items():
-        known = {"user_ids": json.dumps(users), "start": period.start, "end": period.end or FOR_EVER}
-        kept |= {row.user_id: _counts(row) for row in db.execute(_sums_of_settlements(db.dialect.name), known)}
-    return {user_id: replace(user, totals=kept.get(user_id, Totals())) for user_id, user in found.items()}
+        for user_id, sums in _sums_of_settlements(db, period, users).items():
+            kept[user_id, *period.bounds] = sums
+    for user_id, user in standing.items():
+        standings = tuple(
+            replace(limit, totals=kept.get((user_id, *limit.period.bounds), NOTHING)) for limit in user.standings
+        )
+        if found[user_id].has_lasting_top_ups:
+            standings = tuple(
+                replace(limit, carried_tokens=_carried(db, plans, user_id, limit)) for limit in standings
+            )
+        standing[user_id] = replace(user, standings=standings)
+    return standing
+
+
+def _account(db: Connection, plans: Plans, row: Row[Any], at: datetime) -> Account:
+    """With what is held, and without what is used."""
+    plan, calendar = plans.of(row.tier), Calendar(row.time_zone, row.subscribed_at)
+    standings = []
+    for limit in plan.limits:
+        period = calendar.period(at, plan, limit)
+        is_all = row.held_since is None or period.covers(row.held_since)
+        held_tokens = int(row.held_tokens or 0) if is_all else _held(db, row.user_id, period, at)
+        standings.append(LimitStanding(limit, period, plan.weights, held_tokens=held_tokens))
+    return Account(row.user_id, plan, tuple(standings), row.open_generations or 0)
 
 
 def _held(db: Connection, user_id: str, period: Period, at: datetime) -> int:
     """What the user's open holds of this period hold: for the minutes in which some are of the period before."""
     of_period = (holds.c.user_id == user_id, holds.c.expires_at > at, holds.c.started_at >= period.start)
     return int(db.execute(select(func.coalesce(func.sum(holds.c.tokens), 0)).where(*of_period)).scalar_one())
+
+
+def _carried(db: Connection, plans: Plans, user_id: str, standing: LimitStanding) -> int:
+    """What earlier periods left of the top-ups that outlive them, each period under the plan that it ended with."""
+    start, kind = standing.period.start, standing.limit.period
+    lasting = select(settlements.c.started_at, settlements.c.lasting_top_up_tokens).where(
+        settlements.c.user_id == user_id, settlements.c.lasting_top_up_tokens != 0, settlements.c.started_at < start
+    )
+    top_ups = [(row.started_at, int(row.lasting_top_up_tokens)) for row in db.execute(lasting)]
+    if not top_ups:
+        return 0
+    past = select(totals).where(
+        totals.c.user_id == user_id,
+        totals.c.period_end <= start,
+        totals.c.period_end > min(moment for moment, _ in top_ups),
+    )
+    changed = _changes_of(db, [user_id])[user_id]
+    spent = []
+    for row in db.execute(past):
+        then = subscribed([change for change in changed if change.changed_at < row.period_end])
+        plan = plans.of(then.tier if then else None)
+        calendar = Calendar(then.time_zone, then.subscribed_at) if then else Calendar()
+        limit = next((limit for limit in plan.limits if limit.period == kind), None)
+        if limit and calendar.period(row.period_start, plan, limit).bounds == (row.period_start, row.period_end):
+            beyond = LimitStanding(limit, standing.period, plan.weights, _totals(row)).beyond_tokens
+            spent.append((row.period_end, beyond))
+    return carried_tokens(top_ups, spent)
 
 
 def expired_holds(db: Connection) -> list[tuple[str, str, int]]:
@@ -243,8 +291,8 @@ def _include(
         if usage.id in settled:
             continue
         user, hold = standing[usage.user_id].including(usage), held.get(usage.id)
-        if hold and hold.stands(usage.user_id, at) and user.period.covers(hold.started_at):
-            user = user.holding(-hold.tokens)
+        if hold and hold.stands(usage.user_id, at):
+            user = user.released(hold.tokens, since=hold.started_at)
         standing[usage.user_id] = user
 
 
@@ -263,19 +311,33 @@ def _listed(dialect: str, parameter: str) -> FromClause:
 def _standing(dialect: str) -> Select[Any]:
     """A row for each user and each of the totals that cover `at`: plan, holds, raw sums."""
     users, at = _listed(dialect, "user_ids"), bindparam("at", type_=UtcDateTime)
-    is_open = and_(holds.c.user_id == users.c.item, holds.c.expires_at > at)
-    held = select(func.coalesce(func.sum(holds.c.tokens), 0)).where(is_open).scalar_subquery()
-    held_since = select(func.min(holds.c.started_at)).where(is_open).scalar_subquery()
+    open_holds = (
+        select(
+            holds.c.user_id,
+            func.sum(holds.c.tokens).label("held_tokens"),
+            func.min(holds.c.started_at).label("held_since"),
+            func.count().label("open_generations"),
+        )
+        .where(holds.c.user_id.in_(select(_listed(dialect, "user_ids").c.item)), holds.c.expires_at > at)
+        .group_by(holds.c.user_id)
+        .subquery("open_holds")
+    )
     covering = and_(totals.c.user_id == users.c.item, totals.c.period_start <= at, totals.c.period_end > at)
+    ever = totals.alias("ever")
     return select(
         users.c.item.label("user_id"),
-        subscriptions.c.tier,
-        subscriptions.c.time_zone,
-        held.label("held"),
-        held_since.label("held_since"),
+        *subscriptions.c["tier", "time_zone", "subscribed_at"],
+        *open_holds.c["held_tokens", "held_since", "open_generations"],
         exists().where(settlements.c.user_id == users.c.item).label("has_settlements"),
+        exists()
+        .where(ever.c.user_id == users.c.item, ever.c.lasting_top_up_tokens != 0)
+        .label("has_lasting_top_ups"),
         *(column for column in totals.c if column.name != "user_id"),
-    ).select_from(users.outerjoin(subscriptions, subscriptions.c.user_id == users.c.item).outerjoin(totals, covering))
+    ).select_from(
+        users.outerjoin(subscriptions, subscriptions.c.user_id == users.c.item)
+        .outerjoin(open_holds, open_holds.c.user_id == users.c.item)
+        .outerjoin(totals, covering)
+    )
 
 
 @cache
@@ -300,63 +362,94 @@ def _release(dialect: str) -> Executable:
 def _kept_periods(dialect: str) -> Select[Any]:
     users = _listed(dialect, "user_ids")
     return (
-        select(*totals.c["user_id", "period_start", "period_end"])
+        select(*totals.c["user_id", "period_start", "period_end", "models"])
         .join(users, users.c.item == totals.c.user_id)
         .where(totals.c.period_end > bindparam("after", type_=UtcDateTime))
     )
 
 
 @cache
-def _sums_of_settlements(dialect: str) -> Select[Any]:
+def _sums_by_model(dialect: str) -> Select[Any]:
     users = _listed(dialect, "user_ids")
     return (
-        select(settlements.c.user_id, *(func.sum(settlements.c[name]).label(name) for name in COUNTS))
+        select(*settlements.c["user_id", "model"], *(func.sum(settlements.c[name]).label(name) for name in SUMS))
         .join(users, users.c.item == settlements.c.user_id)
         .where(
             settlements.c.started_at >= bindparam("start", type_=UtcDateTime),
             settlements.c.started_at < bindparam("end", type_=UtcDateTime),
         )
-        .group_by(settlements.c.user_id)
+        .group_by(settlements.c.user_id, settlements.c.model)
     )
 
 
-def _counts(row: object) -> Totals:
-    return Totals(*(int(getattr(row, name)) for name in COUNTS))
+def _sums_of_settlements(db: Connection, period: Period, user_ids: list[str]) -> dict[str, Totals]:
+    start, end = period.bounds
+    known = {"user_ids": json.dumps(user_ids), "start": start, "end": end}
+    sums: defaultdict[str, Totals] = defaultdict(Totals)
+    for row in db.execute(_sums_by_model(db.dialect.name), known):
+        sums[row.user_id] += _of_model(row.model, *(int(getattr(row, name)) for name in SUMS))
+    return sums
 
 
-def _settlement(event: GenerationCompleted | UsageAdjusted, late: set[str]) -> dict[str, object]:
-    started_at = event.data.started_at if isinstance(event, GenerationCompleted) else event.data.effective_at
-    counts = {name: getattr(event.data, name, None) or 0 for name in COUNTS}
-    is_late = isinstance(event, GenerationCompleted) and event.data.generation_id in late
-    return {
-        "event_id": event.id,
-        "user_id": event.data.user_id,
-        "started_at": started_at,
-        "is_late": is_late,
-        **counts,
-    }
+def _of_model(model: str | None, *sums: int) -> Totals:
+    counts = Counts(*sums[: len(COUNTS)])
+    return Totals(counts, {model: counts} if model else {}, *sums[len(COUNTS) :])
 
 
-def _add_to_totals(db: Connection, arrived: Sequence[dict[str, object]]) -> None:
+def _totals(row: Any) -> Totals:
+    counts = Counts(*(int(getattr(row, name)) for name in COUNTS))
+    return Totals(counts, _models(row.models), int(row.top_up_tokens), int(row.lasting_top_up_tokens))
+
+
+def _models(text: str) -> dict[str, Counts]:
+    return {model: Counts(*counts) for model, counts in json.loads(text).items()}
+
+
+def _models_text(models: Mapping[str, Counts]) -> str:
+    return json.dumps({model: astuple(counts) for model, counts in models.items()}, ensure_ascii=False)
+
+
+def _settlement(event: GenerationCompleted | UsageAdjusted, late: set[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"event_id": event.id, "user_id": event.data.user_id} | _NO_COUNTS
+    if isinstance(event, GenerationCompleted):
+        generation = event.data
+        counts = {name: getattr(generation, name) or 0 for name in COUNTS}
+        is_late = generation.generation_id in late
+        return row | counts | {"started_at": generation.started_at, "model": generation.model, "is_late": is_late}
+    adjustment = event.data
+    topped_up = "lasting_top_up_tokens" if adjustment.outlives_period else "top_up_tokens"
+    counts = {"tokens_used": adjustment.tokens_used, topped_up: adjustment.top_up_tokens}
+    return row | counts | {"started_at": adjustment.effective_at, "model": None, "is_late": False}
+
+
+def _add_to_totals(db: Connection, arrived: Sequence[dict[str, Any]]) -> None:
     """Add to every total that covers a settlement: also to one of a plan that the user had before."""
     if not arrived:
         return
-    by_user: dict[object, list[dict[str, object]]] = defaultdict(list)
+    by_user: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for settlement in arrived:
         by_user[settlement["user_id"]].append(settlement)
-    known = {"user_ids": json.dumps(list(by_user)), "after": min(_moment(settlement) for settlement in arrived)}
-    kept = db.execute(_kept_periods(db.dialect.name), known)
+    known = {"user_ids": json.dumps(list(by_user)), "after": min(s["started_at"] for s in arrived)}
     added = []
-    for row in kept:
-        covered = [s for s in by_user[row.user_id] if row.period_start <= _moment(s) < row.period_end]
+    for row in db.execute(_kept_periods(db.dialect.name), known):
+        covered = [s for s in by_user[row.user_id] if row.period_start <= s["started_at"] < row.period_end]
         if covered:
-            sums = {f"{name}_added": sum(int(str(s[name])) for s in covered) for name in COUNTS}
-            added.append({"user": row.user_id, "start": row.period_start, "end": row.period_end, **sums})
+            sums = sum((_of_model(s["model"], *(s[name] for name in SUMS)) for s in covered), start=Totals())
+            models = (Totals(models=_models(row.models)) + sums).models
+            which = {"user": row.user_id, "start": row.period_start, "end": row.period_end}
+            added.append({**which, **_added(sums), "models": _models_text(models)})
     if added:
         db.execute(_ADD, added)
 
 
-# Added in SQL, never read and written back: other replicas are at work, too.
+def _added(sums: Totals) -> dict[str, int]:
+    return {f"{name}_added": tokens for name, tokens in zip(SUMS, _sums(sums), strict=True)}
+
+
+def _sums(totals: Totals) -> tuple[int, ...]:
+    return (*astuple(totals.counts), totals.top_up_tokens, totals.lasting_top_up_tokens)
+
+
 _ADD = (
     update(totals)
     .where(
@@ -364,65 +457,97 @@ _ADD = (
         totals.c.period_start == bindparam("start"),
         totals.c.period_end == bindparam("end"),
     )
-    .values({name: totals.c[name] + bindparam(f"{name}_added") for name in COUNTS})
+    .values({name: totals.c[name] + bindparam(f"{name}_added") for name in SUMS} | {"models": bindparam("models")})
 )
-
-
-def _moment(settlement: dict[str, object]) -> datetime:
-    moment = settlement["started_at"]
-    assert isinstance(moment, datetime)  # noqa: S101 - narrows the type of a row
-    return moment
 
 
 def _keep_totals(db: Connection, standing: Iterable[Account]) -> None:
     rows = [
         {
             "user_id": user.user_id,
-            "period_start": user.period.start,
-            "period_end": user.period.end or FOR_EVER,
-            **{name: getattr(user.totals, name) for name in COUNTS},
+            "period_start": limit.period.bounds[0],
+            "period_end": limit.period.bounds[1],
+            **dict(zip(SUMS, _sums(limit.totals), strict=True)),
+            "models": _models_text(limit.totals.models),
         }
         for user in standing
+        for limit in user.standings
     ]
     insert_new(db, totals, rows)
 
 
 def _keep_totals_of_other_periods(
-    db: Connection, plans: Plans, standing: dict[str, Account], arrived: Sequence[dict[str, object]]
+    db: Connection, plans: Plans, standing: dict[str, Account], arrived: Sequence[dict[str, Any]]
 ) -> None:
     """For late events, and for a replay: the first of a period finds no total that it could be added to."""
-    periods = {user_id: user.period for user_id, user in standing.items()}
-    arrivals = {(_moment(settlement), str(settlement["user_id"])) for settlement in arrived}
-    late = sorted((moment, user_id) for moment, user_id in arrivals if not periods[user_id].covers(moment))
+    latest = dict(standing)
+    late = sorted(
+        (moment, user_id)
+        for moment, user_id in {(s["started_at"], s["user_id"]) for s in arrived}
+        if not latest[user_id].covers(moment)
+    )
     for moment, user_id in late:
-        if not periods[user_id].covers(moment):
-            then = accounts(db, plans, {user_id for _, user_id in late}, at=moment)
-            periods = {user_id: user.period for user_id, user in then.items()}
-            _keep_totals(db, [user for user in then.values() if user.totals != Totals()])
+        if not latest[user_id].covers(moment):
+            latest |= accounts(db, plans, {user_id for _, user_id in late}, at=moment)
+            _keep_totals(db, [user for user in latest.values() if any(s.totals != NOTHING for s in user.standings)])
 
 
-def _change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged]) -> None:
-    """The newest change of each user wins, whichever arrives last."""
-    newest = {event.data.user_id: event for event in sorted(events, key=lambda e: (e.data.changed_at, e.id))}
-    rows = [
-        {
-            "user_id": user_id,
+def _change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged]) -> int:
+    """Note each change once, and what all changes of its user come to. How many were new."""
+    rows = {
+        event.id: {
+            "event_id": event.id,
+            "user_id": event.data.user_id,
             "tier": event.data.tier,
             "time_zone": event.data.time_zone,
             "changed_at": event.data.changed_at,
-            "event_id": event.id,
         }
-        for user_id, event in newest.items()
-    ]
-    upsert(
-        db,
-        subscriptions,
-        rows,
-        only_if=lambda new: (
-            (new.changed_at > subscriptions.c.changed_at)
-            | ((new.changed_at == subscriptions.c.changed_at) & (new.event_id > subscriptions.c.event_id))
-        ),
-    )
+        for event in events
+    }
+    new_ids = insert_new(db, changes, list(rows.values()), returning="event_id")
+    changed = _changes_of(db, sorted({str(rows[event_id]["user_id"]) for event_id in new_ids}))
+    come_to = {user_id: subscribed(known) for user_id, known in changed.items()}
+    upsert(db, subscriptions, [{"user_id": user_id, **now._asdict()} for user_id, now in come_to.items() if now])
+    return len(new_ids)
+
+
+def _changes_of(db: Connection, user_ids: list[str]) -> defaultdict[str, list[Change]]:
+    found: defaultdict[str, list[Change]] = defaultdict(list)
+    if user_ids:
+        for row in db.execute(_CHANGES, {"user_ids": user_ids}):
+            found[row.user_id].append(Change(row.changed_at, row.event_id, row.tier, row.time_zone))
+    return found
+
+
+_CHANGES = select(changes).where(changes.c.user_id.in_(bindparam("user_ids", expanding=True)))
+
+
+def _alert(db: Connection, standing: Iterable[Account], at: datetime) -> list[str]:
+    """The alerts that these accounts set off now, for the first time: as events, kept until they are published."""
+    rows = {}
+    for user in standing:
+        for period, threshold in user.thresholds(at):
+            event = ThresholdReached(subject=user.user_id, data=threshold)
+            rows[event.id] = {
+                "user_id": user.user_id,
+                "period_start": period.start,
+                "period_end": period.bounds[1],
+                "percent": threshold.percent,
+                "event_id": event.id,
+                "event": encode(event).decode(),
+                "is_published": False,
+            }
+    return insert_new(db, alerts, list(rows.values()), returning="event_id")
+
+
+def alerts_to_publish(db: Connection) -> list[tuple[str, bytes]]:
+    """(id, event) of each alert that the stream may not have."""
+    waiting = select(alerts.c.event_id, alerts.c.event).where(alerts.c.is_published.is_(False))
+    return [(row.event_id, row.event.encode()) for row in db.execute(waiting.order_by(alerts.c.event_id))]
+
+
+def alerts_published(db: Connection, event_ids: Sequence[str]) -> None:
+    db.execute(update(alerts).where(alerts.c.event_id.in_(event_ids)).values(is_published=True))
 
 
 def ping(db: Connection) -> None:

@@ -25,7 +25,7 @@ from services.quota.__main__ import MIGRATIONS
 from services.quota.settings import Settings
 from shared import broker, calls, streams
 from shared.broker import connect
-from shared.calls import Authorization, Authorize, Granted, Refused, Usage, UsageQuery, authorization
+from shared.calls import Authorization, Authorize, Granted, Refused, Usage, UsageAnswer, UsageQuery, authorization
 from shared.database import Database, sqlite_url, table_of
 from shared.errors import Unavailable
 from shared.events import GenerationCompleted, encode, new_id
@@ -197,7 +197,7 @@ async def authorize(nats: Client, request: Authorize, *, timeout_s: float = PATI
 
 async def usage_of(nats: Client, user_id: str, *, timeout_s: float = PATIENCE_S) -> Usage:
     body = await broker.call(nats, calls.USAGE, UsageQuery(user_id=user_id), timeout_s=timeout_s)
-    return Usage.model_validate_json(body)
+    return UsageAnswer.model_validate_json(body).usage
 
 
 async def everything_is_acknowledged(nats: Client) -> None:
@@ -426,7 +426,7 @@ async def test_quota_says_so_while_its_database_is_away_and_goes_on_when_it_is_b
 @pytest.fixture
 def another(quota: Quota, bus: str, monkeypatch: pytest.MonkeyPatch) -> Starlette:
     """One more replica, not started yet, that looks for expired holds all the time."""
-    monkeypatch.setattr(app, "EXPIRY_REPORT_EVERY_S", 0.05)
+    monkeypatch.setattr(app, "LOOK_AFTER_EVERY_S", 0.05)
     return app.create_app(Settings(nats_url=bus, quota_database_url=quota.database_url))
 
 
@@ -474,4 +474,4 @@ def test_a_plans_file_that_makes_no_sense_stops_the_start_with_a_sentence(tmp_pa
         check=False,
     )
     assert (started.returncode, started.stdout) == (1, "")
-    assert started.stderr == f"The plans file {plans} is wrong: there is no plan named 'gold'\n"
+    assert started.stderr == f"The plans file {plans} is wrong at line 1: there is no plan named 'gold'\n"

@@ -1,6 +1,7 @@
 """Quota's store on SQLite and on PostgreSQL: each event counts once, and used + held never passes the limit."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -17,17 +18,18 @@ from sqlalchemy.exc import DatabaseError
 
 from services.quota import store
 from services.quota.__main__ import MIGRATIONS
-from services.quota.domain import Account
+from services.quota.domain import Account, LimitStanding, Refusal
 from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import Database, table_of
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted, new_id
-from shared.plans import Period, Plans
+from shared.plans import COUNTS, FOR_EVER, Period, Plans
 from shared.quarantine import Poison, Quarantined
 from tests.builders import (
     NOON,
     USER_IDS,
     generation_completed,
     subscription_changed,
+    topped_up,
     usage_adjusted,
     usage_reported,
 )
@@ -56,6 +58,20 @@ period = "month"
 limit_tokens = 108_000
 period = "month"
 weights = { input = "0.5", cache_creation = "1.25", cache_read = "0.1", output = "5" }
+[plans.team]
+limits = [{ limit_tokens = 40_000, period = "day" }, { limit_tokens = 108_000, period = "none" }]
+[plans.dear]
+limit_tokens = 108_000
+period = "month"
+weights.models = { "claude-haiku" = "3" }
+[plans.single]
+limit_tokens = 108_000
+period = "month"
+concurrent_generations_max = 1
+[plans.anchored]
+limit_tokens = 108_000
+period = "month"
+anchor = "subscription"
 """
 
 
@@ -93,7 +109,7 @@ class Quota:
         """The output granted to each."""
         return list(map(output_tokens, await self.ask(*requests)))
 
-    async def ask(self, *requests: Authorize) -> list[store.Grant | store.Taken | None]:
+    async def ask(self, *requests: Authorize) -> list[store.Grant | store.Taken | Refusal]:
         return (await self.database.write(store.authorize, self.plans, requests))[0]
 
     async def settle(self, *events: Event) -> None:
@@ -101,7 +117,7 @@ class Quota:
 
     async def account(self, user_id: str = "user_1", *pending: Pending) -> Account:
         query = UsageQuery(user_id=user_id, pending=pending)
-        return (await self.database.read(store.look_up, self.plans, [query]))[user_id]
+        return (await self.database.read(store.look_up, self.plans, [query]))[0][user_id]
 
     async def account_at(self, moment: datetime, user_id: str = "user_1") -> Account:
         def work(db: Connection) -> Account:
@@ -142,16 +158,14 @@ class Quota:
                 db.execute(select(table).where(table.c.user_id == user_id)).mappings().all()
                 for table in (store.totals, store.settlements)
             )
-            return [
-                total for total in kept if any(total[name] != _sum(name, total, settled) for name in store.COUNTS)
-            ]
+            return [total for total in kept if any(total[name] != _sum(name, total, settled) for name in COUNTS)]
 
         return await self.database.read(work)
 
 
-def output_tokens(answer: store.Grant | store.Taken | None) -> int | None:
+def output_tokens(answer: store.Grant | store.Taken | Refusal) -> int | None:
     assert not isinstance(answer, store.Taken)
-    return answer and answer.output_tokens
+    return answer.output_tokens if isinstance(answer, store.Grant) else None
 
 
 def _sum(name: str, total: RowMapping, settled: Sequence[RowMapping]) -> int:
@@ -175,6 +189,7 @@ def asking(
     return Authorize(
         generation_id=new_id(),
         user_id=user_id,
+        model="claude-haiku-4-5",
         input_tokens_max=beside,
         output_tokens_min=least,
         output_tokens_max=asked,
@@ -221,7 +236,7 @@ async def test_near_the_limit_the_output_is_clamped_and_beyond_it_nothing_is_hel
     await quota.settle(spent(LIMIT - 1_300))
     first, second = await quota.authorize(asking()), await quota.authorize(asking(beside=1))
     assert (first, second) == ([300], [None])
-    assert (await quota.account()).allowance.available_tokens == 0
+    assert (await quota.account()).tightest.allowance.available_tokens == 0
 
 
 async def test_of_many_that_arrive_together_those_that_fit_are_granted_in_order(quota: Quota) -> None:
@@ -233,7 +248,7 @@ async def test_of_many_that_arrive_together_those_that_fit_are_granted_in_order(
         5_000,
         20_000,
     ]
-    assert (await quota.account()).held_tokens == 90_000
+    assert (await quota.account()).tightest.held_tokens == 90_000
 
 
 async def test_asked_twice_for_one_generation_the_answer_and_the_hold_are_the_same(quota: Quota) -> None:
@@ -244,7 +259,7 @@ async def test_asked_twice_for_one_generation_the_answer_and_the_hold_are_the_sa
     twice = asking("user_2")
     one, other = await quota.ask(twice, twice)
     assert one == other
-    assert [(await quota.account(user)).held_tokens for user in ("user_1", "user_2")] == [1_300, 2_000]
+    assert [(await quota.account(user)).tightest.held_tokens for user in ("user_1", "user_2")] == [1_300, 2_000]
 
 
 async def test_nothing_is_held_for_a_generation_that_is_over_or_another_users(quota: Quota) -> None:
@@ -255,8 +270,8 @@ async def test_nothing_is_held_for_a_generation_that_is_over_or_another_users(qu
     mine = theirs.model_copy(update={"user_id": "user_1"})
     answers = await quota.ask(over, expired, mine, over)
     assert all(isinstance(answer, store.Taken) for answer in answers)
-    assert (await quota.account()).held_tokens == 0
-    assert (await quota.account("user_2")).held_tokens == 2_000
+    assert (await quota.account()).tightest.held_tokens == 0
+    assert (await quota.account("user_2")).tightest.held_tokens == 2_000
 
 
 async def test_a_settlement_after_its_holds_time_counts_and_is_marked_late(quota: Quota) -> None:
@@ -274,19 +289,21 @@ async def test_a_settlement_after_its_holds_time_counts_and_is_marked_late(quota
         late.generation_id: True,
         report.id: False,
     }
-    assert (await quota.account()).used_tokens == 2_500
+    assert (await quota.account()).tightest.used_tokens == 2_500
 
 
 async def test_a_hold_counts_in_the_period_in_which_it_was_authorized(quota: Quota) -> None:
     before, after = asking(), asking(beside=5_000)
     await quota.ask(before, after)
-    end = (await quota.account()).period.end
+    end = (await quota.account()).tightest.period.end
     assert end is not None
     await quota.move(before, end - TICK)
     await quota.move(after, end)
 
-    assert (await quota.account_at(end - TICK)).held_tokens == 8_000  # both are open: a clock may be a tick behind
-    assert (await quota.account_at(end)).held_tokens == 6_000
+    assert (
+        await quota.account_at(end - TICK)
+    ).tightest.held_tokens == 8_000  # both are open: a clock may be a tick behind
+    assert (await quota.account_at(end)).tightest.held_tokens == 6_000
 
 
 async def test_an_unlimited_plan_never_refuses(quota: Quota) -> None:
@@ -339,7 +356,7 @@ async def test_nobody_ever_sees_a_generation_both_used_and_held_or_neither(quota
     settling = asyncio.create_task(settle_one_by_one())
     while not settling.done():
         account = await quota.account()
-        seen.add(account.used_tokens + account.held_tokens)
+        seen.add(account.tightest.used_tokens + account.tightest.held_tokens)
     await settling
 
     assert seen == {100_000}
@@ -350,7 +367,7 @@ async def test_an_event_is_settled_once_however_often_it_is_delivered(quota: Quo
     await quota.settle(event, event, adjustment)
     await quota.settle(event)
     await quota.settle(adjustment, event, adjustment)
-    assert (await quota.account()).used_tokens == 8_000
+    assert (await quota.account()).tightest.used_tokens == 8_000
     assert set((await quota.totals()).values()) == {8_000}
 
 
@@ -368,7 +385,7 @@ async def test_an_event_that_several_replicas_get_at_once_is_settled_once(
     )
     for n in range(3):
         quota = Quota(replicas[0], plans)
-        assert (await quota.account(f"user_{n}")).used_tokens == sum(range(n or 3, 61, 3))
+        assert (await quota.account(f"user_{n}")).tightest.used_tokens == sum(range(n or 3, 61, 3))
         assert await quota.wrong_totals(f"user_{n}") == []
 
 
@@ -386,8 +403,8 @@ async def test_a_new_period_starts_at_zero(quota: Quota) -> None:
 async def test_a_late_event_lands_in_the_period_it_belongs_to(quota: Quota) -> None:
     await quota.settle(generation_completed(started_at=NOVEMBER))
     await quota.settle(generation_completed(started_at=OCTOBER), generation_completed(started_at=OCTOBER))
-    assert (await quota.account_at(OCTOBER)).used_tokens == 2 * 8_094
-    assert (await quota.account_at(NOVEMBER)).used_tokens == 8_094
+    assert (await quota.account_at(OCTOBER)).tightest.used_tokens == 2 * 8_094
+    assert (await quota.account_at(NOVEMBER)).tightest.used_tokens == 8_094
 
 
 @pytest.mark.parametrize("tier", ["free", "daily", "lifetime"])
@@ -401,8 +418,8 @@ async def test_a_total_is_kept_for_every_period_that_has_usage_also_when_it_come
 
     expected: dict[tuple[datetime, datetime], int] = {}
     for tokens, moment in zip((1, 102, 3, 4, 5), moments, strict=True):
-        period = Period.containing(moment, plans.of(tier).period)
-        key = (period.start, period.end or store.FOR_EVER)
+        period = Period.containing(moment, plans.of(tier).limits[0].period)
+        key = (period.start, period.end or FOR_EVER)
         expected[key] = expected.get(key, 0) + tokens
     kept = await quota.totals()
     assert {period: kept.get(period) for period in expected} == expected
@@ -429,9 +446,9 @@ async def test_totals_are_the_sums_of_settlements_before_and_after_every_change_
         used += 6 * 10**n
 
         account = await quota.account()
-        counted = [now - ago for ago in [*hours, 30 * DAY] if account.period.covers(now - ago)]
+        counted = [now - ago for ago in [*hours, 30 * DAY] if account.tightest.period.covers(now - ago)]
         assert account.plan.tier == tier
-        assert account.used_tokens == len(counted) * used // 6
+        assert account.tightest.used_tokens == len(counted) * used // 6
         assert await quota.wrong_totals() == []
 
 
@@ -439,7 +456,7 @@ async def test_going_back_to_a_plan_counts_what_was_used_in_between(quota: Quota
     await quota.settle(spent(100))
     await quota.settle(subscription_changed(tier="daily"), spent(20))
     await quota.settle(subscription_changed(tier="free", changed_at=NOON + SECOND), spent(3))
-    assert (await quota.account()).used_tokens == 123
+    assert (await quota.account()).tightest.used_tokens == 123
 
 
 CHANGES = [
@@ -454,7 +471,10 @@ CHANGES = [
 async def test_the_newest_subscription_wins_whatever_arrives_last(
     quota: Quota, arriving: tuple[SubscriptionChanged, ...]
 ) -> None:
-    together = [change.model_copy(update={"subject": "user_2", "data": _of("user_2", change)}) for change in arriving]
+    together = [
+        change.model_copy(update={"id": f"{change.id}-2", "subject": "user_2", "data": _of("user_2", change)})
+        for change in arriving
+    ]
     for change in arriving:
         await quota.settle(change)
     await quota.settle(*together)
@@ -469,7 +489,7 @@ def _of(user_id: str, change: SubscriptionChanged) -> Any:
 async def test_a_tier_or_a_time_zone_that_nobody_knows_stops_neither_its_user_nor_others(quota: Quota) -> None:
     await quota.settle(subscription_changed(tier="gold", time_zone="Mars/Olympus"), spent(100), spent(20, "user_2"))
     assert await quota.authorize(asking(), asking("user_2")) == [1_000, 1_000]
-    assert [(await quota.account(user)).used_tokens for user in ("user_1", "user_2")] == [100, 20]
+    assert [(await quota.account(user)).tightest.used_tokens for user in ("user_1", "user_2")] == [100, 20]
     assert (await quota.account()).plan.tier == "free"
 
 
@@ -481,7 +501,7 @@ async def test_a_hold_counts_until_its_time_is_over(quota: Quota) -> None:
     assert await quota.authorize(asking()) == [None]
     await quota.let_expire(request.generation_id)
 
-    assert (await quota.account()).held_tokens == 0
+    assert (await quota.account()).tightest.held_tokens == 0
     assert await quota.authorize(asking()) == [1_000]
 
 
@@ -503,7 +523,7 @@ async def test_a_generation_that_ends_after_its_hold_did_is_counted_and_not_repo
     await quota.let_expire(request.generation_id)
     await quota.settle(ending(request, output_tokens=500))
     assert await quota.expired_holds() == []
-    assert (await quota.account()).used_tokens == 1_500
+    assert (await quota.account()).tightest.used_tokens == 1_500
 
 
 async def test_a_generation_that_was_reported_and_ends_after_all_is_counted_once(quota: Quota) -> None:
@@ -513,7 +533,7 @@ async def test_a_generation_that_was_reported_and_ends_after_all_is_counted_once
     assert len(await quota.expired_holds()) == 1
     for _ in range(2):
         await quota.settle(ending(request, output_tokens=500))
-    assert (await quota.account()).used_tokens == 1_500
+    assert (await quota.account()).tightest.used_tokens == 1_500
 
 
 async def test_pending_usage_is_counted_in_place_of_its_hold_and_once(quota: Quota) -> None:
@@ -524,9 +544,9 @@ async def test_pending_usage_is_counted_in_place_of_its_hold_and_once(quota: Quo
 
     for settled in (False, True, True):
         account = await quota.account("user_1", known, known)
-        assert (account.used_tokens, account.held_tokens) == (1_500, 2_000)
+        assert (account.tightest.used_tokens, account.tightest.held_tokens) == (1_500, 2_000)
         if not settled:
-            assert (await quota.account()).used_tokens == 0  # nobody else knows of it yet
+            assert (await quota.account()).tightest.used_tokens == 0  # nobody else knows of it yet
             await quota.settle(event)
 
 
@@ -543,7 +563,7 @@ async def test_pending_usage_of_another_user_or_of_another_period_is_not_mine(qu
         pending_of(spent(100, "user_2")),
         pending_of(usage_reported(started_at=datetime(2026, 1, 1, tzinfo=UTC))),
     )
-    assert (await quota.account("user_1", theirs, old)).used_tokens == 0
+    assert (await quota.account("user_1", theirs, old)).tightest.used_tokens == 0
 
 
 async def test_pending_usage_with_the_id_of_anothers_generation_releases_nothing(quota: Quota) -> None:
@@ -551,8 +571,8 @@ async def test_pending_usage_with_the_id_of_anothers_generation_releases_nothing
     await quota.authorize(theirs)
     mine = spent(100).model_copy(update={"id": theirs.generation_id})
     account = await quota.account("user_1", pending_of(mine))
-    assert (account.used_tokens, account.held_tokens) == (100, 0)
-    assert (await quota.account("user_2")).held_tokens == 2_000
+    assert (account.tightest.used_tokens, account.tightest.held_tokens) == (100, 0)
+    assert (await quota.account("user_2")).tightest.held_tokens == 2_000
 
 
 async def test_a_correction_is_signed_and_changes_no_hold(quota: Quota) -> None:
@@ -566,14 +586,14 @@ async def test_on_a_plan_with_weights_a_generation_never_counts_for_more_than_wa
     await quota.settle(subscription_changed(tier="weighted"))
     first, second = asking(beside=40_000, asked=10_000), asking(beside=1_000, asked=10_000)
     assert await quota.authorize(first, second) == [10_000, 1_350]
-    assert (await quota.account()).allowance.available_tokens == 0
+    assert (await quota.account()).tightest.allowance.available_tokens == 0
 
     await quota.settle(
         ending(first, input_tokens=0, cache_creation_input_tokens=40_000, output_tokens=10_000),
         ending(second, input_tokens=1_000, output_tokens=1_350),
     )
 
-    assert (await quota.account()).used_tokens == 100_000 + 500 + 6_750
+    assert (await quota.account()).tightest.used_tokens == 100_000 + 500 + 6_750
 
 
 async def test_poison_is_kept_with_the_batch_it_came_in(quota: Quota, database: Database) -> None:
@@ -582,7 +602,7 @@ async def test_poison_is_kept_with_the_batch_it_came_in(quota: Quota, database: 
     await database.write(store.settle, quota.plans, [], poison)
     kept = await database.read(lambda db: db.execute(select(table_of(Quarantined).c.body)).scalars().all())
     assert kept == [b"\x00 not JSON"]
-    assert (await quota.account()).used_tokens == 8_094
+    assert (await quota.account()).tightest.used_tokens == 8_094
 
 
 async def test_a_batch_is_settled_whole_or_not_at_all(quota: Quota) -> None:
@@ -590,7 +610,7 @@ async def test_a_batch_is_settled_whole_or_not_at_all(quota: Quota) -> None:
     with pytest.raises(DatabaseError):
         await quota.settle(spent(8_094), subscription_changed(tier="daily"), unstorable)
     account = await quota.account()
-    assert (account.used_tokens, account.plan.tier) == (0, "free")
+    assert (account.tightest.used_tokens, account.plan.tier) == (0, "free")
 
 
 @given(user_ids=st.lists(USER_IDS, min_size=1, max_size=5, unique=True))
@@ -599,7 +619,7 @@ async def test_users_are_kept_apart_whatever_their_names_look_like(quota: Quota,
     before = [await quota.account(user_id) for user_id in user_ids]
     await quota.settle(*(spent(n, user_id) for n, user_id in enumerate(user_ids, 1)))
     after = [await quota.account(user_id) for user_id in user_ids]
-    assert [b.used_tokens - a.used_tokens for a, b in zip(before, after, strict=True)] == [
+    assert [b.tightest.used_tokens - a.tightest.used_tokens for a, b in zip(before, after, strict=True)] == [
         *range(1, len(user_ids) + 1)
     ]
 
@@ -616,8 +636,8 @@ async def test_of_64_authorizations_at_once_exactly_what_fits_is_granted(
 
     granted = [output for (output,) in answers if output is not None]
     account = await Quota(replicas[0], plans).account()
-    assert sum(1_000 + output for output in granted) == account.held_tokens
-    assert LIMIT - 1_000 <= account.held_tokens <= LIMIT  # what is left is no room for any output
+    assert sum(1_000 + output for output in granted) == account.tightest.held_tokens
+    assert LIMIT - 1_000 <= account.tightest.held_tokens <= LIMIT  # what is left is no room for any output
     assert granted.count(asked) == LIMIT // (1_000 + asked)
 
 
@@ -635,15 +655,90 @@ async def test_authorizations_and_settlements_at_once_never_pass_the_limit_and_l
                 await quota.settle(ending(request, input_tokens=2_000, output_tokens=granted // 2))
                 used += 2_000 + granted // 2
             account = await quota.account()
-            seen.append(account.used_tokens + account.held_tokens)
+            seen.append(account.tightest.used_tokens + account.tightest.held_tokens)
         return used
 
     used = await asyncio.gather(*(chat(Quota(replicas[n % 4], plans)) for n in range(16)))
 
     account = await Quota(replicas[0], plans).account()
-    assert (account.used_tokens, account.held_tokens) == (sum(used), 0)
+    assert (account.tightest.used_tokens, account.tightest.held_tokens) == (sum(used), 0)
     assert max(seen) <= LIMIT
     assert sum(used) > LIMIT - 8_000
+
+
+async def test_every_limit_of_a_plan_holds_and_the_tightest_is_shown(quota: Quota) -> None:
+    long_ago = usage_reported(tokens_used=90_000, started_at=datetime.now(UTC) - 2 * DAY)
+    await quota.settle(subscription_changed(tier="team"), long_ago)
+    assert await quota.authorize(asking(asked=30_000)) == [17_000]  # beside 1,000 of input, of 18,000 that are left
+    assert (await quota.account()).usage.period == "none"
+    await quota.settle(subscription_changed(tier="daily", changed_at=NOON + TICK), spent(35_000))
+    await quota.settle(subscription_changed(tier="team", changed_at=NOON + 2 * TICK), topped_up(tokens=200_000))
+    assert (await quota.account()).usage.period == "day"
+
+
+async def test_a_top_up_lasts_for_its_period_or_until_it_is_used_up(quota: Quota) -> None:
+    begin = (await quota.account()).tightest.period.start
+    await quota.settle(
+        topped_up(tokens=1_000, effective_at=begin - TICK),
+        topped_up(tokens=10_000, lasts=True, effective_at=begin - TICK),
+        usage_reported(tokens_used=LIMIT + 1_000 + 4_000, started_at=begin - TICK),
+    )
+    await quota.settle(
+        topped_up(tokens=500, effective_at=begin), topped_up(tokens=30, lasts=True, effective_at=begin)
+    )
+    usage = (await quota.account()).usage
+    assert (usage.tokens_used, usage.tokens_limit) == (0, LIMIT + 6_000 + 500 + 30)
+    before = (await quota.account_at(begin - TICK)).usage
+    assert (before.tokens_limit, before.tokens_remaining) == (LIMIT + 11_000, 6_000)
+
+
+async def test_a_lasting_top_up_survives_a_change_of_plan(quota: Quota) -> None:
+    now = datetime.now(UTC)
+    await quota.settle(subscription_changed(tier="daily", changed_at=now - 40 * DAY))
+    await quota.settle(topped_up(lasts=True, effective_at=now - 35 * DAY))
+    await quota.settle(usage_reported(tokens_used=52_000, started_at=now - 35 * DAY))
+    await quota.settle(subscription_changed(tier="free", changed_at=now))
+    assert (await quota.account()).usage.tokens_limit == LIMIT + 5_000
+    await quota.settle(subscription_changed(tier="daily", changed_at=now + TICK))
+    assert (await quota.account()).usage.tokens_limit == 50_000 + 3_000
+
+
+async def test_one_generation_at_a_time_where_the_plan_says_so(quota: Quota) -> None:
+    await quota.settle(subscription_changed(tier="single"))
+    first, second = asking(), asking()
+    answers = await quota.ask(first, second)
+    assert isinstance(answers[0], store.Grant)
+    assert isinstance(answers[1], Refusal)
+    assert answers[1].reason == "concurrency"
+    await quota.settle(ending(first))
+    assert await quota.authorize(second) == [1_000]
+
+
+async def test_the_month_of_an_anchored_plan_begins_on_the_day_of_the_subscription(quota: Quota) -> None:
+    since = datetime(2026, 1, 31, 9, tzinfo=UTC)
+    again = subscription_changed(tier="anchored", changed_at=since + 5 * DAY)
+    await quota.settle(again)
+    await quota.settle(subscription_changed(tier="anchored", changed_at=since))
+    period = (await quota.account_at(datetime(2026, 3, 1, tzinfo=UTC))).tightest.period
+    assert period == Period(datetime(2026, 2, 28, tzinfo=UTC), datetime(2026, 3, 31, tzinfo=UTC))
+
+
+async def test_a_threshold_is_reached_once_however_many_replicas_settle(
+    replicas: list[Database], plans: Plans
+) -> None:
+    quotas = [Quota(replica, plans) for replica in replicas]
+    settled = await asyncio.gather(
+        *(
+            quotas[n % 4].database.write(store.settle, plans, [spent(LIMIT // 40), spent(LIMIT // 40)])
+            for n in range(24)
+        )
+    )
+    told = [json.loads(event) for _, event in await replicas[0].read(store.alerts_to_publish)]
+    assert [event["data"]["percent"] for event in told] == [80, 100]
+    assert sorted(event["id"] for event in told) == sorted(id_ for each in settled for id_ in each.alerts)
+    assert told[0]["data"]["tokens_limit"] == LIMIT
+    await replicas[1].write(store.alerts_published, [event["id"] for event in told])
+    assert await replicas[2].read(store.alerts_to_publish) == []
 
 
 class AnyDay(RuleBasedStateMachine):
@@ -672,14 +767,15 @@ class AnyDay(RuleBasedStateMachine):
         for request, granted in zip(requests, map(output_tokens, answers), strict=True):
             beside, least, asked = request.input_tokens_max, request.output_tokens_min, request.output_tokens_max
             room = self.room(account)
+            useful = max(1, least, min(64, asked))
             if granted is None:
                 assert room is not None
-                assert room < self.weigh(account, beside, max(1, least)) or asked < max(1, least)
+                assert room < self.weigh(account, beside, useful) or asked < useful
                 continue
             tokens = self.weigh(account, beside, granted)
             self.held[request.generation_id] = tokens
             self.authorized[request.generation_id] = (request, granted, at)
-            assert room is None or max(1, least) <= granted
+            assert room is None or useful <= granted
             assert room is None or tokens <= room
             assert granted == asked or room is None or room < self.weigh(account, beside, granted + 1)
             self.tiers[request.generation_id] = account.plan.tier
@@ -716,8 +812,12 @@ class AnyDay(RuleBasedStateMachine):
     def adjust(self, tokens: int, ago: int) -> None:
         self.published.append(usage_adjusted(self.user_id, tokens, effective_at=datetime.now(UTC) - ago * DAY / 2))
 
+    @rule(tokens=st.integers(1, 60_000), ago=st.integers(0, 70))
+    def top_up(self, tokens: int, ago: int) -> None:
+        self.published.append(topped_up(self.user_id, tokens, effective_at=datetime.now(UTC) - ago * DAY / 2))
+
     @rule(
-        tier=st.sampled_from(["free", "daily", "lifetime", "unlimited", "weighted"]),
+        tier=st.sampled_from(["free", "daily", "lifetime", "unlimited", "weighted", "team", "dear"]),
         time_zone=st.sampled_from([None, "Pacific/Auckland", "America/New_York"]),
         moment=st.integers(0, 9),
     )
@@ -735,7 +835,11 @@ class AnyDay(RuleBasedStateMachine):
         held = all(event.id in self.held and self.tiers[event.id] == before.plan.tier for event in new)
         self.run(self.quota.settle(*batch))
         after = self.account()
-        assert not held or after.used_tokens + after.held_tokens <= before.used_tokens + before.held_tokens
+        assert (
+            not held
+            or after.tightest.used_tokens + after.tightest.held_tokens
+            <= before.tightest.used_tokens + before.tightest.held_tokens
+        )
         for event in batch:
             self.settled[event.id] = event
             self.held.pop(event.id, None)
@@ -765,14 +869,14 @@ class AnyDay(RuleBasedStateMachine):
         pending = data.draw(st.lists(st.sampled_from(generations), max_size=4)) if generations else []
         account = self.run(self.quota.account(self.user_id, *map(pending_of, pending)))
         known = self.settled | {event.id: event for event in pending}
-        assert account.used_tokens == self.used(account, known)
-        assert account.held_tokens == sum(tokens for id_, tokens in self.held.items() if id_ not in known)
+        assert account.tightest.used_tokens == self.used(account, known)
+        assert account.tightest.held_tokens == sum(tokens for id_, tokens in self.held.items() if id_ not in known)
 
     @invariant()
     def the_account_is_the_models(self) -> None:
         account = self.account()
-        assert account.used_tokens == self.used(account, self.settled)
-        assert account.held_tokens == sum(self.held.values())
+        assert account.tightest.used_tokens == self.used(account, self.settled)
+        assert account.tightest.held_tokens == sum(self.held.values())
         changes = [event.data for event in self.settled_changes()]
         assert account.plan.tier == (changes[-1].tier if changes else "free")
 
@@ -787,31 +891,42 @@ class AnyDay(RuleBasedStateMachine):
         changes = [event for event in self.settled.values() if isinstance(event, SubscriptionChanged)]
         return sorted(changes, key=lambda event: (event.data.changed_at, event.id))
 
-    def used(self, account: Account, events: Mapping[str, Event]) -> int:
-        weights = account.plan.weights
+    def used(self, account: Account, events: Mapping[str, Event], standing: LimitStanding | None = None) -> int:
+        weights, period = account.plan.weights, (standing or account.tightest).period
         exact = Fraction()
         for event in events.values():
-            if isinstance(event, GenerationCompleted) and account.period.covers(event.data.started_at):
+            if isinstance(event, GenerationCompleted) and period.covers(event.data.started_at):
+                factor = Fraction(weights.models.get("claude-haiku", 1) if event.data.model else 1)
                 if event.data.input_tokens is None:
-                    exact += event.data.tokens_used
+                    exact += factor * event.data.tokens_used
                 else:
-                    exact += event.data.input_tokens * Fraction(weights.input)
-                    exact += (event.data.output_tokens or 0) * Fraction(weights.output)
-                    exact += (event.data.cache_creation_input_tokens or 0) * Fraction(weights.cache_creation)
-                    exact += (event.data.cache_read_input_tokens or 0) * Fraction(weights.cache_read)
-            elif isinstance(event, UsageAdjusted) and account.period.covers(event.data.effective_at):
+                    exact += factor * event.data.input_tokens * Fraction(weights.input)
+                    exact += factor * (event.data.output_tokens or 0) * Fraction(weights.output)
+                    exact += factor * (event.data.cache_creation_input_tokens or 0) * Fraction(weights.cache_creation)
+                    exact += factor * (event.data.cache_read_input_tokens or 0) * Fraction(weights.cache_read)
+            elif isinstance(event, UsageAdjusted) and period.covers(event.data.effective_at):
                 exact += event.data.tokens_used
         return ceil(exact)
 
     def room(self, account: Account) -> int | None:
-        if account.plan.limit_tokens is None:
+        rooms = [self.room_under(account, standing) for standing in account.standings]
+        return None if None in rooms else min(room for room in rooms if room is not None)
+
+    def room_under(self, account: Account, standing: LimitStanding) -> int | None:
+        if standing.limit.limit_tokens is None:
             return None
-        return account.plan.limit_tokens - max(0, self.used(account, self.settled)) - sum(self.held.values())
+        limit_tokens = standing.limit.limit_tokens + sum(
+            event.data.top_up_tokens
+            for event in self.settled.values()
+            if isinstance(event, UsageAdjusted) and standing.period.covers(event.data.effective_at)
+        )
+        return limit_tokens - max(0, self.used(account, self.settled, standing)) - sum(self.held.values())
 
     def weigh(self, account: Account, beside: int, output: int) -> int:
         weights = account.plan.weights
         dearest = max(map(Fraction, (weights.input, weights.cache_creation, weights.cache_read)))
-        return ceil(beside * dearest + output * Fraction(weights.output))
+        factor = Fraction(weights.models.get("claude-haiku", 1))
+        return ceil(factor * (beside * dearest + output * Fraction(weights.output)))
 
 
 def _parts(data: st.DataObject, tokens_max: int) -> tuple[int, int, int]:

@@ -8,12 +8,26 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.errors import Misconfigured
-from shared.plans import Period, PeriodKind, Plan, Plans, Weights, weighted_tokens
+from shared.plans import Counts, Limit, Period, PeriodKind, Plan, Plans, Weights, weighted_tokens
 
 KINDS: list[PeriodKind] = ["day", "month"]
 ZONES = st.sampled_from(sorted(available_timezones()))
 MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - zone beside it
 TICK = timedelta(microseconds=1)
+TWO_LIMITS = """
+default = "free"
+[plans.free]
+limit_tokens = 20_000
+period = "day"
+[[plans.free.limits]]
+limit_tokens = 108_000
+period = "month"
+"""
+ONLY_LISTED = """
+default = "free"
+[plans.free]
+limits = [{ limit_tokens = 20_000, period = "day" }, { limit_tokens = 108_000, period = "month" }]
+"""
 
 
 def at(text: str) -> datetime:
@@ -104,9 +118,9 @@ def test_the_file_that_is_shipped_has_the_plans_of_the_product_page() -> None:
     plans = Plans.load()
     free, pro, enterprise = (plans.of(tier) for tier in ("free", "pro", "enterprise"))
     assert plans.default == "free"
-    assert [plan.limit_tokens for plan in (free, pro, enterprise)] == [108_000, 500_000, None]
+    limits = [[(limit.limit_tokens, limit.period) for limit in plan.limits] for plan in (free, pro, enterprise)]
+    assert limits == [[(108_000, "month")], [(500_000, "month")], [(None, "month")]]
     assert [plan.upgrade_to for plan in (free, pro, enterprise)] == ["pro", "enterprise", None]
-    assert {plan.period for plan in (free, pro, enterprise)} == {"month"}
 
 
 @pytest.mark.parametrize("tier", [None, "", "a plan of last year"])
@@ -130,9 +144,8 @@ def test_tokens_cost_what_the_plan_says_rounded_to_cents(tier: str, tokens: int,
     assert str(Plans.load().of(tier).cost_usd(tokens)) == cost_usd
 
 
-def weighted(weights: Weights, tokens_used: int, *split: int) -> int:
-    names = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-    return weighted_tokens(weights, tokens_used=tokens_used, **dict(zip(names, split, strict=True)))
+def weighted(weights: Weights, *counts: int) -> int:
+    return weighted_tokens(weights, [(None, Counts(*counts))])
 
 
 @given(st.integers(0, 10**9), st.integers(0, 10**9), st.integers(0, 10**9), st.integers(0, 10**9))
@@ -164,7 +177,10 @@ def test_a_weight_of_zero_makes_tokens_free() -> None:
         ('default = "gold"\n[plans.free]\nperiod = "day"', "there is no plan named 'gold'"),
         ('default = "free"\n[plans.free]\nperiod = "day"\nupgrade_to = "gold"', "there is no plan named 'gold'"),
         ('default = "free"\n[plans.free]\nperiod = "week"', "plans.free.period: Input should be 'day', 'month' or"),
-        ('default = "free"\n[plans.free]', "plans.free.period: Field required"),
+        ('default = "free"\n[plans.free]', "plans.free: needs a period"),
+        ('default = "free"\n[plans.free]\nlimit_tokens = 5', "plans.free: needs a period"),
+        (TWO_LIMITS.replace("month", "day"), "plans.free: has two limits of the same period"),
+        (TWO_LIMITS.replace("limit_tokens = 108_000", ""), "plans.free.limits.0.limit_tokens: Field required"),
         ('default = "free"\n[plans.free]\nperiod = "day"\nlimit = 5', "plans.free.limit: Extra inputs"),
         ('default = "free"\n[plans.free]\nperiod = "day"\nlimit_tokens = -1', "plans.free.limit_tokens: "),
         ('default = "free"\n[plans.free]\nperiod = "day"\nprice_per_1k_usd = nan', "plans.free.price_per_1k_usd: "),
@@ -190,4 +206,94 @@ def test_a_plans_file_that_is_missing_or_not_text_cannot_be_read(tmp_path: Path)
 
 
 def test_a_plan_without_a_limit_is_unlimited() -> None:
-    assert Plan(tier="any", period="none").limit_tokens is None
+    assert Plan(tier="any", period="none").limits == (Limit(limit_tokens=None, period="none"),)
+
+
+def test_all_limits_of_a_plan_hold(tmp_path: Path) -> None:
+    path = tmp_path / "plans.toml"
+    for text in (TWO_LIMITS, ONLY_LISTED):
+        path.write_text(text)
+        limits = Plans.load(path).of("free").limits
+        assert [(limit.limit_tokens, limit.period) for limit in limits] == [(20_000, "day"), (108_000, "month")]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('default = "gold"\n\n[plans.free]\nperiod = "day"', 1),
+        ('# Plans\ndefault = "free"\n\n[plans.free]\nperiod = "day"\nprice = 5', 6),
+        ('default = "free"\n[plans.free]\nperiod = "day"\n\n[plans.free.weights]\ninput = "x"', 6),
+        ('default = "free"\nplans.free.period = "week"', 2),
+        ('default = "free"\n[plans]\nfree = { period = "week" }', 3),
+        ('default = "free"\n[plans."a plan"]\nperiod = "day"\n[plans.free]\nperiod = "week"', 5),
+        ('default = "free"\n[plans."a plan"]\nperiod = "week"', 3),
+        ('default = "free"\n[plans.free]\nlimit_tokens = 5', 2),
+        ('default = "free"\n[plans.free]\nperiod = "day"\nperiod = "day"\n', 4),
+        (TWO_LIMITS + '[[plans.free.limits]]\nperiod = "week"\nlimit_tokens = 5', 10),
+    ],
+)
+def test_what_is_wrong_with_a_plans_file_is_said_with_its_line(tmp_path: Path, content: str, line: int) -> None:
+    path = tmp_path / "plans.toml"
+    path.write_text(content)
+    with pytest.raises(Misconfigured, match=rf"line {line}\b"):
+        Plans.load(path)
+
+
+@pytest.mark.parametrize(
+    ("day", "moment", "start", "end"),
+    [
+        (31, "2026-01-31T00:00Z", "2026-01-31T00:00Z", "2026-02-28T00:00Z"),
+        (31, "2026-02-27T23:59:59.999Z", "2026-01-31T00:00Z", "2026-02-28T00:00Z"),
+        (31, "2026-02-28T00:00Z", "2026-02-28T00:00Z", "2026-03-31T00:00Z"),
+        (31, "2026-04-29T00:00Z", "2026-03-31T00:00Z", "2026-04-30T00:00Z"),
+        (31, "2024-03-01T00:00Z", "2024-02-29T00:00Z", "2024-03-31T00:00Z"),
+        (30, "2026-03-01T00:00Z", "2026-02-28T00:00Z", "2026-03-30T00:00Z"),
+        (15, "2026-01-14T12:00Z", "2025-12-15T00:00Z", "2026-01-15T00:00Z"),
+    ],
+)
+def test_an_anchored_month_begins_on_its_day_or_on_the_last_of_a_shorter_month(
+    day: int, moment: str, start: str, end: str
+) -> None:
+    assert Period.containing(at(moment), "month", anchor_day=day) == Period(at(start), at(end))
+
+
+@given(MOMENTS, ZONES, st.integers(1, 31))
+def test_anchored_months_touch_and_cover_every_moment(moment: datetime, time_zone: str, day: int) -> None:
+    def containing(moment: datetime) -> Period:
+        return Period.containing(moment, "month", time_zone, anchor_day=day)
+
+    period = containing(moment)
+    assert period.end is not None
+    assert period.covers(moment)
+    assert 27 * 24 < hours(period) < 32 * 24
+    assert containing(period.start) == containing(period.end - TICK) == period
+    assert containing(period.end).start == period.end
+    assert containing(period.start - TICK).end == period.start
+
+
+@pytest.mark.parametrize(
+    ("time_zone", "boundary"),
+    [
+        ("Asia/Tokyo", "2026-11-30T15:00:00.000Z"),
+        ("America/New_York", "2026-12-01T05:00:00.000Z"),
+        ("Asia/Kolkata", "2026-11-30T18:30:00.000Z"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_period_ends_to_the_millisecond(time_zone: str, boundary: str, kind: PeriodKind) -> None:
+    instant, millisecond = at(boundary), timedelta(milliseconds=1)
+    assert Period.containing(instant - millisecond, kind, time_zone).end == instant
+    assert Period.containing(instant, kind, time_zone).start == instant
+    assert Period.containing(instant + millisecond, kind, time_zone).start == instant
+
+
+def test_a_model_weighs_what_the_longest_name_that_fits_says() -> None:
+    weights = Weights(output=Decimal(2), models={"claude-opus": Decimal(5), "claude-opus-4-8": Decimal(3)})
+    factors = {
+        model: weights.of_model(model)
+        for model in ("claude-opus-5", "claude-opus-4-8", "claude-opus-4-8-20260101", "claude-opusculum", None)
+    }
+    assert list(factors.values()) == [5, 3, 3, 1, 1]
+    counts = Counts(tokens_used=30, input_tokens=10, output_tokens=20)
+    assert weighted_tokens(weights, [("claude-opus-5", counts), (None, counts)]) == 5 * 50 + 50
+    assert weighted_tokens(weights, [("claude-opus-5", Counts(tokens_used=7))]) == 35  # a report that was not split

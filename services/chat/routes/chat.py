@@ -10,6 +10,7 @@ from pydantic.alias_generators import to_camel
 from services.chat.claude import Prompt
 from services.chat.generation import Generation, Generations
 from services.chat.problems import MEDIA_TYPE
+from services.chat.ratelimit import headers
 from services.chat.settings import Settings
 from services.chat.sse import EventStream
 from shared.events import Name, UserId, new_id
@@ -112,8 +113,11 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     )
     await generation.begun()
     if _accepts_only_json(request.headers.get("accept", "")):
-        return Response(msgspec.json.encode(await generation.answer()), media_type="application/json")
-    return EventStream(generation.frames(), on_disconnect=_leave(generation, settings))
+        answer = msgspec.json.encode(await generation.answer())
+        return Response(answer, headers=headers(generation.limits), media_type="application/json")
+    return EventStream(
+        generation.frames(), on_disconnect=_leave(generation, settings), headers=headers(generation.limits)
+    )
 
 
 def _leave(generation: Generation, settings: Settings) -> Any:

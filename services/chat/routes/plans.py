@@ -2,11 +2,12 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field
 
 from services.chat.identity import Operator
 from services.chat.problems import Problem
+from services.chat.quota import Quota
 from services.chat.routes.chat import Body
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
@@ -17,10 +18,20 @@ from shared.plans import PeriodKind, Plans, zone
 router = APIRouter(tags=["plans"])
 
 
+class LimitView(View):
+    tokens_limit: int
+    period: PeriodKind
+
+
 class PlanView(View):
+    """`tokensLimit` and `period` are of the first of `limits`; an unlimited plan has none."""
+
     tier: str
     tokens_limit: int | None
     period: PeriodKind
+    limits: list[LimitView]
+    concurrent_generations_max: int | None
+    alert_percents: list[int]
     price_per_1k_tokens_usd: Annotated[str | None, Field(alias="pricePer1kTokensUsd")]
     upgrade_to: str | None
 
@@ -40,8 +51,15 @@ async def plans(request: Request) -> PlansView:
         plans=[
             PlanView(
                 tier=plan.tier,
-                tokens_limit=plan.limit_tokens,
-                period=plan.period,
+                tokens_limit=plan.limits[0].limit_tokens,
+                period=plan.limits[0].period,
+                limits=[
+                    LimitView(tokens_limit=limit.limit_tokens, period=limit.period)
+                    for limit in plan.limits
+                    if limit.limit_tokens is not None
+                ],
+                concurrent_generations_max=plan.concurrent_generations_max,
+                alert_percents=list(plan.alert_percents),
                 price_per_1k_tokens_usd=None if plan.price_per_1k_usd is None else str(plan.price_per_1k_usd),
                 upgrade_to=plan.upgrade_to,
             )
@@ -72,7 +90,11 @@ class Subscribed(View):
 
 @router.put("/api/subscriptions/{userId:path}")
 async def subscribe(
-    request: Request, user_id: Annotated[UserId, Path(alias="userId")], body: SubscriptionChange, _operator: Operator
+    request: Request,
+    response: Response,
+    user_id: Annotated[UserId, Path(alias="userId")],
+    body: SubscriptionChange,
+    _operator: Operator,
 ) -> Subscribed:
     """The operator's: from the next check on, the user has this plan."""
     known: Plans = request.app.state.plans
@@ -80,4 +102,6 @@ async def subscribe(
         raise Problem(422, "Unknown plan", f"tier must be one of: {', '.join(known.plans)}.")
     subscriptions: Subscriptions = request.app.state.subscriptions
     await subscriptions.change(user_id, tier=body.tier, time_zone=body.time_zone, actor="operator")
+    quota: Quota = request.app.state.quota
+    response.headers.update(await quota.rate_limit(user_id))
     return Subscribed(user_id=user_id, tier=body.tier, time_zone=body.time_zone)

@@ -1,8 +1,10 @@
 """/api/usage: what is used and left, reported, pushed, day by day, record by record."""
 
+import asyncio
 import csv
 import io
 import json
+from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from services.chat.identity import Operator
 from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.push import Watchers
 from services.chat.quota import Quota
+from services.chat.ratelimit import headers
 from services.chat.reports import Reports
 from services.chat.routes.chat import Body
 from shared import calls
@@ -62,7 +65,8 @@ _CSV_COLUMNS = (
 async def usage(request: Request, user_id: User) -> Response:
     """What the user has used in the current period and what is left. A user never seen before has zeros."""
     quota: Quota = request.app.state.quota
-    return _json(await quota.usage(user_id))
+    shown = await quota.usage(user_id)
+    return _json(shown.body, headers(shown.limits))
 
 
 class ReportMetadata(Body):
@@ -117,6 +121,7 @@ class Reported(Body):
 )
 async def report(
     request: Request,
+    response: Response,
     body: Report,
     _operator: Operator,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
@@ -128,6 +133,8 @@ async def report(
         await reports.record(event)
     else:
         await reports.record_once(event, key=idempotency_key, body=body.model_dump_json().encode())
+    quota: Quota = request.app.state.quota
+    response.headers.update(await quota.rate_limit(body.user_id))
     return Reported()
 
 
@@ -181,7 +188,11 @@ async def history(
             422, "Invalid request", f"from must not be after to, nor more than {HISTORY_DAYS_MAX} days before."
         )
     query = HistoryQuery(user_id=user_id, from_date=first, to_date=last)
-    return _json(await call(request.app.state.nc, calls.HISTORY, query))
+    quota: Quota = request.app.state.quota
+    body, rate_limit = await asyncio.gather(
+        call(request.app.state.nc, calls.HISTORY, query), quota.rate_limit(user_id)
+    )
+    return _json(body, rate_limit)
 
 
 @router.get("/api/usage/logs", response_model=Logs, responses={200: {"content": {"text/csv": {}}}})
@@ -192,25 +203,27 @@ async def logs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> Response:
     """Records, newest first; as CSV for callers that accept text/csv, with the next cursor in a header."""
-    body = await call(request.app.state.nc, calls.LOGS, LogsQuery(user_id=user_id, cursor=cursor, limit=limit))
+    query = LogsQuery(user_id=user_id, cursor=cursor, limit=limit)
+    quota: Quota = request.app.state.quota
+    body, rate_limit = await asyncio.gather(call(request.app.state.nc, calls.LOGS, query), quota.rate_limit(user_id))
     if "text/csv" not in request.headers.get("accept", ""):
-        return _json(body)
+        return _json(body, rate_limit)
     page = json.loads(body)
-    headers = {"Cache-Control": "no-store"}
-    if page["nextCursor"]:
-        headers["X-Next-Cursor"] = page["nextCursor"]
-    return Response(_csv(page["records"]), headers=headers, media_type="text/csv")
+    following = {"X-Next-Cursor": page["nextCursor"]} if page["nextCursor"] else {}
+    told = {"Cache-Control": "no-store", **rate_limit, **following}
+    return Response(_csv(page["records"]), headers=told, media_type="text/csv")
 
 
 @router.get("/api/usage/events", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
 async def events(request: Request, user_id: User) -> Response:
     """The body of GET /api/usage as an event `usage`: at once, and whenever it changes."""
     watchers: Watchers = request.app.state.watchers
-    return watchers.watch(user_id)
+    quota: Quota = request.app.state.quota
+    return watchers.watch(user_id, headers=await quota.rate_limit(user_id))
 
 
-def _json(body: bytes) -> Response:
-    return Response(body, headers={"Cache-Control": "no-store"}, media_type=_JSON)
+def _json(body: bytes, rate_limit: Mapping[str, str]) -> Response:
+    return Response(body, headers={"Cache-Control": "no-store", **rate_limit}, media_type=_JSON)
 
 
 def _csv(records: list[dict[str, Any]]) -> str:

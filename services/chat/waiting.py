@@ -1,0 +1,87 @@
+"""Generations that would fit, if others of their user were over, wait for that instead of being refused."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from nats.aio.client import Client
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+
+from shared.calls import Granted, Refused
+from shared.streams import quota_updated
+
+Ask = Callable[[], Awaitable[Granted | Refused]]
+
+# An answer is written in less; whoever still finds no room then is told to try again.
+WAIT_S = 30.0
+# Pushes are not durable: who is next asks this often in any case.
+ASK_AGAIN_S = 1.0
+
+
+class WaitingRoom:
+    """One line for each user, in order of arrival: only who is first in it asks again, when something has changed."""
+
+    def __init__(self, nc: Client) -> None:
+        self._nc = nc
+        self._lines: dict[str, _Line] = {}
+
+    async def wait(self, user_id: str, refused: Refused, ask: Ask) -> Granted | Refused:
+        """What `ask` answers once there is room, or once it is clear that there will be none; or after WAIT_S."""
+        line = self._lines.get(user_id)
+        if line is None:
+            line = self._lines[user_id] = _Line()
+        line.waiting += 1
+        try:
+            async with asyncio.timeout(WAIT_S):
+                async with line.is_first:
+                    await self._listen(line, user_id)
+                    while refused.reason != "tokens":
+                        line.has_changed.clear()
+                        answer = await ask()
+                        if isinstance(answer, Granted):
+                            return answer
+                        refused = answer
+                        await _wait(line.has_changed)
+        except TimeoutError:
+            pass
+        finally:
+            line.waiting -= 1
+            if not line.waiting:
+                del self._lines[user_id]
+                await line.leave()
+        return refused
+
+    def changed(self, user_id: str) -> None:
+        """A generation of this user is over: who waits may ask again."""
+        if line := self._lines.get(user_id):
+            line.has_changed.set()
+
+    async def _listen(self, line: "_Line", user_id: str) -> None:
+        """To the generations of this user that other processes run."""
+        if line.subscription is None:
+
+            async def heard(_message: object) -> None:
+                line.has_changed.set()
+
+            with suppress(NatsError):  # asking again by the clock will do
+                line.subscription = await self._nc.subscribe(quota_updated(user_id), cb=heard)
+
+
+class _Line:
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.is_first = asyncio.Lock()
+        self.has_changed = asyncio.Event()
+        self.subscription: Subscription | None = None
+
+    async def leave(self) -> None:
+        if self.subscription is not None:
+            with suppress(NatsError):
+                await self.subscription.unsubscribe()
+
+
+async def _wait(event: asyncio.Event) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(ASK_AGAIN_S):
+            await event.wait()
