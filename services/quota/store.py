@@ -37,7 +37,7 @@ from services.quota.domain import (
     carried_tokens,
     subscribed,
 )
-from services.quota.models import Alert, Hold, Settlement, Subscription, PlanChange, UsageTotal
+from services.quota.models import Alert, Hold, PlanChange, Settlement, Subscription, UsageTotal
 from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, ThresholdReached, UsageAdjusted, encode

@@ -89,6 +89,20 @@ async def test_the_rail_shows_what_is_left(
     await expect(bar(page)).to_have_attribute("data-level", level)
 
 
+@pytest.mark.parametrize(("tokens_used", "is_told"), [(86_399, False), (86_400, True), (90_000, True)])
+async def test_from_the_first_alert_on_a_gentle_line_says_how_much_is_used(
+    page: Page, stack: Stack, user_id: str, *, tokens_used: int, is_told: bool
+) -> None:
+    await use(stack, user_id, tokens_used)
+    async with page.expect_response("**/api/plans"):
+        await open_rail(page, stack, user_id)
+    await expect(bar(page)).to_have_attribute(
+        "aria-valuenow", str(round(100 - tokens_used / 1080, 1)).removesuffix(".0")
+    )
+    told = page.get_by_text(f"tokens are {tokens_used * 100 // 108_000}% used.")
+    await expect(told).to_have_count(int(is_told))
+
+
 async def test_at_the_limit_the_way_out_and_the_reset_are_shown(page: Page, stack: Stack, user_id: str) -> None:
     await use(stack, user_id, 108_000)
     await open_rail(page, stack, user_id)

@@ -38,6 +38,7 @@ import {
   percentLeft,
   planName,
   remainingText,
+  thresholdText,
   tokensLeft,
 } from "./usage.js";
 
@@ -68,6 +69,7 @@ export class ChatRail extends HTMLElement {
   #feed = null;
   #userId = null;
   #usage = null;
+  #alertPercents = {}; // Of each plan, by its tier.
   #refused = null; // The usage at the time the server refused a message.
   #wasLimited = false;
   #history = [];
@@ -97,7 +99,7 @@ export class ChatRail extends HTMLElement {
     this.#api = new ChatApi(this.getAttribute("api") || ORIGIN, this.#userId);
     this.#feed = new UsageFeed(this.#api, this.#userId, (change) => this.#onUsage(change));
     this.#feed.start();
-    this.#showWhetherSimulated(this.#api);
+    this.#learnPlans(this.#api);
   }
 
   disconnectedCallback() {
@@ -187,7 +189,7 @@ export class ChatRail extends HTMLElement {
     upgrade.hidden = !canUpgrade;
     upgrade.textContent = canUpgrade ? text : "";
     percent.textContent = isUnlimited(usage) ? "" : `${percentLeft(usage)}%`;
-    reason.textContent = isLimited ? limitReason(usage) : "";
+    reason.textContent = isLimited ? limitReason(usage) : thresholdText(usage, this.#alertPercents[usage.tier]);
     this.#showBar(usage, text);
     this.#showReset(usage, isLimited);
     if (isLimited && !this.#wasLimited) this.#tell("limit-reached");
@@ -218,9 +220,12 @@ export class ChatRail extends HTMLElement {
     show(this.#parts.local, isLocal ? `Counting locally: the server cannot be reached.${assumption}` : "");
   }
 
-  async #showWhetherSimulated(api) {
-    const { simulated } = await api.plans().catch(() => ({}));
-    if (api === this.#api) this.#parts.simulated.hidden = !simulated;
+  async #learnPlans(api) {
+    const { simulated, plans } = await api.plans().catch(() => ({}));
+    if (api !== this.#api) return;
+    this.#parts.simulated.hidden = !simulated;
+    this.#alertPercents = Object.fromEntries((plans ?? []).map((plan) => [plan.tier, plan.alertPercents]));
+    if (this.#usage) this.#showUsage();
   }
 
   #onUpgrade() {

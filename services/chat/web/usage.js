@@ -65,6 +65,14 @@ export function limitReason(usage) {
   return `${count} left, too few for this message.`;
 }
 
+/** A gentle word from the first per cent on that the plan alerts at; empty before. */
+export function thresholdText(usage, alertPercents = []) {
+  if (isUnlimited(usage) || usage.tokensLimit <= 0) return "";
+  const percentUsed = Math.floor((usage.tokensUsed * 100) / usage.tokensLimit);
+  if (percentUsed < Math.min(...alertPercents)) return "";
+  return `${PERIOD_OWNERS[usage.period] ?? "Your"} tokens are ${percentUsed}% used.`;
+}
+
 /**
  * Whether `usage` leaves more room than there was when the server refused a message. Until then the refusal
  * stands even if a few tokens are left.
