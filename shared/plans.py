@@ -57,6 +57,11 @@ class Weights(BaseModel):
     cache_read: Weight = Decimal(1)
     models: dict[str, Weight] = {}
 
+    @cached_property
+    def are_plain(self) -> bool:
+        """A token is a token."""
+        return not self.models and self.input == self.output == self.cache_creation == self.cache_read == 1
+
     def of_model(self, model: str | None) -> Decimal:
         families = [name for name in self.models if model == name or (model or "").startswith(f"{name}-")]
         return self.models[max(families, key=len)] if families else Decimal(1)
@@ -196,6 +201,13 @@ class Period:
         cls, moment: datetime, kind: PeriodKind, time_zone: str = "UTC", *, anchor_day: int = 1
     ) -> "Period":
         """The period of `moment`. Months begin on `anchor_day`, or on the last day of a month that is shorter."""
+        last = _last.get((kind, time_zone, anchor_day))
+        if last is None or not last.covers(moment):
+            last = _last[kind, time_zone, anchor_day] = cls._containing(moment, kind, time_zone, anchor_day)
+        return last
+
+    @classmethod
+    def _containing(cls, moment: datetime, kind: PeriodKind, time_zone: str, anchor_day: int) -> "Period":
         if kind == "none":
             return cls(datetime(1970, 1, 1, tzinfo=UTC), None)
         there = zone(time_zone)
@@ -210,6 +222,10 @@ class Period:
             after = midnight + timedelta(days=1)
         # Wall-clock arithmetic in the zone, then UTC: days of 23 and 25 hours come out right.
         return cls(midnight.astimezone(UTC), after.astimezone(UTC))
+
+
+# The period that was asked for last: nearly always that of now, for hundreds of users at once.
+_last: dict[tuple[PeriodKind, str, int], Period] = {}
 
 
 def _begin_of_month(day: datetime, anchor_day: int) -> datetime:

@@ -1,7 +1,7 @@
 """The rules of the quota, pure: what is left, what a generation may take, what people are shown."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from math import ceil
@@ -14,38 +14,6 @@ from shared.plans import FOR_EVER, Counts, Limit, Period, Plan, Weights, weighte
 
 # While others' generations hold what is left, asking again soon makes sense; what is used only the reset brings back.
 RETRY_WHILE_HELD_S = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Allowance:
-    """What a limit leaves. Without a limit everything fits; a total above the limit leaves zero, never less."""
-
-    limit_tokens: int | None
-    used_tokens: int
-    held_tokens: int
-
-    @property
-    def available_tokens(self) -> int | None:
-        if self.limit_tokens is None:
-            return None
-        return max(0, self.limit_tokens - self.used_tokens - self.held_tokens)
-
-    @property
-    def is_used_up(self) -> bool:
-        return self.limit_tokens is not None and self.used_tokens >= self.limit_tokens
-
-    def output_granted(
-        self, weights: Weights, *, input_tokens_max: int, output_tokens_min: int, output_tokens_max: int
-    ) -> int | None:
-        """The output that fits beside the whole input, at most what is asked; None when even the least does not."""
-        available = self.available_tokens
-        if available is None:
-            return output_tokens_max
-        granted = output_tokens_max
-        left = available - _dearest_input(weights) * input_tokens_max
-        if left < weights.output * output_tokens_max:
-            granted = int(left // weights.output) if weights.output else 0
-        return granted if granted >= max(1, output_tokens_min) else None
 
 
 def useful_output_tokens(plan: Plan, *, output_tokens_min: int, output_tokens_max: int) -> int:
@@ -119,6 +87,8 @@ class Totals:
 
     def used_tokens(self, weights: Weights) -> int:
         """What counts against a limit. Corrections may bring it below zero."""
+        if weights.are_plain:
+            return self.counts.tokens_used
         if not weights.models:
             return weighted_tokens(weights, [(None, self.counts)])
         named = sum(self.models.values(), start=Counts())
@@ -126,41 +96,65 @@ class Totals:
         return weighted_tokens(weights, [*self.models.items(), (None, unnamed)])
 
 
-@dataclass(frozen=True, slots=True)
-class LimitStanding:
-    """A user and one limit of their plan, at one moment. `carried_tokens`: left of top-ups of the periods before."""
+class LimitStanding(NamedTuple):
+    """A user and one limit of their plan, at one moment. `limit_tokens` has what was topped up; None is no limit."""
 
     limit: Limit
     period: Period
     weights: Weights
-    totals: Totals = Totals()
-    held_tokens: int = 0
-    carried_tokens: int = 0
+    totals: Totals
+    carried_tokens: int
+    limit_tokens: int | None
+    used_tokens: int
+    held_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        limit: Limit,
+        period: Period,
+        weights: Weights,
+        totals: Totals,
+        *,
+        held_tokens: int = 0,
+        carried_tokens: int = 0,
+    ) -> "LimitStanding":
+        """`carried_tokens` is what the periods before left of top-ups that last."""
+        limit_tokens = limit.limit_tokens
+        if limit_tokens is not None:
+            limit_tokens += totals.top_up_tokens + totals.lasting_top_up_tokens + carried_tokens
+        # Corrections may bring a total below zero; they never make a plan larger.
+        used_tokens = max(0, totals.used_tokens(weights))
+        return cls(limit, period, weights, totals, carried_tokens, limit_tokens, used_tokens, held_tokens)
 
     @property
-    def used_tokens(self) -> int:
-        return self.totals.used_tokens(self.weights)
+    def remaining_tokens(self) -> int | None:
+        """Of the limit, what is not used; held or not. Above the limit it is zero, never less."""
+        return None if self.limit_tokens is None else max(0, self.limit_tokens - self.used_tokens)
 
     @property
-    def allowance(self) -> Allowance:
-        # Corrections never make a plan larger.
-        return Allowance(self.limit_tokens, max(0, self.used_tokens), self.held_tokens)
-
-    @property
-    def limit_tokens(self) -> int | None:
-        """The plan's, and what was topped up."""
-        if self.limit.limit_tokens is None:
+    def available_tokens(self) -> int | None:
+        """What is neither used nor held."""
+        if self.limit_tokens is None:
             return None
-        top_ups = self.totals.top_up_tokens + self.totals.lasting_top_up_tokens
-        return self.limit.limit_tokens + top_ups + self.carried_tokens
+        return max(0, self.limit_tokens - self.used_tokens - self.held_tokens)
 
     @property
     def beyond_tokens(self) -> int:
         """What was used beyond the plan and the top-ups of this period alone."""
         if self.limit.limit_tokens is None:
             return 0
-        own = self.limit.limit_tokens + self.totals.top_up_tokens
-        return max(0, self.used_tokens - own)
+        return max(0, self.used_tokens - self.limit.limit_tokens - self.totals.top_up_tokens)
+
+    def including(self, used: Totals) -> "LimitStanding":
+        return self.of(
+            self.limit,
+            self.period,
+            self.weights,
+            self.totals + used,
+            held_tokens=self.held_tokens,
+            carried_tokens=self.carried_tokens,
+        )
 
     @property
     def resets_at(self) -> datetime:
@@ -168,16 +162,38 @@ class LimitStanding:
 
     def state(self, at: datetime) -> LimitState | None:
         """As every convention says it; None without a limit."""
-        allowance, end = self.allowance, self.period.end
-        if allowance.limit_tokens is None:
+        end = self.period.end
+        if self.limit_tokens is None or self.remaining_tokens is None:
             return None
-        return LimitState(
+        # Constructed, not validated: each authorization has one for each limit.
+        return LimitState.model_construct(
             period=self.limit.period,
-            limit_tokens=allowance.limit_tokens,
-            remaining_tokens=max(0, allowance.limit_tokens - allowance.used_tokens),
+            limit_tokens=self.limit_tokens,
+            remaining_tokens=self.remaining_tokens,
             window_s=None if end is None else round((end - self.period.start).total_seconds()),
             resets_in_s=None if end is None else _seconds_until(end, at),
         )
+
+
+def output_granted(
+    available_tokens: int | None,
+    weights: Weights,
+    *,
+    input_tokens_max: int,
+    output_tokens_min: int,
+    output_tokens_max: int,
+) -> int | None:
+    """The output that fits beside the whole input, at most what is asked; None when even the least does not.
+
+    Without a limit (None) everything fits.
+    """
+    if available_tokens is None:
+        return output_tokens_max
+    granted = output_tokens_max
+    left = available_tokens - _dearest_input(weights) * input_tokens_max
+    if left < weights.output * output_tokens_max:
+        granted = int(left // weights.output) if weights.output else 0
+    return granted if granted >= max(1, output_tokens_min) else None
 
 
 def carried_tokens(top_ups: Iterable[tuple[datetime, int]], spent: Iterable[tuple[datetime, int]]) -> int:
@@ -218,22 +234,19 @@ def subscribed(changes: Iterable[Change]) -> Subscribed | None:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Reserved:
+class Reserved(NamedTuple):
     """Room for a generation: what it may write, and what is held for all of it."""
 
     output_tokens: int
     hold_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     reason: Reason
     retry_after_s: int
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(NamedTuple):
     """A user as the quota sees them at one moment: one standing for each limit of the plan."""
 
     user_id: str
@@ -251,36 +264,37 @@ class Account:
         model: str | None = None,
     ) -> Reserved | Refusal:
         """As much of the output as fits under every limit, or why not even the least that is useful does."""
-        weights = _for_model(self.plan.weights, model)
-        least = useful_output_tokens(
-            self.plan, output_tokens_min=output_tokens_min, output_tokens_max=output_tokens_max
-        )
+        plan, weights = self.plan, _for_model(self.plan.weights, model)
+        least = useful_output_tokens(plan, output_tokens_min=output_tokens_min, output_tokens_max=output_tokens_max)
 
-        def granted(allowance: Allowance) -> int | None:
-            return allowance.output_granted(
+        def granted(available_tokens: int | None) -> int | None:
+            return output_granted(
+                available_tokens,
                 weights,
                 input_tokens_max=input_tokens_max,
                 output_tokens_min=least,
                 output_tokens_max=output_tokens_max,
             )
 
-        never = [s for s in self.standings if granted(replace(s.allowance, held_tokens=0)) is None]
+        output_tokens = output_tokens_max
+        is_held = False
+        never = []
+        for standing in self.standings:
+            fitting = granted(standing.available_tokens)
+            if fitting is not None:
+                output_tokens = min(output_tokens, fitting)
+            elif granted(standing.remaining_tokens) is None:
+                never.append(standing.resets_at)
+            else:
+                is_held = True
         if never:
-            return Refusal("tokens", self._reset_s(never, at))
-        if self.open_generations >= (self.plan.concurrent_generations_max or self.open_generations + 1):
+            return Refusal("tokens", _reset_s(max(never), at))
+        if plan.concurrent_generations_max and self.open_generations >= plan.concurrent_generations_max:
             return Refusal("concurrency", RETRY_WHILE_HELD_S)
-        fitting = [granted(standing.allowance) for standing in self.standings]
-        known = [output_tokens for output_tokens in fitting if output_tokens is not None]
-        if len(known) < len(fitting):
+        if is_held:
             return Refusal("held", RETRY_WHILE_HELD_S)
-        output_tokens = min(known)
         held = hold_tokens(weights, input_tokens_max=input_tokens_max, output_tokens_max=output_tokens)
         return Reserved(output_tokens, held)
-
-    def _reset_s(self, standings: list[LimitStanding], at: datetime) -> int:
-        """Until the last of these limits begins anew. One that never does asks to try again all the same."""
-        end = max(standing.resets_at for standing in standings)
-        return RETRY_WHILE_HELD_S if end == FOR_EVER else _seconds_until(end, at)
 
     def holding(self, tokens: int, since: datetime) -> "Account":
         """With one more generation under way that holds `tokens` in the periods of `since`."""
@@ -291,12 +305,12 @@ class Account:
 
     def _with_held(self, tokens: int, since: datetime, *, generations: int) -> "Account":
         standings = tuple(
-            replace(standing, held_tokens=standing.held_tokens + tokens)
+            standing._replace(held_tokens=standing.held_tokens + tokens)
             if standing.period.covers(since)
             else standing
             for standing in self.standings
         )
-        return replace(self, standings=standings, open_generations=self.open_generations + generations)
+        return self._replace(standings=standings, open_generations=self.open_generations + generations)
 
     def including(self, pending: Pending) -> "Account":
         """With usage that is durable but not settled yet, in the periods that it belongs to."""
@@ -307,14 +321,12 @@ class Account:
             pending.cache_creation_input_tokens,
             pending.cache_read_input_tokens,
         )
-        added = Totals(counts, {pending.model: counts} if pending.model else {})
+        used = Totals(counts, {pending.model: counts} if pending.model else {})
         standings = tuple(
-            replace(standing, totals=standing.totals + added)
-            if standing.period.covers(pending.started_at)
-            else standing
+            standing.including(used) if standing.period.covers(pending.started_at) else standing
             for standing in self.standings
         )
-        return replace(self, standings=standings)
+        return self._replace(standings=standings)
 
     @property
     def tightest(self) -> LimitStanding:
@@ -323,17 +335,17 @@ class Account:
             return self.standings[0]
 
         def left(standing: LimitStanding) -> tuple[float, float]:
-            available = standing.allowance.available_tokens
+            available = standing.available_tokens
             return (float("inf") if available is None else available, -standing.resets_at.timestamp())
 
         return min(self.standings, key=left)
 
     @property
     def tokens_available(self) -> int:
-        return self.tightest.allowance.available_tokens or 0
+        return self.tightest.available_tokens or 0
 
     def limits(self, at: datetime) -> tuple[LimitState, ...]:
-        states = (standing.state(at) for standing in self.standings)
+        states = [standing.state(at) for standing in self.standings]
         return tuple(state for state in states if state is not None)
 
     def covers(self, moment: datetime) -> bool:
@@ -358,7 +370,7 @@ class Account:
                 ),
             )
             for standing in self.standings
-            for used, limit in [(standing.allowance.used_tokens, standing.allowance.limit_tokens)]
+            for used, limit in [(standing.used_tokens, standing.limit_tokens)]
             for percent in self.plan.alert_percents
             if limit and used * 100 >= limit * percent
         ]
@@ -366,13 +378,12 @@ class Account:
     @property
     def usage(self) -> Usage:
         shown, plan = self.tightest, self.plan
-        allowance = shown.allowance
-        used, limit = allowance.used_tokens, allowance.limit_tokens
+        used, limit = shown.used_tokens, shown.limit_tokens
         return Usage(
             tier=plan.tier,
             tokens_used=used,
             tokens_limit=limit,
-            tokens_remaining=None if limit is None else max(0, limit - used),
+            tokens_remaining=shown.remaining_tokens,
             usage_percentage=_percentage(used, limit),
             tokens_held=shown.held_tokens,
             period=shown.limit.period,
@@ -381,6 +392,11 @@ class Account:
             upgrade_to=plan.upgrade_to,
             cost_usd=str(plan.cost_usd(used)),
         )
+
+
+def _reset_s(end: datetime, at: datetime) -> int:
+    """Until the limit begins anew. One that never does asks to try again all the same."""
+    return RETRY_WHILE_HELD_S if end == FOR_EVER else _seconds_until(end, at)
 
 
 def _seconds_until(end: datetime, at: datetime) -> int:

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ from services.quota.models import Alert, Hold, PlanChange, Settlement, Subscript
 from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, ThresholdReached, UsageAdjusted, encode
-from shared.plans import COUNTS, Counts, Period, Plans
+from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
 
 # Longer than the longest generation: a hold never ends before the generation that it covers.
@@ -187,49 +187,50 @@ def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) 
     rows = db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}).all()
     kept = {(row.user_id, row.period_start, row.period_end): _totals(row) for row in rows if row.period_start}
     found = {row.user_id: row for row in rows}
-    standing = {user_id: _account(db, plans, row, at) for user_id, row in found.items()}
+    periods = {user_id: _periods(plans, row, at) for user_id, row in found.items()}
     # No total is kept yet where the period is new, or where a plan's periods have changed. The settlements know.
     unkept: dict[Period, list[str]] = defaultdict(list)
-    for user in standing.values():
-        for limit in user.standings if found[user.user_id].has_settlements else ():
-            if (user.user_id, *limit.period.bounds) not in kept:
-                unkept[limit.period].append(user.user_id)
+    for user_id, row in found.items():
+        for _, period in periods[user_id] if row.has_settlements else ():
+            if (user_id, *period.bounds) not in kept:
+                unkept[period].append(user_id)
     for period, users in unkept.items():
         for user_id, sums in _sums_of_settlements(db, period, users).items():
             kept[user_id, *period.bounds] = sums
-    for user_id, user in standing.items():
-        standings = tuple(
-            replace(limit, totals=kept.get((user_id, *limit.period.bounds), NOTHING)) for limit in user.standings
-        )
-        if found[user_id].has_lasting_top_ups:
-            standings = tuple(
-                replace(limit, carried_tokens=_carried(db, plans, user_id, limit)) for limit in standings
+    standing = {}
+    for user_id, row in found.items():
+        plan = plans.of(row.tier)
+        standings = [
+            LimitStanding.of(
+                limit,
+                period,
+                plan.weights,
+                kept.get((user_id, *period.bounds), NOTHING),
+                held_tokens=_held(db, row, period, at),
+                carried_tokens=_carried(db, plans, user_id, limit, period) if row.has_lasting_top_ups else 0,
             )
-        standing[user_id] = replace(user, standings=standings)
+            for limit, period in periods[user_id]
+        ]
+        standing[user_id] = Account(user_id, plan, tuple(standings), row.open_generations or 0)
     return standing
 
 
-def _account(db: Connection, plans: Plans, row: Row[Any], at: datetime) -> Account:
-    """With what is held, and without what is used."""
+def _periods(plans: Plans, row: Row[Any], at: datetime) -> list[tuple[Limit, Period]]:
     plan, calendar = plans.of(row.tier), Calendar(row.time_zone, row.subscribed_at)
-    standings = []
-    for limit in plan.limits:
-        period = calendar.period(at, plan, limit)
-        is_all = row.held_since is None or period.covers(row.held_since)
-        held_tokens = int(row.held_tokens or 0) if is_all else _held(db, row.user_id, period, at)
-        standings.append(LimitStanding(limit, period, plan.weights, held_tokens=held_tokens))
-    return Account(row.user_id, plan, tuple(standings), row.open_generations or 0)
+    return [(limit, calendar.period(at, plan, limit)) for limit in plan.limits]
 
 
-def _held(db: Connection, user_id: str, period: Period, at: datetime) -> int:
-    """What the user's open holds of this period hold: for the minutes in which some are of the period before."""
-    of_period = (holds.c.user_id == user_id, holds.c.expires_at > at, holds.c.started_at >= period.start)
+def _held(db: Connection, row: Row[Any], period: Period, at: datetime) -> int:
+    """What the user's open holds of this period hold: all of them, but for the minutes after it began."""
+    if row.held_since is None or period.covers(row.held_since):
+        return int(row.held_tokens or 0)
+    of_period = (holds.c.user_id == row.user_id, holds.c.expires_at > at, holds.c.started_at >= period.start)
     return int(db.execute(select(func.coalesce(func.sum(holds.c.tokens), 0)).where(*of_period)).scalar_one())
 
 
-def _carried(db: Connection, plans: Plans, user_id: str, standing: LimitStanding) -> int:
+def _carried(db: Connection, plans: Plans, user_id: str, limit: Limit, period: Period) -> int:
     """What earlier periods left of the top-ups that outlive them, each period under the plan that it ended with."""
-    start, kind = standing.period.start, standing.limit.period
+    start = period.start
     lasting = select(settlements.c.started_at, settlements.c.lasting_top_up_tokens).where(
         settlements.c.user_id == user_id, settlements.c.lasting_top_up_tokens != 0, settlements.c.started_at < start
     )
@@ -247,9 +248,9 @@ def _carried(db: Connection, plans: Plans, user_id: str, standing: LimitStanding
         then = subscribed([change for change in changed if change.changed_at < row.period_end])
         plan = plans.of(then.tier if then else None)
         calendar = Calendar(then.time_zone, then.subscribed_at) if then else Calendar()
-        limit = next((limit for limit in plan.limits if limit.period == kind), None)
-        if limit and calendar.period(row.period_start, plan, limit).bounds == (row.period_start, row.period_end):
-            beyond = LimitStanding(limit, standing.period, plan.weights, _totals(row)).beyond_tokens
+        had = next((had for had in plan.limits if had.period == limit.period), None)
+        if had and calendar.period(row.period_start, plan, had).bounds == (row.period_start, row.period_end):
+            beyond = LimitStanding.of(had, period, plan.weights, _totals(row)).beyond_tokens
             spent.append((row.period_end, beyond))
     return carried_tokens(top_ups, spent)
 

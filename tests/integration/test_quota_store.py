@@ -236,7 +236,7 @@ async def test_near_the_limit_the_output_is_clamped_and_beyond_it_nothing_is_hel
     await quota.settle(spent(LIMIT - 1_300))
     first, second = await quota.authorize(asking()), await quota.authorize(asking(beside=1))
     assert (first, second) == ([300], [None])
-    assert (await quota.account()).tightest.allowance.available_tokens == 0
+    assert (await quota.account()).tightest.available_tokens == 0
 
 
 async def test_of_many_that_arrive_together_those_that_fit_are_granted_in_order(quota: Quota) -> None:
@@ -586,7 +586,7 @@ async def test_on_a_plan_with_weights_a_generation_never_counts_for_more_than_wa
     await quota.settle(subscription_changed(tier="weighted"))
     first, second = asking(beside=40_000, asked=10_000), asking(beside=1_000, asked=10_000)
     assert await quota.authorize(first, second) == [10_000, 1_350]
-    assert (await quota.account()).tightest.allowance.available_tokens == 0
+    assert (await quota.account()).tightest.available_tokens == 0
 
     await quota.settle(
         ending(first, input_tokens=0, cache_creation_input_tokens=40_000, output_tokens=10_000),
@@ -906,7 +906,7 @@ class AnyDay(RuleBasedStateMachine):
                     exact += factor * (event.data.cache_read_input_tokens or 0) * Fraction(weights.cache_read)
             elif isinstance(event, UsageAdjusted) and period.covers(event.data.effective_at):
                 exact += event.data.tokens_used
-        return ceil(exact)
+        return max(0, ceil(exact))
 
     def room(self, account: Account) -> int | None:
         rooms = [self.room_under(account, standing) for standing in account.standings]
@@ -920,7 +920,7 @@ class AnyDay(RuleBasedStateMachine):
             for event in self.settled.values()
             if isinstance(event, UsageAdjusted) and standing.period.covers(event.data.effective_at)
         )
-        return limit_tokens - max(0, self.used(account, self.settled, standing)) - sum(self.held.values())
+        return limit_tokens - self.used(account, self.settled, standing) - sum(self.held.values())
 
     def weigh(self, account: Account, beside: int, output: int) -> int:
         weights = account.plan.weights

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from services.quota.domain import (
     RETRY_WHILE_HELD_S,
     Account,
-    Allowance,
     Calendar,
     Change,
     LimitStanding,
@@ -21,6 +19,7 @@ from services.quota.domain import (
     Totals,
     carried_tokens,
     hold_tokens,
+    output_granted,
     subscribed,
     useful_output_tokens,
 )
@@ -45,7 +44,7 @@ PLAIN = Weights()
 def account(used: int = 0, *, held: int = 0, plan: Plan = FREE, totals: Totals | None = None) -> Account:
     totals = totals or Totals(Counts(tokens_used=used, input_tokens=used))
     standings = (
-        LimitStanding(limit, Calendar().period(NOON, plan, limit), plan.weights, totals, held)
+        LimitStanding.of(limit, Calendar().period(NOON, plan, limit), plan.weights, totals, held_tokens=held)
         for limit in plan.limits
     )
     return Account("user_1", plan, tuple(standings))
@@ -57,12 +56,10 @@ def refused(known: Account, *, at: datetime = NOON, beside: int = 1_000) -> Refu
     return answer
 
 
-def output_granted(
+def granted_of(
     left: int | None, *, asked: int, least: int = 1, beside: int = 0, weights: Weights = PLAIN
 ) -> int | None:
-    return Allowance(left, 0, 0).output_granted(
-        weights, input_tokens_max=beside, output_tokens_min=least, output_tokens_max=asked
-    )
+    return output_granted(left, weights, input_tokens_max=beside, output_tokens_min=least, output_tokens_max=asked)
 
 
 def pending(started_at: datetime = NOON, **counts: Any) -> Pending:
@@ -98,7 +95,7 @@ def test_a_free_user_sees_the_numbers_of_the_product_page(used: int, remaining: 
 
 def test_a_spent_period_has_zero_tokens_left_not_a_negative_count() -> None:
     spent = account(108_001)
-    assert (spent.usage.tokens_remaining, spent.tightest.allowance.available_tokens) == (0, 0)
+    assert (spent.usage.tokens_remaining, spent.tightest.available_tokens) == (0, 0)
 
 
 def test_an_unlimited_plan_shows_nulls_and_no_percentage_however_much_is_used() -> None:
@@ -110,13 +107,13 @@ def test_an_unlimited_plan_shows_nulls_and_no_percentage_however_much_is_used() 
 def test_what_is_held_is_shown_beside_what_is_left_and_not_taken_from_it() -> None:
     busy = account(8_094, held=5_000)
     assert (busy.usage.tokens_remaining, busy.usage.tokens_held) == (99_906, 5_000)
-    assert busy.tightest.allowance.available_tokens == 94_906
+    assert busy.tightest.available_tokens == 94_906
 
 
 def test_corrections_below_zero_make_no_plan_larger() -> None:
     corrected = account(-500)
     assert (corrected.usage.tokens_used, corrected.usage.tokens_remaining) == (0, 108_000)
-    assert corrected.tightest.allowance.available_tokens == 108_000
+    assert corrected.tightest.available_tokens == 108_000
 
 
 @pytest.mark.parametrize(
@@ -161,20 +158,20 @@ def test_the_percentage_has_one_decimal_rounded_half_up(used: int, limit: int) -
 def test_a_limit_of_zero_is_used_up_from_the_start() -> None:
     closed = account(plan=Plan(tier="any", limit_tokens=0, period="month"))
     assert (closed.usage.usage_percentage, closed.usage.tokens_remaining) == (100, 0)
-    assert closed.tightest.allowance.is_used_up
+    assert closed.tightest.remaining_tokens == 0
 
 
 @given(TOTALS, TOTALS, TOTALS)
 def test_nothing_is_ever_available_beyond_the_limit_or_below_zero(limit: int, used: int, held: int) -> None:
-    available = Allowance(limit, used, held).available_tokens
-    assert available == max(0, limit - used - held)
+    known = account(used, held=held, plan=Plan(tier="any", limit_tokens=limit, period="month"))
+    assert known.tightest.available_tokens == max(0, limit - used - held)
 
 
 @pytest.mark.parametrize(
     ("left", "granted"), [(108_000, 4_096), (5_096, 4_096), (5_095, 4_095), (1_001, 1), (1_000, None), (0, None)]
 )
 def test_near_the_limit_the_output_is_clamped_to_what_fits_beside_the_input(left: int, granted: int | None) -> None:
-    assert output_granted(left, asked=4_096, beside=1_000) == granted
+    assert granted_of(left, asked=4_096, beside=1_000) == granted
 
 
 @pytest.mark.parametrize(
@@ -188,18 +185,18 @@ def test_output_is_useful_from_the_plans_least_on_or_when_it_is_all_that_is_want
 
 
 def test_less_output_than_the_least_that_is_asked_for_is_refused() -> None:
-    assert output_granted(1_500, asked=1_000, least=500, beside=1_000) == 500
-    assert output_granted(1_499, asked=1_000, least=500, beside=1_000) is None
+    assert granted_of(1_500, asked=1_000, least=500, beside=1_000) == 500
+    assert granted_of(1_499, asked=1_000, least=500, beside=1_000) is None
 
 
 @pytest.mark.parametrize("least", [0, 1])
 def test_a_generation_without_any_output_is_never_granted(least: int) -> None:
-    assert output_granted(1_000, asked=1_000, least=least, beside=1_000) is None
+    assert granted_of(1_000, asked=1_000, least=least, beside=1_000) is None
 
 
 @given(TOKENS, TOKENS, TOKENS)
 def test_without_a_limit_everything_is_granted_as_asked(asked: int, least: int, beside: int) -> None:
-    assert output_granted(None, asked=asked, least=least, beside=beside) == asked
+    assert granted_of(None, asked=asked, least=least, beside=beside) == asked
 
 
 @given(TOTALS, TOKENS, TOKENS, TOKENS, WEIGHTS)
@@ -209,7 +206,7 @@ def test_what_is_granted_is_the_most_that_fits_and_what_is_refused_does_not(
     def fits(output: int) -> bool:
         return hold_tokens(weights, input_tokens_max=beside, output_tokens_max=output) <= left
 
-    granted = output_granted(left, asked=asked, least=least, beside=beside, weights=weights)
+    granted = granted_of(left, asked=asked, least=least, beside=beside, weights=weights)
 
     if granted is None:
         assert not fits(max(1, least)) or max(1, least) > asked
@@ -292,9 +289,10 @@ TEAM = Plan(
 
 
 def team(day: int, month: int, *, held: int = 0) -> Account:
-    used = (Totals(Counts(tokens_used=tokens, input_tokens=tokens)) for tokens in (day, month))
+    used = [Totals(Counts(tokens_used=tokens, input_tokens=tokens)) for tokens in (day, month)]
     known = account(plan=TEAM, held=held)
-    return replace(known, standings=tuple(replace(s, totals=t) for s, t in zip(known.standings, used, strict=True)))
+    both = zip(known.standings, used, strict=True)
+    return known._replace(standings=tuple(standing.including(totals) for standing, totals in both))
 
 
 @pytest.mark.parametrize(
