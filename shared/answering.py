@@ -23,32 +23,38 @@ from shared.telemetry import Missing
 
 log = structlog.get_logger()
 
-# Calls of one replica under way at once. Whoever asks beyond it hears so at once, instead of waiting in vain.
-CALLS_MAX = 4096
+# Calls of one kind that wait in one replica. Whoever asks beyond it hears so at once, instead of waiting in vain.
+WAITING_MAX = 4096
 LAST_ANSWERS_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Requests on `subject`, each answered by `answer`."""
+    """Requests on `subject`. Those that arrive while others are answered are then answered together.
+
+    `answer` gets up to `group_max` of them, in order of arrival, and returns an answer to each, or the exception that
+    tells its caller why there is none. At most `groups_max` groups are under way at once.
+    """
 
     subject: str
     request_type: type[BaseModel]
-    answer: Callable[[Any], Awaitable[BaseModel]]
+    answer: Callable[[Sequence[Any]], Awaitable[Sequence[BaseModel | Exception]]]
+    group_max: int = 256
+    groups_max: int = 1
 
 
 class Answering:
-    """Subscribed in the queue group of the service. No call waits for another, and every fault is an answer."""
+    """Subscribed in the queue group of the service. Every fault is an answer."""
 
     def __init__(self, nc: Client, calls: Sequence[Call]) -> None:
-        self._nc, self._calls = nc, calls
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._nc = nc
+        self._lines = [_Line(nc, call) for call in calls]
 
     async def start(self) -> None:
         """Returns when the broker has heard of the subscriptions: who calls from then on is answered."""
         self._subscriptions = [
-            await self._nc.subscribe(call.subject, queue=call.subject.partition(".")[0], cb=self._heard(call))
-            for call in self._calls
+            await self._nc.subscribe(line.call.subject, queue=line.call.subject.partition(".")[0], cb=line.heard)
+            for line in self._lines
         ]
         await self._nc.flush()
 
@@ -58,39 +64,70 @@ class Answering:
             async with asyncio.timeout(LAST_ANSWERS_S):
                 for subscription in self._subscriptions:
                     await subscription.drain()  # type: ignore[no-untyped-call]
-                if self._under_way:
-                    await asyncio.wait(self._under_way)
+                if under_way := [task for line in self._lines for task in line.under_way]:
+                    await asyncio.wait(under_way)
         except BROKER_GONE as error:
             log.warning("calls_not_drained", error=repr(error))
 
-    def _heard(self, call: Call) -> Callable[[Msg], Awaitable[None]]:
-        async def heard(message: Msg) -> None:
-            if len(self._under_way) >= CALLS_MAX:
-                await self._fault(message, "503", "The service is busy.")
-                return
-            # A task of its own: the client hands over the next message when this function returns.
-            answering = asyncio.create_task(self._respond(call, message))
-            self._under_way.add(answering)
-            answering.add_done_callback(self._under_way.discard)
 
-        return heard
+class _Line:
+    """The calls of one kind, from message to answer: no task and no future for each."""
 
-    async def _respond(self, call: Call, message: Msg) -> None:
+    def __init__(self, nc: Client, call: Call) -> None:
+        self._nc, self.call = nc, call
+        self._waiting: list[Msg] = []
+        self.under_way: set[asyncio.Task[None]] = set()
+
+    async def heard(self, message: Msg) -> None:
+        if len(self._waiting) >= WAITING_MAX:
+            await self._fault(message, "503", "The service is busy.")
+            return
+        self._waiting.append(message)
+        if len(self.under_way) < self.call.groups_max:
+            answering = asyncio.create_task(self._answer_waiting())
+            self.under_way.add(answering)
+            answering.add_done_callback(self.under_way.discard)
+
+    async def _answer_waiting(self) -> None:
+        while self._waiting:
+            group, self._waiting = self._waiting[: self.call.group_max], self._waiting[self.call.group_max :]
+            await self._answer([(message, request) for message in group if (request := await self._read(message))])
+
+    async def _read(self, message: Msg) -> BaseModel | None:
         try:
-            answer = await call.answer(call.request_type.model_validate_json(message.data))
-            await self._nc.publish(message.reply, answer.model_dump_json().encode())
+            return self.call.request_type.model_validate_json(message.data)
         except ValidationError as error:
             problem = error.errors(include_input=False, include_url=False, include_context=False)[0]
             await self._fault(message, "400", f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")
-        except BadCall as problem:
-            await self._fault(message, "400", str(problem))
-        except Unavailable as problem:
-            await self._fault(message, "503", problem.detail)
-        except NatsError as error:
-            log.warning("call_not_answered", subject=call.subject, error=repr(error))
+            return None
+
+    async def _answer(self, group: list[tuple[Msg, BaseModel]]) -> None:
+        if not group:
+            return
+        try:
+            answers = await self.call.answer([request for _, request in group])
+            for (message, _), answer in zip(group, answers, strict=True):
+                await self._send(message, answer)
+        except (BadCall, Unavailable) as error:
+            for message, _ in group:
+                await self._send(message, error)
         except Exception:
-            log.exception("call_failed", subject=call.subject)
-            await self._fault(message, "503", "The service could not answer; it is looking into it.")
+            log.exception("calls_failed", subject=self.call.subject, calls=len(group))
+            for message, _ in group:
+                await self._fault(message, "503", "The service could not answer; it is looking into it.")
+
+    async def _send(self, message: Msg, answer: BaseModel | Exception) -> None:
+        if isinstance(answer, BaseModel):
+            try:
+                await self._nc.publish(message.reply, answer.model_dump_json().encode())
+            except NatsError as error:
+                log.warning("call_not_answered", subject=self.call.subject, error=repr(error))
+        elif isinstance(answer, BadCall):
+            await self._fault(message, "400", str(answer))
+        elif isinstance(answer, Unavailable):
+            await self._fault(message, "503", answer.detail)
+        else:
+            raise answer
 
     async def _fault(self, message: Msg, code: str, detail: str) -> None:
         headers = {ERROR_CODE: code, ERROR: detail.encode("ascii", "replace").decode()}

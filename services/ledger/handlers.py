@@ -1,5 +1,7 @@
 """What the ledger does when something happened, and when it is asked."""
 
+from collections.abc import Sequence
+
 import structlog
 from prometheus_client import Counter
 
@@ -7,7 +9,7 @@ from services.ledger import store
 from shared import calls
 from shared.answering import Call
 from shared.calls import History, HistoryQuery, Logs, LogsQuery
-from shared.database import Database
+from shared.database import READERS, Database
 from shared.events import Event, GenerationCompleted
 from shared.plans import Plans
 from shared.quarantine import Poison
@@ -25,8 +27,8 @@ class Handlers:
     def __init__(self, database: Database, plans: Plans) -> None:
         self._database, self._plans = database, plans
         self.calls = (
-            Call(calls.HISTORY, HistoryQuery, self.history),
-            Call(calls.LOGS, LogsQuery, self.logs),
+            Call(calls.HISTORY, HistoryQuery, self.history, group_max=1, groups_max=READERS),
+            Call(calls.LOGS, LogsQuery, self.logs, group_max=1, groups_max=READERS),
         )
 
     async def on_usage(self, events: list[Event], poison: list[Poison]) -> None:
@@ -35,13 +37,13 @@ class Handlers:
         _count(recorded)
         log.info("usage_recorded", received=len(events), recorded=len(recorded), quarantined=len(poison))
 
-    async def history(self, query: HistoryQuery) -> History:
+    async def history(self, queries: Sequence[HistoryQuery]) -> list[History]:
         """A user's days with usage, newest first."""
-        return await self._database.read(store.history, self._plans, query)
+        return [await self._database.read(store.history, self._plans, query) for query in queries]
 
-    async def logs(self, query: LogsQuery) -> Logs:
+    async def logs(self, queries: Sequence[LogsQuery]) -> list[Logs]:
         """A page of a user's records, newest first."""
-        return await self._database.read(store.logs, query)
+        return [await self._database.read(store.logs, query) for query in queries]
 
 
 def _count(recorded: list[Event]) -> None:

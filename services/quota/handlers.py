@@ -14,7 +14,6 @@ from services.quota.domain import Account, Refusal
 from services.quota.store import Grant, Taken
 from shared import calls, streams
 from shared.answering import Call
-from shared.batching import Batching
 from shared.calls import Authorization, Authorize, Granted, Refused, UsageAnswer, UsageQuery
 from shared.database import Database
 from shared.errors import BadCall
@@ -34,8 +33,6 @@ class Handlers:
 
     def __init__(self, nc: Client, database: Database, plans: Plans) -> None:
         self._nc, self._database, self._plans = nc, database, plans
-        self._authorizing: Batching[Authorize, Authorization] = Batching(self._authorize_all)
-        self._looking_up: Batching[UsageQuery, UsageAnswer] = Batching(self._look_up_all)
         self._alerts = Alerts(nc, database)
         self._changed: set[str] = set()
         self._pushing: asyncio.Task[None] | None = None
@@ -44,11 +41,8 @@ class Handlers:
             Call(calls.USAGE, UsageQuery, self.usage),
         )
 
-    async def authorize(self, request: Authorize) -> Authorization:
-        """Hold room for a generation, or say why there is none. Requests that arrive together share a transaction."""
-        return await self._authorizing.submit(request)
-
-    async def _authorize_all(self, requests: Sequence[Authorize]) -> list[Authorization | Exception]:
+    async def authorize(self, requests: Sequence[Authorize]) -> list[Authorization | Exception]:
+        """Hold room for generations, or say why there is none. Those that arrive together share a transaction."""
         answers, standing, at = await self._database.write(store.authorize, self._plans, requests)
         self._push_soon(standing)
         return [
@@ -56,11 +50,8 @@ class Handlers:
             for request, answer in zip(requests, answers, strict=True)
         ]
 
-    async def usage(self, query: UsageQuery) -> UsageAnswer:
-        """What a user has used and what is left, with the pending usage that the caller knows of."""
-        return await self._looking_up.submit(query)
-
-    async def _look_up_all(self, queries: Sequence[UsageQuery]) -> list[UsageAnswer]:
+    async def usage(self, queries: Sequence[UsageQuery]) -> list[UsageAnswer]:
+        """What users have used and what is left, with the pending usage that the callers know of."""
         standing, at = await self._database.read(store.look_up, self._plans, queries)
         users = (standing[query.user_id] for query in queries)
         return [UsageAnswer(usage=user.usage, limits=user.limits(at)) for user in users]
