@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -26,7 +26,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import SQLModel
 
@@ -55,13 +55,19 @@ class UtcDateTime(TypeDecorator[datetime]):
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
         if value is None or dialect.name != "sqlite":
             return value
-        return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        return _iso(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         if value is None:
             return None
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
         return moment.astimezone(UTC)
+
+
+@lru_cache(maxsize=1024)
+def _iso(moment: datetime) -> str:
+    """The rows of one transaction share their moments."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 class Database:
@@ -82,7 +88,7 @@ class Database:
         else:
             parsed = parsed.set(drivername="postgresql+psycopg")
             self._writer = create_engine(
-                parsed, pool_size=WRITERS + READERS, max_overflow=0, pool_pre_ping=True, pool_reset_on_return=None
+                parsed, pool_size=WRITERS + READERS, max_overflow=0, pool_reset_on_return=None
             )
             # One snapshot for all statements of a read, as SQLite gives it.
             self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ")
@@ -118,6 +124,16 @@ class Database:
 
 async def _in_thread(threads: Executor, engine: Engine, work: Callable[[Connection], Result]) -> Result:
     def transaction() -> Result:
+        try:
+            return once()
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            # The server has closed it, perhaps hours ago: the pool is empty now. Work is idempotent, so also where
+            # the commit got through and only its answer did not. A ping before each would cost every transaction.
+            return once()
+
+    def once() -> Result:
         with engine.begin() as connection:
             return work(connection)
 

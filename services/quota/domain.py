@@ -165,8 +165,7 @@ class LimitStanding(NamedTuple):
         end = self.period.end
         if self.limit_tokens is None or self.remaining_tokens is None:
             return None
-        # Constructed, not validated: each authorization has one for each limit.
-        return LimitState.model_construct(
+        return LimitState(
             period=self.limit.period,
             limit_tokens=self.limit_tokens,
             remaining_tokens=self.remaining_tokens,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     JSON,
     Connection,
+    DateTime,
     Executable,
     FromClause,
     Row,
@@ -56,16 +57,18 @@ _NO_COUNTS = dict.fromkeys(SUMS, 0)
 # SQLite has one writer. On PostgreSQL an advisory lock a user, taken in one order: no row need exist yet, and two
 # batches that share users wait for each other instead of deadlocking.
 _LOCK = text(
-    "SELECT pg_advisory_xact_lock(key) FROM"
-    " (SELECT DISTINCT hashtextextended(u, 0) AS key FROM unnest(CAST(:user_ids AS text[])) u ORDER BY key) keys"
-)
+    "WITH locked AS MATERIALIZED (SELECT pg_advisory_xact_lock(key) FROM"
+    " (SELECT DISTINCT hashtextextended(u, 0) AS key FROM unnest(CAST(:user_ids AS text[])) u ORDER BY key) keys)"
+    " SELECT clock_timestamp() FROM (SELECT count(*) FROM locked) all_of_them"
+).columns(clock_timestamp=DateTime(timezone=True))
 
 
 def lock(db: Connection, user_ids: Iterable[str]) -> datetime:
-    """Until the transaction ends nobody else changes these users. Returns the database's clock."""
-    if not is_sqlite(db):
-        db.execute(_LOCK, {"user_ids": list(set(user_ids))})
-    return now(db)
+    """Until the transaction ends nobody else changes these users. The database's clock, once they are locked."""
+    if is_sqlite(db):
+        return now(db)
+    at: datetime = db.execute(_LOCK, {"user_ids": list(set(user_ids))}).scalar_one()
+    return at
 
 
 class Grant(NamedTuple):
