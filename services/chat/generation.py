@@ -29,6 +29,7 @@ from services.chat.problems import Problem
 from services.chat.publisher import Publisher
 from services.chat.quota import Quota
 from services.chat.sse import KEEPALIVE, frame
+from services.chat.waiting import HasLeft
 from shared.calls import LimitState
 from shared.errors import BadCall, Unanswered, Unavailable
 from shared.events import Generation as Usage
@@ -101,7 +102,7 @@ class Generation:
         self._checkpoint: asyncio.TimerHandle | None = None
         self._checkpoints: set[asyncio.Task[None]] = set()
 
-    async def authorize(self) -> None:
+    async def authorize(self, has_left: HasLeft) -> None:
         """The intent on disk and the hold at quota, both at once. Raises Problem 429, or Unavailable.
 
         A process that dies in between leaves an intent of no tokens: settling it releases the hold, if there is one.
@@ -111,7 +112,7 @@ class Generation:
         intending = asyncio.create_task(outbox.intend(intent))
         try:
             granted = await self._parts.quota.authorize(
-                self._parts.claude, self._prompt, generation_id=self.id, user_id=self.user_id
+                self._parts.claude, self._prompt, generation_id=self.id, user_id=self.user_id, has_left=has_left
             )
         except (Problem, Unavailable, BadCall) as refusal:
             await self._withdraw(intent, intending, may_be_held=isinstance(refusal, Unanswered))
@@ -339,10 +340,12 @@ class Generations:
         self.parts = parts
         self._running: dict[asyncio.Task[None], Generation] = {}
 
-    async def start(self, prompt: Prompt, *, generation_id: str, user_id: str, metadata: Metadata) -> Generation:
+    async def start(
+        self, prompt: Prompt, *, generation_id: str, user_id: str, metadata: Metadata, has_left: HasLeft
+    ) -> Generation:
         """Authorized and on the outbox. Raises Problem 429, or Unavailable: then Claude was not asked."""
         generation = Generation(self.parts, prompt, generation_id=generation_id, user_id=user_id, metadata=metadata)
-        await generation.authorize()
+        await generation.authorize(has_left)
         task = asyncio.create_task(generation.run(), name=f"generation {generation_id}")
         self._running[task] = generation
         task.add_done_callback(self._ended)

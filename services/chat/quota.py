@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from services.chat.claude import Claude, Prompt
 from services.chat.ratelimit import headers, refusal
-from services.chat.waiting import WaitingRoom
+from services.chat.waiting import HasLeft, WaitingRoom
 from shared import calls
 from shared.broker import call
 from shared.calls import Authorize, Granted, LimitState, Pending, Refused, UsageQuery, authorization
@@ -53,7 +53,9 @@ class Quota:
         self._waiting_room = WaitingRoom(nc)
         self._pending: defaultdict[str, dict[str, Pending]] = defaultdict(dict)
 
-    async def authorize(self, claude: Claude, prompt: Prompt, *, generation_id: str, user_id: str) -> Granted:
+    async def authorize(
+        self, claude: Claude, prompt: Prompt, *, generation_id: str, user_id: str, has_left: HasLeft
+    ) -> Granted:
         """A hold for the generation, with the output clamped to what is left.
 
         Where only the user's other generations are in the way, it waits for them to end. Raises Problem 429 when
@@ -61,18 +63,26 @@ class Quota:
         is spent.
         """
 
-        async def ask() -> Granted | Refused:
-            return await self._ask(prompt, input_tokens_max, output_tokens_min, generation_id, user_id)
-
         input_tokens_max, output_tokens_min = prompt.input_tokens_max, prompt.output_tokens_max
-        answer = await ask()
-        if isinstance(answer, Refused) and answer.tokens_available > 0 and answer.reason != "concurrency":
-            # The bound by bytes is generous. Near the limit it is worth asking how long the prompt really is.
-            input_tokens_max, output_tokens_min = await claude.count_input_tokens(prompt), 1
+        is_counted = False
+
+        async def ask() -> Granted | Refused:
+            nonlocal input_tokens_max, is_counted
+            answer = await self._ask(prompt, input_tokens_max, output_tokens_min, generation_id, user_id)
+            # The bound by bytes is generous. Where it does not fit, it is worth asking how long the prompt really is;
+            # of what people write, no provider makes fewer than half of the estimated tokens.
+            may_fit = isinstance(answer, Refused) and answer.tokens_available > prompt.input_tokens_estimate // 2
+            if may_fit and not is_counted:
+                input_tokens_max, is_counted = await claude.count_input_tokens(prompt), True
+                answer = await self._ask(prompt, input_tokens_max, output_tokens_min, generation_id, user_id)
+            return answer
+
+        answer = await self._ask(prompt, input_tokens_max, output_tokens_min, generation_id, user_id)
+        if isinstance(answer, Refused) and answer.usage.tokens_remaining != 0:
+            output_tokens_min = 1
             answer = await ask()
         if isinstance(answer, Refused) and answer.reason != "tokens":
-            output_tokens_min = 1
-            answer = await self._waiting_room.wait(user_id, answer, ask)
+            answer = await self._waiting_room.wait(user_id, answer, ask, has_left=has_left)
         if isinstance(answer, Refused):
             raise refusal(answer)
         return answer

@@ -8,10 +8,13 @@ from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
+from services.chat.problems import Problem
 from shared.calls import Granted, Refused
 from shared.streams import quota_updated
 
 Ask = Callable[[], Awaitable[Granted | Refused]]
+HasLeft = Callable[[], Awaitable[bool]]
+LEFT = Problem(499, "The caller has left", "Nothing was sent to Claude.")
 
 # An answer is written in less; whoever still finds no room then is told to try again.
 WAIT_S = 30.0
@@ -26,8 +29,11 @@ class WaitingRoom:
         self._nc = nc
         self._lines: dict[str, _Line] = {}
 
-    async def wait(self, user_id: str, refused: Refused, ask: Ask) -> Granted | Refused:
-        """What `ask` answers once there is room, or once it is clear that there will be none; or after WAIT_S."""
+    async def wait(self, user_id: str, refused: Refused, ask: Ask, *, has_left: HasLeft) -> Granted | Refused:
+        """What `ask` answers once there is room, or once it is clear that there will be none; or after WAIT_S.
+
+        For a caller who has left meanwhile nothing is asked: raises Problem 499, which nobody hears.
+        """
         line = self._lines.get(user_id)
         if line is None:
             line = self._lines[user_id] = _Line()
@@ -37,6 +43,8 @@ class WaitingRoom:
                 async with line.is_first:
                     await self._listen(line, user_id)
                     while refused.reason != "tokens":
+                        if await has_left():
+                            raise LEFT
                         line.has_changed.clear()
                         answer = await ask()
                         if isinstance(answer, Granted):

@@ -14,7 +14,7 @@ from nats.aio.msg import Msg
 from shared import streams
 from shared.broker import connect
 from tests.fixtures import eventually
-from tests.people import given, open_holds, recorded, totalled
+from tests.people import asked, given, open_holds, recorded, rows, totalled
 from tests.stack import Stack
 
 PLANS = """
@@ -127,6 +127,34 @@ async def test_who_would_fit_if_another_answer_were_over_waits_for_it(
     answers = await asyncio.gather(*(ask(http, user, "[usage input=10 output=20] Hello") for _ in range(5)))
     assert [answer.status_code for answer in answers] == [200] * 5
     assert (await usage(http, user))["tokensUsed"] == 5 * 30
+
+
+async def test_for_who_leaves_the_line_claude_is_not_asked(
+    limited: Stack, http: httpx2.AsyncClient, user: str
+) -> None:
+    await subscribe(http, user, "single")
+    before = await asked(limited)
+    body = {
+        "userId": user,
+        "messages": [{"role": "user", "content": "[usage input=10 output=20] [slow 200ms] Hello"}],
+    }
+    async with http.stream("POST", "/api/chat", json=body) as first:
+        words = first.aiter_lines()
+        await anext(words)
+        waiting = asyncio.create_task(ask(http, user, "Hello"))
+
+        async def is_in_line() -> bool | None:
+            return (
+                rows(limited.data / "outbox.db", "SELECT count(*) FROM outbox WHERE NOT settled")[0][0] == 2 or None
+            )
+
+        await eventually(is_in_line)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        async for _ in words:
+            pass
+    assert (await ask(http, user, "[usage input=10 output=20] Hello")).status_code == 200
+    assert await asked(limited) == before + 2
 
 
 async def test_every_answer_for_a_user_says_the_limits(http: httpx2.AsyncClient, user: str) -> None:

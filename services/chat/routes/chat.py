@@ -110,6 +110,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         generation_id=new_id(),
         user_id=body.user_id,
         metadata={"conversationId": body.conversation_id} if body.conversation_id else {},
+        has_left=request.is_disconnected,
     )
     await generation.begun()
     if _accepts_only_json(request.headers.get("accept", "")):
