@@ -23,6 +23,8 @@ log = structlog.get_logger()
 # Quota settles within a fraction of a second of publishing. What a replica took along when it died is settled after
 # the stream's ack_wait and the start of another; until then quota's answers are told of what is on the way.
 SETTLED_AFTER_S = 15.0
+# What most answers need. Where several wait for the same tokens, none of them holds more, so that more run at once.
+CROWDED_OUTPUT_TOKENS = 1024
 # More than this for one user at once is a bulk import, which need not read its own writes.
 PENDING_MAX = 100
 
@@ -63,43 +65,40 @@ class Quota:
         is spent.
         """
 
-        input_tokens_max, output_tokens_min = prompt.input_tokens_max, prompt.output_tokens_max
-        is_counted = False
+        input_tokens_max, is_counted = prompt.input_tokens_max, False
 
-        async def ask() -> Granted | Refused:
+        async def ask(*, least: int, most: int = prompt.output_tokens_max) -> Granted | Refused:
+            request = Authorize(
+                generation_id=generation_id,
+                user_id=user_id,
+                model=prompt.model,
+                input_tokens_max=input_tokens_max,
+                output_tokens_min=least,
+                output_tokens_max=most,
+                pending=self._known(user_id),
+            )
+            return authorization.validate_json(await call(self._nc, calls.AUTHORIZE, request))
+
+        async def ask_for_what_fits(is_crowded: bool = False) -> Granted | Refused:
             nonlocal input_tokens_max, is_counted
-            answer = await self._ask(prompt, input_tokens_max, output_tokens_min, generation_id, user_id)
+            most = min(prompt.output_tokens_max, CROWDED_OUTPUT_TOKENS) if is_crowded else prompt.output_tokens_max
+            answer = await ask(least=1, most=most)
             # The bound by bytes is generous. Where it does not fit, it is worth asking how long the prompt really is;
             # of what people write, no provider makes fewer than half of the estimated tokens.
             may_fit = isinstance(answer, Refused) and answer.tokens_available > prompt.input_tokens_estimate // 2
             if may_fit and not is_counted:
                 input_tokens_max, is_counted = await claude.count_input_tokens(prompt), True
-                answer = await self._ask(prompt, input_tokens_max, output_tokens_min, generation_id, user_id)
+                answer = await ask(least=1, most=most)
             return answer
 
-        answer = await self._ask(prompt, input_tokens_max, output_tokens_min, generation_id, user_id)
+        answer = await ask(least=prompt.output_tokens_max)
         if isinstance(answer, Refused) and answer.usage.tokens_remaining != 0:
-            output_tokens_min = 1
-            answer = await ask()
+            answer = await ask_for_what_fits()
         if isinstance(answer, Refused) and answer.reason != "tokens":
-            answer = await self._waiting_room.wait(user_id, answer, ask, has_left=has_left)
+            answer = await self._waiting_room.wait(user_id, answer, ask_for_what_fits, has_left=has_left)
         if isinstance(answer, Refused):
             raise refusal(answer)
         return answer
-
-    async def _ask(
-        self, prompt: Prompt, input_tokens_max: int, output_tokens_min: int, generation_id: str, user_id: str
-    ) -> Granted | Refused:
-        request = Authorize(
-            generation_id=generation_id,
-            user_id=user_id,
-            model=prompt.model,
-            input_tokens_max=input_tokens_max,
-            output_tokens_min=output_tokens_min,
-            output_tokens_max=prompt.output_tokens_max,
-            pending=self._known(user_id),
-        )
-        return authorization.validate_json(await call(self._nc, calls.AUTHORIZE, request))
 
     async def usage(self, user_id: str, *, including: GenerationCompleted | None = None) -> Shown:
         """What is used and left; with an event, too, that is not on the disk yet."""

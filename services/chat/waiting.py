@@ -12,7 +12,8 @@ from services.chat.problems import Problem
 from shared.calls import Granted, Refused
 from shared.streams import quota_updated
 
-Ask = Callable[[], Awaitable[Granted | Refused]]
+# Called with whether others wait behind: then it should ask for no more than most answers need.
+Ask = Callable[[bool], Awaitable[Granted | Refused]]
 HasLeft = Callable[[], Awaitable[bool]]
 LEFT = Problem(499, "The caller has left", "Nothing was sent to Claude.")
 
@@ -46,7 +47,7 @@ class WaitingRoom:
                         if await has_left():
                             raise LEFT
                         line.has_changed.clear()
-                        answer = await ask()
+                        answer = await ask(line.waiting > 1)
                         if isinstance(answer, Granted):
                             return answer
                         refused = answer
