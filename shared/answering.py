@@ -76,6 +76,7 @@ class _Line:
     def __init__(self, nc: Client, call: Call) -> None:
         self._nc, self.call = nc, call
         self._waiting: list[Msg] = []
+        self._groups = 0
         self.under_way: set[asyncio.Task[None]] = set()
 
     async def heard(self, message: Msg) -> None:
@@ -83,15 +84,22 @@ class _Line:
             await self._fault(message, "503", "The service is busy.")
             return
         self._waiting.append(message)
-        if len(self.under_way) < self.call.groups_max:
+        if self._groups < self.call.groups_max:
+            self._groups += 1
             answering = asyncio.create_task(self._answer_waiting())
             self.under_way.add(answering)
             answering.add_done_callback(self.under_way.discard)
 
     async def _answer_waiting(self) -> None:
-        while self._waiting:
-            group, self._waiting = self._waiting[: self.call.group_max], self._waiting[self.call.group_max :]
-            await self._answer([(message, request) for message in group if (request := await self._read(message))])
+        try:
+            while self._waiting:
+                group, self._waiting = self._waiting[: self.call.group_max], self._waiting[self.call.group_max :]
+                await self._answer(
+                    [(message, request) for message in group if (request := await self._read(message))]
+                )
+        finally:
+            # Here, and not when the task is done: a call that is heard in between would wait for the next one.
+            self._groups -= 1
 
     async def _read(self, message: Msg) -> BaseModel | None:
         try:
