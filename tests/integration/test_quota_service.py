@@ -1,17 +1,13 @@
 """Quota as a service: real processes on the real broker, one on SQLite and two on PostgreSQL, for all tests here."""
 
 import asyncio
-import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, AsyncExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -21,120 +17,51 @@ from starlette.applications import Starlette
 from structlog.testing import capture_logs
 
 from services.quota import app, store
-from services.quota.__main__ import MIGRATIONS
 from services.quota.settings import Settings
 from shared import broker, calls, streams
 from shared.broker import connect
-from shared.calls import Authorization, Authorize, Granted, Refused, Usage, UsageAnswer, UsageQuery, authorization
-from shared.database import Database, sqlite_url, table_of
+from shared.calls import Authorize, Granted, Refused
+from shared.database import Database, table_of
 from shared.errors import Unavailable
 from shared.events import GenerationCompleted, encode, new_id
 from shared.quarantine import Quarantined
 from tests.builders import generation_completed, publish, publish_raw, subscription_changed, usage_reported
-from tests.fixtures import MIB, START_DEADLINE_S, Postgres, broker_in, eventually
+from tests.fixtures import broker_in, eventually
 from tests.integration.test_ledger_service import closed_postgresql, locked_sqlite
-from tests.stack import PROJECT, environment, free_port
+from tests.quota_process import (
+    PATIENCE_S,
+    Quota,
+    Replica,
+    authorize,
+    create_stream,
+    everything_is_acknowledged,
+    new_database,
+    started,
+    usage_of,
+)
+from tests.stack import PROJECT, environment
 
-# What a killed replica had taken comes again after this, and not after half a minute.
-ACK_WAIT_S = 2
-# A call here may wait for the machine's other work; that it is answered at all is what is tested.
-PATIENCE_S = 20
 LIMIT = 108_000
-
-
-@dataclass
-class Replica:
-    """A process of the service. Bound to no event loop: any test can use it."""
-
-    settings: dict[str, str]
-    log: Path
-    url: str = field(init=False)
-    process: subprocess.Popen[bytes] = field(init=False)
-
-    def start(self) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.quota", "serve"],
-                cwd=PROJECT,
-                env=environment(**self.settings, CHATRAIL_PORT=str(port)),
-                stdout=log,
-                stderr=log,
-            )
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_DEADLINE_S
-        while not self._is_ready():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, "quota did not start in time"
-            time.sleep(0.05)
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(START_DEADLINE_S)
-
-    def said(self, event: str) -> list[dict[str, Any]]:
-        """The lines of its log about `event`."""
-        lines = map(json.loads, self.log.read_text().splitlines())
-        return [line for line in lines if line["event"] == event]
-
-    def _is_ready(self) -> bool:
-        with suppress(httpx2.TransportError):
-            return httpx2.get(f"{self.url}/readyz", trust_env=False).is_success
-        return False
-
-
-@dataclass(frozen=True)
-class Quota:
-    replicas: list[Replica]
-    database_url: str
 
 
 @pytest.fixture(scope="module")
 def bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A broker with the empty stream. Tests here share it, and keep apart by their users."""
     with broker_in(tmp_path_factory.mktemp("nats")) as url:
-        asyncio.run(_create_stream(url))
+        asyncio.run(create_stream(url))
         yield url
-
-
-async def _create_stream(url: str) -> None:
-    nats = await connect(url, name="test")
-    js = nats.jetstream()
-    await streams.create(js, max_bytes=64 * MIB)
-    await js.delete_consumer(streams.STREAM, streams.QUOTA)
-    await js.add_consumer(streams.STREAM, replace(streams.durable(streams.QUOTA), ack_wait=ACK_WAIT_S))
-    await nats.close()
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def quota(request: pytest.FixtureRequest, bus: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quota]:
     folder = tmp_path_factory.mktemp("quota")
-    with ExitStack() as stack:
-        if request.param == "sqlite":
-            url = sqlite_url(folder, "quota.db")
-        else:
-            postgres: Postgres = request.getfixturevalue("postgres")
-            url = stack.enter_context(postgres.new_database())
-        _migrate(url)
+    with new_database(request, folder) as url:
         replicas = [
             Replica({"CHATRAIL_NATS_URL": bus, "CHATRAIL_QUOTA_DATABASE_URL": url}, folder / f"{n}.log")
             for n in range(1 if request.param == "sqlite" else 2)
         ]
-        for replica in replicas:
-            replica.start()
-            stack.callback(replica.stop)
-        for replica in replicas:
-            replica.wait_until_ready()
-        yield Quota(replicas, url)
-        assert [replica.stop() for replica in replicas] == [-signal.SIGTERM] * len(replicas)
-
-
-def _migrate(url: str) -> None:
-    database = Database(url)
-    database.migrate(MIGRATIONS)
-    asyncio.run(database.close())
+        with started(replicas):
+            yield Quota(replicas, url)
 
 
 @pytest.fixture
@@ -189,26 +116,6 @@ def ending(request: Authorize, granted: Granted) -> GenerationCompleted:
 
 def spent(user_id: str, tokens: int = 8_094) -> GenerationCompleted:
     return usage_reported(user_id, tokens_used=tokens, started_at=datetime.now(UTC))
-
-
-async def authorize(nats: Client, request: Authorize, *, timeout_s: float = PATIENCE_S) -> Authorization:
-    return authorization.validate_json(await broker.call(nats, calls.AUTHORIZE, request, timeout_s=timeout_s))
-
-
-async def usage_of(nats: Client, user_id: str, *, timeout_s: float = PATIENCE_S) -> Usage:
-    body = await broker.call(nats, calls.USAGE, UsageQuery(user_id=user_id), timeout_s=timeout_s)
-    return UsageAnswer.model_validate_json(body).usage
-
-
-async def everything_is_acknowledged(nats: Client) -> None:
-    # Counted from the stream's end: a consumer learns of a new event a moment after its publisher does.
-    last = (await nats.jetstream().stream_info(streams.STREAM)).state.last_seq
-
-    async def look() -> bool:
-        consumer = await nats.jetstream().consumer_info(streams.STREAM, streams.QUOTA)
-        return consumer.ack_floor is not None and consumer.ack_floor.stream_seq >= last
-
-    await eventually(look)
 
 
 async def settled_ids(database: Database, user_id: str) -> list[str]:
@@ -437,7 +344,7 @@ async def test_expired_holds_are_reported_once_also_after_the_database_was_away(
     lost: list[str] = []
 
     async def failed() -> bool:
-        return any(line["event"] == "expired_holds_not_reported" for line in logs)
+        return any(line["event"] == "not_looked_after" for line in logs)
 
     async def reported() -> list[str]:
         lost.append(new_id())  # one after the other: another replica may be the one that reports some
@@ -457,7 +364,8 @@ async def test_expired_holds_are_reported_once_also_after_the_database_was_away(
 
 def _lose(db: Connection, user_id: str, generation_id: str) -> None:
     at = datetime.now(UTC)
-    hold = {"generation_id": generation_id, "user_id": user_id, "period_start": at, "tokens": 1, "expires_at": at}
+    times = dict.fromkeys(("period_start", "started_at", "expires_at"), at)
+    hold = {"generation_id": generation_id, "user_id": user_id, "tokens": 1, "output_tokens": 1, **times}
     db.execute(insert(store.holds).values(hold))
 
 
