@@ -112,17 +112,15 @@ class _Line:
     async def _answer(self, group: list[tuple[Msg, BaseModel]]) -> None:
         if not group:
             return
+        answers: Sequence[BaseModel | Exception]
         try:
             answers = await self.call.answer([request for _, request in group])
-            for (message, _), answer in zip(group, answers, strict=True):
-                await self._send(message, answer)
-        except (BadCall, Unavailable) as error:
-            for message, _ in group:
-                await self._send(message, error)
-        except Exception:
-            log.exception("calls_failed", subject=self.call.subject, calls=len(group))
-            for message, _ in group:
-                await self._fault(message, "503", "The service could not answer; it is looking into it.")
+        except Exception as error:
+            if not isinstance(error, BadCall | Unavailable):
+                log.exception("calls_failed", subject=self.call.subject, calls=len(group))
+            answers = [error] * len(group)
+        for (message, _), answer in zip(group, answers, strict=True):
+            await self._send(message, answer)
 
     async def _send(self, message: Msg, answer: BaseModel | Exception) -> None:
         if isinstance(answer, BaseModel):
@@ -135,7 +133,7 @@ class _Line:
         elif isinstance(answer, Unavailable):
             await self._fault(message, "503", answer.detail)
         else:
-            raise answer
+            await self._fault(message, "503", "The service could not answer; it is looking into it.")
 
     async def _fault(self, message: Msg, code: str, detail: str) -> None:
         headers = {ERROR_CODE: code, ERROR: detail.encode("ascii", "replace").decode()}

@@ -11,7 +11,6 @@ import structlog
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError, OutboundBufferLimitError
-from nats.errors import TimeoutError as NatsTimeoutError
 
 from shared.errors import BadCall, Unanswered, Unavailable
 
@@ -24,8 +23,8 @@ ERROR = "Nats-Service-Error"
 BROKER_GONE = (NatsError, OSError, RuntimeError)
 CLOSE_S = 2.0
 
-# Callers promise a 503 within two seconds; together these leave them time to say it. In a process that has too much to
-# do a timer can fire while the answer waits to be read: asked once more, it is there.
+# Callers promise a 503 within two seconds; together these leave them time to say it. In a process that has too much
+# to do a timer can fire while the answer waits to be read: asked once more, it is there.
 TIMEOUT_S = 1.2
 REPEAT_TIMEOUT_S = 0.4
 
@@ -106,17 +105,14 @@ class Encodable(Protocol):
 
 
 async def call(nc: Client, subject: str, request: Encodable, *, timeout_s: float = TIMEOUT_S) -> bytes:
-    """The answer's body, as the service wrote it. Asked twice, if need be: no call does more when it is repeated.
+    """The answer's body, as the service wrote it. A call that times out may be repeated with REPEAT_TIMEOUT_S.
 
     Raises BadCall when the service rejects the request, Unavailable when it cannot be asked or cannot answer,
     Unanswered when nobody knows whether it did what it was asked.
     """
     service, body = subject.partition(".")[0], request.model_dump_json().encode()
     try:
-        try:
-            reply = await nc.request(subject, body, timeout=timeout_s)
-        except NatsTimeoutError:
-            reply = await nc.request(subject, body, timeout=REPEAT_TIMEOUT_S)
+        reply = await nc.request(subject, body, timeout=timeout_s)
     except (NoRespondersError, OutboundBufferLimitError) as error:
         raise Unavailable(f"The {service} service cannot be asked right now.") from error
     except (NatsError, OSError) as error:

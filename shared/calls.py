@@ -12,7 +12,7 @@ A fault is an answer, too: the reply then carries the headers of NATS' service p
 from datetime import date, datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, model_validator
 from pydantic.alias_generators import to_camel
 
 from shared.events import Contract, Generation, Moment, Name, Outcome, Tokens, UsageSource, UserId
@@ -107,6 +107,12 @@ class Authorize(Contract):
     output_tokens_min: Tokens
     output_tokens_max: Tokens
     pending: tuple[Pending, ...] = ()
+
+    @model_validator(mode="after")
+    def _the_least_is_no_more_than_the_most(self) -> "Authorize":
+        if self.output_tokens_min > self.output_tokens_max:
+            raise ValueError("output_tokens_min must not be more than output_tokens_max")
+        return self
 
 
 class Granted(Contract):

@@ -115,7 +115,8 @@ class Generation:
                 self._parts.claude, self._prompt, generation_id=self.id, user_id=self.user_id, has_left=has_left
             )
         except (Problem, Unavailable, BadCall) as refusal:
-            await self._withdraw(intent, intending, may_be_held=isinstance(refusal, Unanswered))
+            is_doubtful = isinstance(refusal, Unanswered) or isinstance(refusal.__cause__, Unanswered)
+            await self._withdraw(intent, intending, may_be_held=is_doubtful)
             raise
         self._is_clamped = granted.output_tokens_max < self._prompt.output_tokens_max
         self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)

@@ -10,12 +10,13 @@ from nats.aio.client import Client
 from pydantic import TypeAdapter
 
 from services.chat.claude import Claude, Prompt
+from services.chat.problems import Problem
 from services.chat.ratelimit import headers, refusal
 from services.chat.waiting import HasLeft, WaitingRoom
 from shared import calls
-from shared.broker import call
+from shared.broker import REPEAT_TIMEOUT_S, call
 from shared.calls import Authorize, Granted, LimitState, Pending, Refused, UsageQuery, authorization
-from shared.errors import Unavailable
+from shared.errors import Unanswered, Unavailable
 from shared.events import GenerationCompleted
 
 log = structlog.get_logger()
@@ -62,10 +63,11 @@ class Quota:
 
         Where only the user's other generations are in the way, it waits for them to end. Raises Problem 429 when
         that does not help, before anything is sent to Claude; Unavailable when quota cannot be asked: then nothing
-        is spent.
+        is spent. Its cause is Unanswered where an earlier question may still be granted, by a replica that is slow.
         """
 
         input_tokens_max, is_counted = prompt.input_tokens_max, False
+        unanswered: Unanswered | None = None
 
         async def ask(*, least: int, most: int = prompt.output_tokens_max) -> Granted | Refused:
             request = Authorize(
@@ -77,7 +79,13 @@ class Quota:
                 output_tokens_max=most,
                 pending=self._known(user_id),
             )
-            return authorization.validate_json(await call(self._nc, calls.AUTHORIZE, request))
+            nonlocal unanswered
+            try:
+                answer = await call(self._nc, calls.AUTHORIZE, request)
+            except Unanswered as error:
+                unanswered = error
+                answer = await call(self._nc, calls.AUTHORIZE, request, timeout_s=REPEAT_TIMEOUT_S)
+            return authorization.validate_json(answer)
 
         async def ask_for_what_fits(is_crowded: bool = False) -> Granted | Refused:
             nonlocal input_tokens_max, is_counted
@@ -95,9 +103,12 @@ class Quota:
         if isinstance(answer, Refused) and answer.usage.tokens_remaining != 0:
             answer = await ask_for_what_fits()
         if isinstance(answer, Refused) and answer.reason != "tokens":
-            answer = await self._waiting_room.wait(user_id, answer, ask_for_what_fits, has_left=has_left)
+            try:
+                answer = await self._waiting_room.wait(user_id, answer, ask_for_what_fits, has_left=has_left)
+            except Problem as has_gone:
+                raise has_gone from unanswered
         if isinstance(answer, Refused):
-            raise refusal(answer)
+            raise refusal(answer) from unanswered
         return answer
 
     async def usage(self, user_id: str, *, including: GenerationCompleted | None = None) -> Shown:
@@ -105,7 +116,12 @@ class Quota:
         pending = self._known(user_id)
         if including:
             pending += (Pending.of(including.id, including.data),)
-        answer = _answer.decode(await call(self._nc, calls.USAGE, UsageQuery(user_id=user_id, pending=pending)))
+        query = UsageQuery(user_id=user_id, pending=pending)
+        try:
+            body = await call(self._nc, calls.USAGE, query)
+        except Unanswered:
+            body = await call(self._nc, calls.USAGE, query, timeout_s=REPEAT_TIMEOUT_S)
+        answer = _answer.decode(body)
         return Shown(bytes(answer.usage), bytes(answer.limits))
 
     async def rate_limit(self, user_id: str) -> dict[str, str]:

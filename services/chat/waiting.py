@@ -15,7 +15,6 @@ from shared.streams import quota_updated
 # Called with whether others wait behind: then it should ask for no more than most answers need.
 Ask = Callable[[bool], Awaitable[Granted | Refused]]
 HasLeft = Callable[[], Awaitable[bool]]
-LEFT = Problem(499, "The caller has left", "Nothing was sent to Claude.")
 
 # An answer is written in less; whoever still finds no room then is told to try again.
 WAIT_S = 30.0
@@ -45,7 +44,7 @@ class WaitingRoom:
                     await self._listen(line, user_id)
                     while refused.reason != "tokens":
                         if await has_left():
-                            raise LEFT
+                            raise Problem(499, "The caller has left", "Nothing was sent to Claude.")
                         line.has_changed.clear()
                         answer = await ask(line.waiting > 1)
                         if isinstance(answer, Granted):

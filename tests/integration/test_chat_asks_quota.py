@@ -1,0 +1,62 @@
+"""How chat asks quota, with a quota that behaves as no real one does on demand."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from services.chat.claude import Claude, Prompt
+from services.chat.problems import Problem
+from services.chat.quota import Quota
+from shared import calls
+from shared.calls import Authorization, Authorize, Granted, Refused
+from shared.errors import Unanswered
+from tests.builders import NOON
+from tests.unit.test_quota_domain import account
+
+PROMPT = Prompt("claude-haiku-4-5", [{"role": "user", "content": "Hello"}], None, 1_000)
+REFUSED = Refused(reason="tokens", tokens_available=0, retry_after_s=60, usage=account(108_000).usage)
+GRANTED = Granted(output_tokens_max=1_000, started_at=NOON)
+
+
+@pytest.fixture
+async def claude() -> AsyncIterator[Claude]:
+    claude = Claude(api_key="simulated", base_url="http://127.0.0.1:9")
+    yield claude
+    await claude.close()
+
+
+async def answering(nats: Client, *answers: Authorization | None) -> list[Authorize]:
+    """Quota gives these answers, one after the other; None is a question that it keeps to itself."""
+    heard: list[Authorize] = []
+
+    async def answer(message: Msg) -> None:
+        heard.append(Authorize.model_validate_json(message.data))
+        if given := answers[len(heard) - 1]:
+            await message.respond(given.model_dump_json().encode())
+
+    await nats.subscribe(calls.AUTHORIZE, cb=answer)
+    return heard
+
+
+async def nobody_left() -> bool:
+    return False
+
+
+async def test_a_question_without_an_answer_is_asked_again_with_the_same_id(nats: Client, claude: Claude) -> None:
+    heard = await answering(nats, None, GRANTED)
+    asked = Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
+    assert await asked == GRANTED
+    assert [question.generation_id for question in heard] == ["g", "g"]
+
+
+@pytest.mark.parametrize("first_is_answered", [True, False])
+async def test_a_refusal_says_whether_an_earlier_question_may_still_be_granted(
+    nats: Client, claude: Claude, *, first_is_answered: bool
+) -> None:
+    await answering(nats, *([REFUSED] if first_is_answered else [None, REFUSED]))
+    with pytest.raises(Problem) as refused:
+        await Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
+    assert refused.value.status == 429
+    assert isinstance(refused.value.__cause__, Unanswered) != first_is_answered
