@@ -80,7 +80,8 @@ class Hold(SQLModel, table=True):
     """
 
     __tablename__ = "holds"
-    __table_args__ = (Index("holds_by_user", "user_id", "expires_at"),)
+    # All that is asked of a user's open holds: the index answers it alone.
+    __table_args__ = (Index("holds_by_user", "user_id", "expires_at", "tokens", "started_at"),)
 
     generation_id: str = Field(primary_key=True, sa_type=Text)
     user_id: str = Field(sa_type=Text)

@@ -761,7 +761,7 @@ class AnyDay(RuleBasedStateMachine):
         )
     )
     def authorize(self, sizes: list[tuple[int, int, int]]) -> None:
-        requests = [asking(self.user_id, beside=i, least=least, asked=o) for i, least, o in sizes]
+        requests = [asking(self.user_id, beside=i, least=min(two), asked=max(two)) for i, *two in sizes]
         account = self.account()
         answers, _, at = self.run(self.quota.database.write(store.authorize, self.quota.plans, requests))
         for request, granted in zip(requests, map(output_tokens, answers), strict=True):
@@ -785,7 +785,7 @@ class AnyDay(RuleBasedStateMachine):
     def authorize_again(self, data: st.DataObject, asked: int) -> None:
         generation_id = data.draw(st.sampled_from(sorted(self.authorized)))
         request, granted, at = self.authorized[generation_id]
-        again = request.model_copy(update={"output_tokens_max": asked})
+        again = request.model_copy(update={"output_tokens_min": 1, "output_tokens_max": asked})
         answers = self.run(self.quota.ask(again, again))
         if generation_id in self.held:
             assert answers == [store.Grant(granted, at)] * 2

@@ -31,6 +31,8 @@ def upgrade() -> None:
         "INSERT INTO plan_changes (event_id, user_id, tier, time_zone, changed_at)"
         " SELECT event_id, user_id, tier, time_zone, changed_at FROM subscriptions"
     )
+    op.drop_index("holds_by_user", "holds")
+    op.create_index("holds_by_user", "holds", ["user_id", "expires_at", "tokens", "started_at"])
     op.create_table(
         "alerts",
         sa.Column("user_id", sa.Text, primary_key=True),
