@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
@@ -162,15 +163,15 @@ class LimitStanding(NamedTuple):
 
     def state(self, at: datetime) -> LimitState | None:
         """As every convention says it; None without a limit."""
-        end = self.period.end
-        if self.limit_tokens is None or self.remaining_tokens is None:
+        if self.limit_tokens is None:
             return None
+        window_s, resets_in_s = _window_s(self.period, at)
         return LimitState(
             period=self.limit.period,
             limit_tokens=self.limit_tokens,
-            remaining_tokens=self.remaining_tokens,
-            window_s=None if end is None else round((end - self.period.start).total_seconds()),
-            resets_in_s=None if end is None else _seconds_until(end, at),
+            remaining_tokens=max(0, self.limit_tokens - self.used_tokens),
+            window_s=window_s,
+            resets_in_s=resets_in_s,
         )
 
 
@@ -396,6 +397,14 @@ class Account(NamedTuple):
 def _reset_s(end: datetime, at: datetime) -> int:
     """Until the limit begins anew. One that never does asks to try again all the same."""
     return RETRY_WHILE_HELD_S if end == FOR_EVER else _seconds_until(end, at)
+
+
+@lru_cache(maxsize=256)
+def _window_s(period: Period, at: datetime) -> tuple[int | None, int | None]:
+    """How long the period is, and what is left of it: the same for all users of a transaction."""
+    if period.end is None:
+        return None, None
+    return round((period.end - period.start).total_seconds()), _seconds_until(period.end, at)
 
 
 def _seconds_until(end: datetime, at: datetime) -> int:
