@@ -2,13 +2,14 @@
 # make test    all tests
 # make check   style, types and boundaries
 # make bench   what ChatRail adds to a call of Claude; make bench-quota how fast quota authorizes
+# make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
 # make clean   everything that make made, except data/
 
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run test check bench bench-quota lock clean
+.PHONY: run test check bench bench-quota quarantine lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -28,6 +29,10 @@ bench: .venv/installed-dev
 
 bench-quota: .venv/installed-dev
 	@exec $(bin)/python -m tests.bench.quota $(ARGS)
+
+quarantine: .venv/installed-run
+	@$(bin)/python -m services.ledger quarantine $(ARGS)
+	@$(bin)/python -m services.quota quarantine $(ARGS)
 
 .venv/installed-run: requirements.lock
 	$(install)

@@ -1,15 +1,21 @@
 """Where a consumer puts what it can never handle: acknowledged, out of the way, and kept for a person to look at."""
 
+import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import structlog
-from sqlalchemy import Connection, LargeBinary, Text
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import Connection, LargeBinary, Text, delete, select, update
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from sqlmodel import Field, SQLModel
 
-from shared.database import UtcDateTime, insert_new, now, table_of
+from shared.database import Database, UtcDateTime, insert_new, now, table_of
+from shared.errors import Misconfigured, PoisonMessage
+from shared.events import Event, decode
 
 log = structlog.get_logger()
 
@@ -33,6 +39,9 @@ class Quarantined(SQLModel, table=True):
     received_at: datetime = Field(sa_type=UtcDateTime)
 
 
+_table = table_of(Quarantined)
+
+
 def quarantine(db: Connection, poison: Sequence[Poison]) -> None:
     """Keep each message once, however often it is delivered, and say so in the log, without its content."""
     if not poison:
@@ -48,6 +57,51 @@ def quarantine(db: Connection, poison: Sequence[Poison]) -> None:
         }
         for message in poison
     ]
-    insert_new(db, table_of(Quarantined), rows)
+    insert_new(db, _table, rows)
     for row in rows:
         log.error("message_quarantined", subject=row["subject"], sha256=row["body_sha256"], reason=row["reason"])
+
+
+def redrive(db: Connection, apply: Callable[[Connection, Event], object]) -> int:
+    """Hand to `apply` every message that can be read by now, and take it out. How many those were.
+
+    What still cannot be handled stays, with the reason of today.
+    """
+    done = 0
+    for row in db.execute(select(_table).order_by(_table.c.received_at)).all():
+        which = _table.c.body_sha256 == row.body_sha256
+        try:
+            with db.begin_nested():
+                apply(db, decode(row.body))
+                db.execute(delete(_table).where(which))
+            done += 1
+        except (PoisonMessage, DataError, IntegrityError) as problem:
+            reason = str(problem) if isinstance(problem, PoisonMessage) else type(problem.orig).__name__
+            db.execute(update(_table).where(which).values(reason=reason))
+    return done
+
+
+def command(
+    service: str, database_url: str, apply: Callable[[Connection, Event], object], *, redriving: bool
+) -> None:
+    """What an operator sees of a service's quarantine: a line a message, never its content."""
+    console = Console(highlight=False)
+    database = Database(database_url)
+
+    async def run() -> None:
+        if redriving:
+            console.print(f"{service}: {await database.write(redrive, apply)} messages are counted now")
+        rows = await database.read(lambda db: db.execute(select(_table).order_by(_table.c.received_at)).all())
+        table = Table("received", "subject", "bytes", "SHA-256", "reason", box=None, pad_edge=False)
+        for row in rows:
+            received = row.received_at.isoformat(timespec="seconds")
+            table.add_row(received, row.subject, str(len(row.body)), row.body_sha256[:12], row.reason)
+        console.print(f"{service}: {len(rows)} messages in quarantine")
+        if rows:
+            console.print(table)
+        await database.close()
+
+    try:
+        asyncio.run(run())
+    except OperationalError as error:
+        raise Misconfigured(f"{service} has no database that can be read at {database_url}: {error.orig}") from error

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import Misconfigured
+from shared.guards import guarded
 from shared.plans import PLANS_FILE
 from shared.telemetry import configure_logging
 
@@ -33,13 +34,21 @@ Settings = TypeVar("Settings", bound=ServiceSettings)
 
 
 class _Server(uvicorn.Server):
-    """Tells the application that it is stopping before waiting for open streams to end."""
+    """Tells the application that it is stopping before it waits for open streams. Told twice, it does not wait."""
 
     async def _serve(self, sockets: Any = None) -> None:
         # The lifespan is entered here: uvicorn would turn what keeps it from starting into a traceback.
         app: Any = self.config.app
-        async with app.router.lifespan_context(app):
+        self._loop, app.state.hurry = asyncio.get_running_loop(), asyncio.Event()
+        async with app.router.lifespan_context(app), guarded(app.state.missing):
             await super()._serve(sockets)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            app: Any = self.config.app
+            self._loop.call_soon_threadsafe(app.state.hurry.set)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: Any = None) -> None:
         state = getattr(self.config.app, "state", None)

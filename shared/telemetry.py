@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -38,8 +39,11 @@ def configure_logging(service: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
-def probes(missing: Callable[[], Awaitable[Missing]]) -> list[Route]:
-    """`/healthz`: the process answers. `/readyz`: so does all it needs. `/metrics`: Prometheus text."""
+def install_probes(app: Starlette, missing: Callable[[], Awaitable[Missing]]) -> None:
+    """`/healthz`: the process answers. `/readyz`: so does all it needs. `/metrics`: Prometheus text.
+
+    `app.state.missing` is what the server watches while it runs.
+    """
 
     async def healthz(_request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -53,4 +57,5 @@ def probes(missing: Callable[[], Awaitable[Missing]]) -> list[Route]:
     async def metrics(_request: Request) -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
-    return [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
+    app.state.missing = missing
+    app.router.routes += [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
 from fastapi import FastAPI
@@ -27,7 +28,7 @@ from shared import streams
 from shared.broker import close, connect_options, end_process
 from shared.errors import Misconfigured, Unavailable
 from shared.plans import Plans
-from shared.telemetry import Missing, probes
+from shared.telemetry import Missing, install_probes
 
 log = structlog.get_logger()
 # Answers under way may end by themselves for this long when the process is told to stop.
@@ -54,7 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(routes.router)
     # FastAPI's own page loads its viewer from another site; this one brings it along.
     patch_fastapi(app, redirect_from_root_to_docs=False)
-    app.router.routes.extend(probes(lambda: _missing(app)))
+    install_probes(app, partial(_missing, app))
     app.mount("/web", page.web_files)
     app.add_middleware(BodyLimit)
     app.add_middleware(
@@ -102,15 +103,26 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     await generations.stop()
     publishing.cancel()
-    with suppress(TimeoutError):  # the outbox keeps what the stream does not take in time
-        async with asyncio.timeout(LAST_FLUSH_S):
-            while publisher.backlog and await publisher.flush():
-                pass
+    await _flush(publisher, app.state.hurry)
     await publisher.close()
     connecting.cancel()
     await close(nc)
     await claude.close()
     outbox.close()
+
+
+async def _flush(publisher: Publisher, hurry: asyncio.Event) -> None:
+    """Until the stream has everything, or for as long as we may: the outbox keeps what it does not take in time."""
+
+    async def flush() -> None:
+        while publisher.backlog and await publisher.flush():
+            pass
+
+    flushing, hurrying = asyncio.create_task(flush()), asyncio.create_task(hurry.wait())
+    await asyncio.wait([flushing, hurrying], timeout=LAST_FLUSH_S, return_when=asyncio.FIRST_COMPLETED)
+    for task in (flushing, hurrying):
+        task.cancel()
+    await asyncio.gather(flushing, hurrying, return_exceptions=True)
 
 
 async def _connect(nc: Client, settings: Settings) -> None:

@@ -1,12 +1,14 @@
-"""The ledger's commands: serve, migrate."""
+"""The ledger's commands: serve, migrate, quarantine."""
 
 from pathlib import Path
 
 import typer
 
+from services.ledger import store
 from services.ledger.app import create_app
 from services.ledger.settings import Settings
 from shared.database import Database
+from shared.quarantine import command
 from shared.server import one_sentence
 from shared.server import serve as run
 
@@ -25,6 +27,14 @@ def migrate() -> None:
     """Bring the database to this release's schema; safe to repeat."""
     with one_sentence("ledger"):
         Database(Settings().database_url).migrate(MIGRATIONS)
+
+
+@cli.command()
+def quarantine(*, redrive: bool = False) -> None:
+    """List what could not be handled; --redrive counts what can be read by now, after a fix."""
+    with one_sentence("ledger"):
+        settings = Settings()
+        command("ledger", settings.database_url, lambda db, event: store.record(db, [event]), redriving=redrive)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from shared import streams
 from shared.answering import missing, running
 from shared.database import Database
 from shared.plans import Plans
-from shared.telemetry import probes
+from shared.telemetry import install_probes
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -30,4 +30,6 @@ def create_app(settings: Settings) -> Starlette:
             yield
         await database.close()
 
-    return Starlette(routes=probes(partial(missing, nc, database, store.ping)), lifespan=lifespan)
+    app = Starlette(lifespan=lifespan)
+    install_probes(app, partial(missing, nc, database, store.ping))
+    return app

@@ -1,12 +1,15 @@
-"""Quota's commands: serve, migrate."""
+"""Quota's commands: serve, migrate, quarantine."""
 
 from pathlib import Path
 
 import typer
 
+from services.quota import store
 from services.quota.app import create_app
 from services.quota.settings import Settings
 from shared.database import Database
+from shared.plans import Plans
+from shared.quarantine import command
 from shared.server import one_sentence
 from shared.server import serve as run
 
@@ -25,6 +28,15 @@ def migrate() -> None:
     """Bring the database to this release's schema; safe to repeat."""
     with one_sentence("quota"):
         Database(Settings().database_url).migrate(MIGRATIONS)
+
+
+@cli.command()
+def quarantine(*, redrive: bool = False) -> None:
+    """List what could not be handled; --redrive counts what can be read by now, after a fix."""
+    with one_sentence("quota"):
+        settings = Settings()
+        plans = Plans.load(settings.plans)
+        command("quota", settings.database_url, lambda db, event: store.settle(db, plans, [event]), redriving=redrive)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from services.ledger.__main__ import MIGRATIONS
 from shared.calls import Day, HistoryQuery, LogsQuery, Record
 from shared.database import Database, table_of
 from shared.errors import BadCall
-from shared.events import Event, SubscriptionChanged, new_id
+from shared.events import Event, SubscriptionChanged, encode, new_id
 from shared.plans import Plans
-from shared.quarantine import Poison, Quarantined
+from shared.quarantine import Poison, Quarantined, redrive
 from tests.builders import (
     NOON,
     USER_IDS,
@@ -407,3 +407,19 @@ async def test_any_order_batching_and_repetition_leaves_the_same_ledger(
         assert sum(day.tokens_used for day in await history(database, user_id)) == sum(
             e.data.tokens_used for e in used
         )
+
+
+async def test_what_can_be_read_after_a_fix_is_recorded_and_leaves_the_quarantine(database: Database) -> None:
+    fixed, broken = generation_completed(), b"\xff no event"
+    poison = [Poison("generation.completed", body, "a mistake of last week") for body in (encode(fixed), broken)]
+    await database.write(store.record, [], poison)
+
+    def apply(db: Connection, event: Event) -> object:
+        return store.record(db, [event])
+
+    assert await database.write(redrive, apply) == 1
+    assert [record.id for record in await all_records(database)] == [fixed.id]
+    left = await database.read(lambda db: db.execute(select(table_of(Quarantined))).all())
+    assert [bytes(row.body) for row in left] == [broken]
+    assert left[0].reason != "a mistake of last week"
+    assert await database.write(redrive, apply) == 0

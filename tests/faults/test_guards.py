@@ -1,0 +1,138 @@
+"""What a process notices about itself, and what it does then."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import httpx2
+import psutil
+import pytest
+from structlog.testing import capture_logs
+
+from shared import guards
+from shared.telemetry import Missing
+from tests.fixtures import eventually
+from tests.people import client_of, given, recorded, rows
+from tests.stack import PROJECT, Stack
+
+# Ten beats of a tenth of a second; the loop is kept for as long as the test wants.
+PROGRAM = """
+import asyncio, sys, time
+from shared import guards
+from shared.telemetry import configure_logging
+
+guards.BEAT_EVERY_S = 0.1
+
+async def ready():
+    return {}
+
+async def main():
+    async with guards.guarded(ready):
+        print("guarded", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        time.sleep(float(sys.argv[1]))
+        await asyncio.sleep(0.5)
+
+configure_logging("test")
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def guarded_process(blocked_s: float) -> Iterator[subprocess.Popen[str]]:
+    """A process whose event loop stands still for so long, once it is told to begin."""
+    command = [sys.executable, "-c", PROGRAM, str(blocked_s)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=PROJECT, text=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "guarded\n"
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                process.kill()
+
+
+def test_a_process_whose_event_loop_is_stuck_says_where_and_ends() -> None:
+    with guarded_process(60) as process:
+        output, errors = process.communicate("begin\n", timeout=30)
+    assert process.returncode == 1
+    assert [json.loads(line)["event"] for line in output.splitlines()][-1] == "event_loop_blocked"
+    assert "in main" in errors
+
+
+@pytest.mark.parametrize("blocked_s", [0, 0.5])
+def test_a_loop_that_turns_again_is_left_alone(blocked_s: float) -> None:
+    with guarded_process(blocked_s) as process:
+        output, errors = process.communicate("begin\n", timeout=30)
+    assert (process.returncode, errors) == (0, "")
+    assert "event_loop_blocked" not in output
+
+
+def test_a_process_that_was_stopped_and_continues_has_missed_nothing() -> None:
+    with guarded_process(0) as process:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2)  # this is the fault itself: as long as twenty beats
+        process.send_signal(signal.SIGCONT)
+        process.communicate("begin\n", timeout=30)
+    assert process.returncode == 0
+
+
+async def test_the_log_says_when_a_service_stops_being_ready_and_when_it_is_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guards, "READINESS_EVERY_S", 0.01)
+    monkeypatch.setattr(guards, "READINESS_TIMEOUT_S", 0.2)
+    looks: list[Missing | None] = [{}, {}, {"nats": "away"}, {"nats": "away"}, None, {}, {}]
+
+    async def missing() -> Missing:
+        absent = looks.pop(0) if looks else {}
+        if absent is None:
+            await asyncio.sleep(60)
+        return absent or {}
+
+    async def seen_all() -> bool:
+        return not looks
+
+    with capture_logs() as logs:
+        async with guards.guarded(missing):
+            await eventually(seen_all)
+    told = [(line["event"], line.get("missing")) for line in logs]
+    assert told[:4] == [
+        ("ready", None),
+        ("not_ready", {"nats": "away"}),
+        ("not_ready", {"readiness": "cannot be told within 0 s"}),
+        ("ready", None),
+    ]
+
+
+async def test_told_twice_to_stop_chat_waits_for_no_answer_and_loses_none(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    with Stack(tmp_path_factory.mktemp("hurry") / "data") as stack:
+        async with client_of(stack) as http:
+            body = {"userId": "user_1", "messages": [{"role": "user", "content": "[slow 1s] [deltas 50] Hello"}]}
+            with suppress(httpx2.TransportError):
+                async with http.stream("POST", "/api/chat", json=body) as answer:
+                    words = answer.aiter_lines()
+                    await anext(words)
+                    chat = psutil.Process(stack.pid("chat"))
+                    begun = time.monotonic()
+                    chat.send_signal(signal.SIGTERM)
+                    await asyncio.sleep(0.2)
+                    chat.send_signal(signal.SIGTERM)
+                    async for _ in words:
+                        pass
+            await asyncio.to_thread(chat.wait, 20)
+            assert time.monotonic() - begun < 4, "chat waited for its grace, which is five seconds"
+
+        async def counted() -> bool | None:
+            return recorded(stack) > 0 or None
+
+        await eventually(counted)
+        assert rows(stack.data / "ledger.db", "SELECT outcome FROM usage") == [("interrupted",)]
+        assert (await given(stack))["generations"] == 1
