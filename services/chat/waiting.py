@@ -18,12 +18,14 @@ HasLeft = Callable[[], Awaitable[bool]]
 
 # An answer is written in less; whoever still finds no room then is told to try again.
 WAIT_S = 30.0
+# So many of a line ask at once: at a limit that is used up, the rest of it is told so at this rate.
+ASKING_MAX = 4
 # Pushes are not durable: who is next asks this often in any case.
 ASK_AGAIN_S = 1.0
 
 
 class WaitingRoom:
-    """One line for each user, in order of arrival: only who is first in it asks again, when something has changed."""
+    """One line for each user, in order of arrival: only its front asks again, when something has changed."""
 
     def __init__(self, nc: Client) -> None:
         self._nc = nc
@@ -40,17 +42,17 @@ class WaitingRoom:
         line.waiting += 1
         try:
             async with asyncio.timeout(WAIT_S):
-                async with line.is_first:
+                async with line.front:
                     await self._listen(line, user_id)
-                    while refused.reason != "tokens":
+                    while True:
                         if await has_left():
                             raise Problem(499, "The caller has left", "Nothing was sent to Claude.")
-                        line.has_changed.clear()
+                        change = line.next_change
                         answer = await ask(line.waiting > 1)
-                        if isinstance(answer, Granted):
+                        if isinstance(answer, Granted) or answer.reason == "tokens":
                             return answer
                         refused = answer
-                        await _wait(line.has_changed)
+                        await _wait(change)
         except TimeoutError:
             pass
         finally:
@@ -63,25 +65,32 @@ class WaitingRoom:
     def changed(self, user_id: str) -> None:
         """A generation of this user is over: who waits may ask again."""
         if line := self._lines.get(user_id):
-            line.has_changed.set()
+            line.changed()
 
     async def _listen(self, line: "_Line", user_id: str) -> None:
         """To the generations of this user that other processes run."""
-        if line.subscription is None:
+        if line.is_listening:
+            return
+        line.is_listening = True
 
-            async def heard(_message: object) -> None:
-                line.has_changed.set()
+        async def heard(_message: object) -> None:
+            line.changed()
 
-            with suppress(NatsError):  # asking again by the clock will do
-                line.subscription = await self._nc.subscribe(quota_updated(user_id), cb=heard)
+        with suppress(NatsError):  # asking again by the clock will do
+            line.subscription = await self._nc.subscribe(quota_updated(user_id), cb=heard)
 
 
 class _Line:
     def __init__(self) -> None:
         self.waiting = 0
-        self.is_first = asyncio.Lock()
-        self.has_changed = asyncio.Event()
+        self.front = asyncio.Semaphore(ASKING_MAX)
+        self.next_change = asyncio.Event()
+        self.is_listening = False
         self.subscription: Subscription | None = None
+
+    def changed(self) -> None:
+        happened, self.next_change = self.next_change, asyncio.Event()
+        happened.set()
 
     async def leave(self) -> None:
         if self.subscription is not None:

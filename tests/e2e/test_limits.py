@@ -136,7 +136,7 @@ async def test_for_who_leaves_the_line_claude_is_not_asked(
     before = await asked(limited)
     body = {
         "userId": user,
-        "messages": [{"role": "user", "content": "[usage input=10 output=20] [slow 200ms] Hello"}],
+        "messages": [{"role": "user", "content": "[usage input=10 output=20] [deltas 8] [slow 200ms] Hello"}],
     }
     async with http.stream("POST", "/api/chat", json=body) as first:
         words = first.aiter_lines()
