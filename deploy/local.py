@@ -169,7 +169,7 @@ def plan(settings: Settings, ports: Ports) -> list[list[Program]]:
     )
     claude = Program(
         "claude",
-        f'{python} -m deploy.claude --port {ports.claude} --delay-ms 15 --data "$CHATRAIL_DATA/claude"',
+        f'{python} -m deploy.claude --port {ports.claude} --delay-ms {settings.stand_in_delay_ms} --data "$CHATRAIL_DATA/claude"',
         f"http://{LOOPBACK}:{ports.claude}/healthz",
     )
     migrations = [Program(f"migrate-{name}", f"{python} -m services.{name} migrate") for name in ("ledger", "quota")]

@@ -20,6 +20,8 @@ class Settings(BaseSettings):
     data: Path = Path("data")
     plans: Path | None = None
     nats_url: str | None = None
+    # Before each delta of the stand-in's: about the pace of a provider.
+    stand_in_delay_ms: float = Field(default=15.0, ge=0)
     anthropic_api_key: str | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY", repr=False)
     anthropic_base_url: str | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL")
 

@@ -46,6 +46,8 @@ class Stack:
     def __init__(self, data: Path, **variables: str) -> None:
         self.data = data
         port = variables.setdefault("CHATRAIL_PORT", str(free_port()))
+        # A test that needs a slow answer says so in its question.
+        variables.setdefault("CHATRAIL_STAND_IN_DELAY_MS", "2")
         self.url = f"http://127.0.0.1:{port}"
         self._environment = environment(CHATRAIL_DATA=str(data), **variables)
         self._process: subprocess.Popen[bytes] | None = None

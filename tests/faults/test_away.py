@@ -78,3 +78,5 @@ async def test_an_answer_that_ends_while_the_broker_is_away_is_counted_when_it_i
         return recorded(stack) == totalled(stack) == gave and not open_holds(stack)
 
     await eventually(all_agree)
+    # A client that lost its reading half would have noticed only now, a quarter of a minute later.
+    assert not [log for log in (stack.data / "logs").iterdir() if "encountered error" in log.read_text()]
