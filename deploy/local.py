@@ -167,9 +167,10 @@ def plan(settings: Settings, ports: Ports) -> list[list[Program]]:
         f'nats-server -c deploy/nats/nats.conf {listen} -sd "$CHATRAIL_DATA/nats"',
         f"http://{LOOPBACK}:{ports.nats_monitoring}/healthz",
     )
+    pace = f"--delay-ms {settings.stand_in_delay_ms}"
     claude = Program(
         "claude",
-        f'{python} -m deploy.claude --port {ports.claude} --delay-ms {settings.stand_in_delay_ms} --data "$CHATRAIL_DATA/claude"',
+        f'{python} -m deploy.claude --port {ports.claude} {pace} --data "$CHATRAIL_DATA/claude"',
         f"http://{LOOPBACK}:{ports.claude}/healthz",
     )
     migrations = [Program(f"migrate-{name}", f"{python} -m services.{name} migrate") for name in ("ledger", "quota")]
