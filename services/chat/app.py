@@ -89,6 +89,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
     def end_streams() -> None:
         watchers.close()
+        quota.waiting_room.close()
         asyncio.get_running_loop().call_later(GRACE_S, generations.interrupt)
 
     app.state.end_streams = end_streams

@@ -53,7 +53,7 @@ _limits = TypeAdapter(tuple[LimitState, ...])
 class Quota:
     def __init__(self, nc: Client) -> None:
         self._nc = nc
-        self._waiting_room = WaitingRoom(nc)
+        self.waiting_room = WaitingRoom(nc)
         self._pending: defaultdict[str, dict[str, Pending]] = defaultdict(dict)
 
     async def authorize(
@@ -104,9 +104,9 @@ class Quota:
             answer = await ask_for_what_fits()
         if isinstance(answer, Refused) and answer.reason != "tokens":
             try:
-                answer = await self._waiting_room.wait(user_id, answer, ask_for_what_fits, has_left=has_left)
-            except Problem as has_gone:
-                raise has_gone from unanswered
+                answer = await self.waiting_room.wait(user_id, answer, ask_for_what_fits, has_left=has_left)
+            except (Problem, Unavailable) as given_up:
+                raise given_up from unanswered
         if isinstance(answer, Refused):
             raise refusal(answer) from unanswered
         return answer
@@ -137,7 +137,7 @@ class Quota:
         known = self._pending[event.subject]
         if len(known) < PENDING_MAX:
             known[event.id] = Pending.of(event.id, event.data)
-        self._waiting_room.changed(event.subject)
+        self.waiting_room.changed(event.subject)
 
     def published(self, event: GenerationCompleted) -> None:
         """The stream has the event: quota will settle it by itself in a moment."""

@@ -10,6 +10,7 @@ from nats.errors import Error as NatsError
 
 from services.chat.problems import Problem
 from shared.calls import Granted, Refused
+from shared.errors import Unavailable
 from shared.streams import quota_updated
 
 # Called with whether others wait behind: then it should ask for no more than most answers need.
@@ -30,11 +31,13 @@ class WaitingRoom:
     def __init__(self, nc: Client) -> None:
         self._nc = nc
         self._lines: dict[str, _Line] = {}
+        self._is_closed = False
 
     async def wait(self, user_id: str, refused: Refused, ask: Ask, *, has_left: HasLeft) -> Granted | Refused:
         """What `ask` answers once there is room, or once it is clear that there will be none; or after WAIT_S.
 
-        For a caller who has left meanwhile nothing is asked: raises Problem 499, which nobody hears.
+        For a caller who has left meanwhile nothing is asked: raises Problem 499, which nobody hears. Raises
+        Unavailable when the process is told to stop.
         """
         line = self._lines.get(user_id)
         if line is None:
@@ -45,6 +48,8 @@ class WaitingRoom:
                 async with line.front:
                     await self._listen(line, user_id)
                     while True:
+                        if self._is_closed:
+                            raise Unavailable("The service is restarting.", retry_after_s=2)
                         if await has_left():
                             raise Problem(499, "The caller has left", "Nothing was sent to Claude.")
                         change = line.next_change
@@ -61,6 +66,12 @@ class WaitingRoom:
                 del self._lines[user_id]
                 await line.leave()
         return refused
+
+    def close(self) -> None:
+        """Nobody waits any longer."""
+        self._is_closed = True
+        for line in self._lines.values():
+            line.changed()
 
     def changed(self, user_id: str) -> None:
         """A generation of this user is over: who waits may ask again."""

@@ -1,5 +1,6 @@
 """How chat asks quota, with a quota that behaves as no real one does on demand."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -11,8 +12,9 @@ from services.chat.problems import Problem
 from services.chat.quota import Quota
 from shared import calls
 from shared.calls import Authorization, Authorize, Granted, Refused
-from shared.errors import Unanswered
+from shared.errors import Unanswered, Unavailable
 from tests.builders import NOON
+from tests.fixtures import eventually
 from tests.unit.test_quota_domain import account
 
 PROMPT = Prompt("claude-haiku-4-5", [{"role": "user", "content": "Hello"}], None, 1_000)
@@ -49,6 +51,27 @@ async def test_a_question_without_an_answer_is_asked_again_with_the_same_id(nats
     asked = Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
     assert await asked == GRANTED
     assert [question.generation_id for question in heard] == ["g", "g"]
+
+
+async def test_who_waits_in_line_is_told_when_the_service_stops(nats: Client, claude: Claude) -> None:
+    held = REFUSED.model_copy(update={"reason": "concurrency"})
+    heard = await answering(nats, *[held] * 100)
+    quota = Quota(nats)
+
+    async def authorize(generation_id: str) -> Granted:
+        return await quota.authorize(
+            claude, PROMPT, generation_id=generation_id, user_id="user_1", has_left=nobody_left
+        )
+
+    waiting = [asyncio.create_task(authorize(f"g{n}")) for n in range(8)]
+
+    async def are_in_line() -> bool | None:
+        return len(heard) >= 8 + 4 or None
+
+    await eventually(are_in_line)
+    quota.waiting_room.close()
+    told = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(each) for each in told] == [Unavailable] * 8
 
 
 @pytest.mark.parametrize("first_is_answered", [True, False])
