@@ -159,7 +159,13 @@ async def test_for_who_leaves_the_line_claude_is_not_asked(
 
 async def test_every_answer_for_a_user_says_the_limits(http: httpx2.AsyncClient, user: str) -> None:
     await with_left(http, user, 99_906)
+    credit = {"userId": user, "tokensUsed": -1, "reason": "goodwill", "actor": "support"}
+    charge = credit | {"tokensUsed": 1}
+    assert (
+        (await http.post("/api/usage/adjustments", json=credit)).headers["ratelimit"].startswith('"monthly";r=99907;')
+    )
     answers = [
+        await http.post("/api/usage/adjustments", json=charge),
         await http.get("/api/usage", params={"userId": user}),
         await http.get("/api/usage/history", params={"userId": user}),
         await http.get("/api/usage/logs", params={"userId": user}),

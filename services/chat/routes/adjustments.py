@@ -2,12 +2,13 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Header, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from services.chat.adjustments import Adjustments
 from services.chat.identity import Operator
 from services.chat.problems import MEDIA_TYPE
+from services.chat.quota import Quota
 from services.chat.routes.chat import Body
 from shared.events import Adjustment, Moment, Name, SignedTokens, Tokens, UsageAdjusted, UserId, utc_now
 
@@ -66,6 +67,7 @@ class Adjusted(Body):
 )
 async def adjust(
     request: Request,
+    response: Response,
     body: AdjustmentRequest,
     _operator: Operator,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
@@ -73,6 +75,8 @@ async def adjust(
     """The operator's: counts in the period of `effectiveAt`. A repeated key counts once and has the first's `id`."""
     adjustments: Adjustments = request.app.state.adjustments
     event_id = await adjustments.record(_event(body), key=idempotency_key, body=body.model_dump_json().encode())
+    quota: Quota = request.app.state.quota
+    response.headers.update(await quota.rate_limit(body.user_id))
     return Adjusted(id=event_id)
 
 
