@@ -15,8 +15,9 @@ bin := .venv/bin
 run: .venv/installed-run
 	@exec $(bin)/python -m deploy.local
 
+# A process for each core, and a file's tests in one of them: they share what is slow to start.
 test: .venv/installed-dev
-	@exec $(bin)/python -m pytest $(ARGS)
+	@exec $(bin)/python -m pytest --numprocesses logical --dist loadfile $(ARGS)
 
 check: .venv/installed-dev
 	$(bin)/ruff check .

@@ -57,6 +57,8 @@ class Answering:
             await self._nc.subscribe(line.call.subject, queue=line.call.subject.partition(".")[0], cb=line.heard)
             for line in self._lines
         ]
+        # Twice: nats-py writes a PING at once, ahead of the subscriptions that still wait to be sent.
+        await self._nc.flush()
         await self._nc.flush()
 
     async def stop(self) -> None:
