@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import msgspec
@@ -131,6 +133,16 @@ class Quota:
         except Unavailable as error:
             log.warning("limits_not_told", reason=error.detail)
             return {}
+
+    @asynccontextmanager
+    async def telling_limits(self, user_id: str) -> AsyncIterator[None]:
+        """A refusal tells the user's limits as every answer does; what is our own fault is told without asking more."""
+        try:
+            yield
+        except Problem as refused:
+            if refused.status < 500 and "RateLimit" not in refused.headers:
+                refused.headers |= await self.rate_limit(user_id)
+            raise
 
     def remember(self, event: GenerationCompleted) -> None:
         """The event is durable: from now on every answer includes it."""

@@ -189,6 +189,25 @@ async def test_a_refusal_says_the_same_in_every_convention(http: httpx2.AsyncCli
     assert refused.json()["tokensRemaining"] == 0
 
 
+async def test_every_other_refusal_tells_the_limits_too(http: httpx2.AsyncClient, user: str) -> None:
+    charge = {"userId": user, "tokensUsed": 1, "reason": "one", "actor": "support"}
+    key = {"Idempotency-Key": user}
+    await http.post("/api/usage/adjustments", json=charge, headers=key)
+    report = {"userId": user, "actionType": "chat_generation", "tokensUsed": 1}
+    await http.post("/api/usage", json=report, headers=key)
+    refused = [
+        await http.post("/api/usage/adjustments", json=charge | {"tokensUsed": 2}, headers=key),
+        await http.post("/api/usage", json=report | {"tokensUsed": 2}, headers=key),
+        await http.put(f"/api/subscriptions/{user}", json={"tier": "unheard of"}),
+        await ask(http, user, "Hello", model="unheard-of"),
+        await ask(http, user, "[fail 529]"),
+        await ask(http, user, "[fail middle]"),
+    ]
+    assert [answer.status_code for answer in refused] == [409, 409, 422, 400, 503, 503]
+    for answer in refused:
+        assert answer.headers["ratelimit"].startswith('"monthly";r='), answer.text
+
+
 async def test_several_limits_are_all_told_and_an_unlimited_plan_has_none(
     http: httpx2.AsyncClient, user: str
 ) -> None:

@@ -74,8 +74,9 @@ async def adjust(
 ) -> Adjusted:
     """The operator's: counts in the period of `effectiveAt`. A repeated key counts once and has the first's `id`."""
     adjustments: Adjustments = request.app.state.adjustments
-    event_id = await adjustments.record(_event(body), key=idempotency_key, body=body.model_dump_json().encode())
     quota: Quota = request.app.state.quota
+    async with quota.telling_limits(body.user_id):
+        event_id = await adjustments.record(_event(body), key=idempotency_key, body=body.model_dump_json().encode())
     response.headers.update(await quota.rate_limit(body.user_id))
     return Adjusted(id=event_id)
 

@@ -9,7 +9,7 @@ from pydantic.alias_generators import to_camel
 
 from services.chat.claude import Prompt
 from services.chat.generation import Generation, Generations
-from services.chat.problems import MEDIA_TYPE
+from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.ratelimit import headers
 from services.chat.settings import Settings
 from services.chat.sse import EventStream
@@ -99,26 +99,30 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     """Ask Claude on behalf of a user. Tokens are held before, counted after, whatever happens in between."""
     generations: Generations = request.app.state.generations
     settings: Settings = request.app.state.settings
-    prompt = Prompt(
-        model=await generations.parts.claude.resolve(body.model or settings.model),
-        messages=[{"role": message.role, "content": message.content} for message in body.messages],
-        system=body.system,
-        output_tokens_max=body.max_tokens or settings.tokens_max,
-    )
-    generation = await generations.start(
-        prompt,
-        generation_id=new_id(),
-        user_id=body.user_id,
-        metadata={"conversationId": body.conversation_id} if body.conversation_id else {},
-        has_left=request.is_disconnected,
-    )
-    await generation.begun()
-    if _accepts_only_json(request.headers.get("accept", "")):
-        answer = msgspec.json.encode(await generation.answer())
-        return Response(answer, headers=headers(generation.limits), media_type="application/json")
-    return EventStream(
-        generation.frames(), on_disconnect=_leave(generation, settings), headers=headers(generation.limits)
-    )
+    async with generations.parts.quota.telling_limits(body.user_id):
+        prompt = Prompt(
+            model=await generations.parts.claude.resolve(body.model or settings.model),
+            messages=[{"role": message.role, "content": message.content} for message in body.messages],
+            system=body.system,
+            output_tokens_max=body.max_tokens or settings.tokens_max,
+        )
+        generation = await generations.start(
+            prompt,
+            generation_id=new_id(),
+            user_id=body.user_id,
+            metadata={"conversationId": body.conversation_id} if body.conversation_id else {},
+            has_left=request.is_disconnected,
+        )
+    told = headers(generation.limits)
+    try:
+        await generation.begun()
+        if _accepts_only_json(request.headers.get("accept", "")):
+            answer = msgspec.json.encode(await generation.answer())
+            return Response(answer, headers=told, media_type="application/json")
+    except Problem as problem:
+        problem.headers |= told
+        raise
+    return EventStream(generation.frames(), on_disconnect=_leave(generation, settings), headers=told)
 
 
 def _leave(generation: Generation, settings: Settings) -> Any:

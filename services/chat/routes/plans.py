@@ -98,10 +98,11 @@ async def subscribe(
 ) -> Subscribed:
     """The operator's: from the next check on, the user has this plan."""
     known: Plans = request.app.state.plans
-    if body.tier not in known.plans:
-        raise Problem(422, "Unknown plan", f"tier must be one of: {', '.join(known.plans)}.")
-    subscriptions: Subscriptions = request.app.state.subscriptions
-    await subscriptions.change(user_id, tier=body.tier, time_zone=body.time_zone, actor="operator")
     quota: Quota = request.app.state.quota
+    subscriptions: Subscriptions = request.app.state.subscriptions
+    async with quota.telling_limits(user_id):
+        if body.tier not in known.plans:
+            raise Problem(422, "Unknown plan", f"tier must be one of: {', '.join(known.plans)}.")
+        await subscriptions.change(user_id, tier=body.tier, time_zone=body.time_zone, actor="operator")
     response.headers.update(await quota.rate_limit(user_id))
     return Subscribed(user_id=user_id, tier=body.tier, time_zone=body.time_zone)

@@ -129,11 +129,12 @@ async def report(
     """Usage that did not pass through /api/chat. Answers once it is durable; a repeated key counts once."""
     event = _event(body)
     reports: Reports = request.app.state.reports
+    quota: Quota = request.app.state.quota
     if idempotency_key is None:
         await reports.record(event)
     else:
-        await reports.record_once(event, key=idempotency_key, body=body.model_dump_json().encode())
-    quota: Quota = request.app.state.quota
+        async with quota.telling_limits(body.user_id):
+            await reports.record_once(event, key=idempotency_key, body=body.model_dump_json().encode())
     response.headers.update(await quota.rate_limit(body.user_id))
     return Reported()
 
