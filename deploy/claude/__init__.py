@@ -14,6 +14,7 @@ directives anywhere in the last user message:
     [repeat-delta-usage]             several cumulative message_delta events instead of one
     [together]                       all deltas written at once: cheapest, for a bench that measures something else
     [split]                          bytes in odd pieces, through lines and through UTF-8 characters
+    [tag invoice-7]                  a name to find this request by, among the records of /given
     [fail 529]                       refuse with 400, 401, 402, 403, 404, 413, 429, 500, 503, 504 or 529
     [fail middle]                    an SSE error event after half of the deltas (529 when not streamed)
     [cut middle]                     the connection is dropped after half of the deltas

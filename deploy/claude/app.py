@@ -138,6 +138,7 @@ class ClaudeStandIn:
             messageId=generation.message_id,
             requestId=generation.request_id,
             model=generation.model,
+            **({"tag": generation.told.tag} if generation.told.tag else {}),
         )
 
     def _given_body(self, scope: Scope) -> bytes:

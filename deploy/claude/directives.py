@@ -36,6 +36,7 @@ class Directives:
     repeats_usage: bool = False
     together: bool = False
     splits_bytes: bool = False
+    tag: str | None = None
 
 
 def _count(text: str) -> int:
@@ -55,6 +56,12 @@ def _counts(text: str, **fields: str) -> dict[str, int]:
     return {fields[name]: _count(count) for name, count in pairs}
 
 
+def _tag(text: str) -> str:
+    if not TAG.fullmatch(text):
+        raise ValueError(text)
+    return text
+
+
 def _stop_reason(text: str) -> str:
     if text not in STOP_REASONS:
         raise ValueError(text)
@@ -71,9 +78,11 @@ MEANINGS: dict[str, Callable[[str], dict[str, Any]]] = {
     "repeat-delta-usage": lambda text: {"repeats_usage": {"": True}[text]},
     "together": lambda text: {"together": {"": True}[text]},
     "split": lambda text: {"splits_bytes": {"": True}[text]},
+    "tag": lambda text: {"tag": _tag(text)},
     "fail": lambda text: {"ending": "error"} if text == "middle" else {"refusal_status": STATUSES[text]},
     "cut": lambda text: {"ending": {"middle": "cut"}[text]},
 }
+TAG = re.compile(r"[\w.-]{1,128}")
 PATTERN = re.compile(rf"\[({'|'.join(MEANINGS)})(?: ([^\[\]]*))?\]")
 
 

@@ -306,8 +306,8 @@ async def test_what_was_given_is_remembered_by_the_next_process(tmp_path: Path) 
         async with anthropic.AsyncAnthropic(
             api_key="any", base_url=f"http://127.0.0.1:{port}", max_retries=0
         ) as claude:
-            said = await ask_streamed(claude, "Remember me [deltas 2]")
+            said = await ask_streamed(claude, "Remember me [deltas 2] [tag me]")
     with stand_in("--data", str(tmp_path)) as port:
         given = fetch(port, "/given?records=1")
-    assert [record["messageId"] for record in given["records"]] == [said.id]
+    assert [(record["messageId"], record["tag"]) for record in given["records"]] == [(said.id, "me")]
     assert given["tokens"] == said.usage.input_tokens + said.usage.output_tokens

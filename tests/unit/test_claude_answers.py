@@ -79,7 +79,8 @@ def test_told_output_ends_at_max_tokens_too() -> None:
 def test_every_directive_is_read() -> None:
     told = directives.read(
         "[slow 50ms] [first-byte 2s] [fail 429] [cut middle] [deltas 3] [usage input=1 output=2] "
-        "[cache creation=3 read=4] [stop refusal] [repeat-delta-usage] [together] [split]"
+        "[cache creation=3 read=4] [stop refusal] [repeat-delta-usage] [together] [split] "
+        "[tag invoice-7]"
     )
     assert told == Directives(
         delay_s=0.05,
@@ -95,6 +96,7 @@ def test_every_directive_is_read() -> None:
         repeats_usage=True,
         together=True,
         splits_bytes=True,
+        tag="invoice-7",
     )
 
 
@@ -109,6 +111,7 @@ def test_every_directive_is_read() -> None:
         "[stop it]",
         "[split 3]",
         "[deltas]",
+        "[tag a b]",
     ],
 )
 def test_a_directive_that_cannot_be_read_is_refused_and_quoted(directive: str) -> None:
