@@ -1,0 +1,92 @@
+"""The faults that other tests build on, between a client and a server that sends everything back."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.fixtures import eventually
+from tests.proxy import Proxy
+
+Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _send_back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while chunk := await reader.read(1024):
+        writer.write(chunk)
+    writer.close()
+
+
+@pytest.fixture
+async def proxy() -> AsyncIterator[Proxy]:
+    server = await asyncio.start_server(_send_back, "127.0.0.1", 0)
+    async with server, Proxy("127.0.0.1", server.sockets[0].getsockname()[1]) as proxy:
+        yield proxy
+
+
+async def connected(proxy: Proxy) -> Ends:
+    return await asyncio.open_connection("127.0.0.1", proxy.port)
+
+
+async def returned(ends: Ends, sent: bytes) -> bytes:
+    """What comes back within a moment; nothing at all is b"-"."""
+    reader, writer = ends
+    writer.write(sent)
+    try:
+        async with asyncio.timeout(0.3):
+            return await reader.read(1024)
+    except TimeoutError:
+        return b"-"
+
+
+async def test_bytes_pass_and_so_does_the_end(proxy: Proxy) -> None:
+    reader, writer = ends = await connected(proxy)
+    assert await returned(ends, b"hello") == b"hello"
+    writer.write_eof()
+    assert await reader.read() == b""
+    writer.close()
+
+    async def closed() -> bool:
+        return proxy.connections == 0
+
+    await eventually(closed)
+
+
+async def test_a_cut_resets_open_and_new_connections_until_bytes_pass_again(proxy: Proxy) -> None:
+    opened = await connected(proxy)
+    assert await returned(opened, b"a") == b"a"
+    proxy.set("cut")
+    for ends in (opened, await connected(proxy)):
+        with pytest.raises(ConnectionResetError):
+            await ends[0].read()
+    proxy.set("pass")
+    ends = await connected(proxy)
+    assert await returned(ends, b"b") == b"b"
+    ends[1].close()
+
+
+async def test_a_half_open_link_swallows_bytes_without_a_word_and_is_never_healed(proxy: Proxy) -> None:
+    opened, unharmed = await connected(proxy), await connected(proxy)
+    assert await returned(opened, b"a") == b"a"
+    assert await returned(unharmed, b"a") == b"a"
+    proxy.set("half_open")
+    new = await connected(proxy)
+    for ends in (opened, new):
+        assert await returned(ends, b"b") == b"-"
+    proxy.set("pass")
+    for ends in (opened, new):
+        with pytest.raises(ConnectionResetError):
+            await ends[0].read()
+    assert await returned(unharmed, b"c") == b"c"
+    unharmed[1].close()
+
+
+async def test_a_slow_link_holds_every_chunk_back_each_way(proxy: Proxy) -> None:
+    ends = await connected(proxy)
+    proxy.delay_s = 0.1
+    proxy.set("slow")
+    begun = time.monotonic()
+    assert await returned(ends, b"a") == b"a"
+    assert time.monotonic() - begun >= 0.2
+    ends[1].close()
