@@ -1,7 +1,8 @@
 # make run     ChatRail on this machine, at http://127.0.0.1:8000
 # make test    all tests
 # make check   style, types and boundaries
-# make bench   what ChatRail adds to a call of Claude; make bench-quota how fast quota authorizes
+# make bench   what ChatRail adds to a call of Claude; make bench-quota how fast quota authorizes;
+#              make bench-ingest how fast events get from the stream into both databases
 # make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
 # make clean   everything that make made, except data/
@@ -9,7 +10,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run test check bench bench-quota quarantine lock clean
+.PHONY: run test check bench bench-quota bench-ingest quarantine lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -30,6 +31,9 @@ bench: .venv/installed-dev
 
 bench-quota: .venv/installed-dev
 	@exec $(bin)/python -m tests.bench.quota $(ARGS)
+
+bench-ingest: .venv/installed-dev
+	@exec $(bin)/python -m tests.bench.ingest $(ARGS)
 
 quarantine: .venv/installed-run
 	@$(bin)/python -m services.ledger quarantine $(ARGS)

@@ -62,7 +62,7 @@ class Bench:
     table: Table
 
     def run(self) -> None:
-        with postgresql() as postgres_url, self._broker() as (broker, nats_url, port):
+        with postgresql() as postgres_url, broker_in(self.folder) as (broker, nats_url, port):
             self._bare_calls(broker, nats_url, port)
             for name, url in (("SQLite", sqlite_url(self.folder, "quota.db")), ("PostgreSQL", postgres_url)):
                 self._quota(name, url, nats_url, port)
@@ -71,14 +71,6 @@ class Bench:
                 self._bare_updates("SQLite", sqlite)
             with psycopg.connect(postgres_url, autocommit=True) as postgres:
                 self._bare_updates("PostgreSQL", postgres)
-
-    @contextmanager
-    def _broker(self) -> Iterator[tuple[Processes, str, int]]:
-        port, server = free_port(), str(Path(sys.executable).with_name("nats-server"))
-        with Processes(self.folder, {}) as processes:
-            address = ["-a", "127.0.0.1", "-p", str(port), "-sd", str(self.folder / "nats")]
-            processes.start("broker", server, "-c", "deploy/nats/nats.conf", *address, ready=lambda: listens(port))
-            yield processes, f"nats://127.0.0.1:{port}", port
 
     def _bare_calls(self, processes: Processes, nats_url: str, port: int) -> None:
         with self.cores.measuring():
@@ -109,9 +101,9 @@ class Bench:
         self.table.add_row(Text(title, style="bold"))
         for callers in CALLERS:
             uvloop.run(asked(port, question, callers, WARM_UP_S))
-            cpu_before_s = _cpu_s(process)
+            cpu_before_s = cpu_s(process)
             latencies_s = sorted(uvloop.run(asked(port, question, callers, self.seconds)))
-            cpu_us = (_cpu_s(process) - cpu_before_s) / len(latencies_s) * 1e6
+            cpu_us = (cpu_s(process) - cpu_before_s) / len(latencies_s) * 1e6
             p50, p99 = (latencies_s[int(quantile * (len(latencies_s) - 1))] * 1000 for quantile in (0.5, 0.99))
             rate = len(latencies_s) / self.seconds
             row = (f"{rate:,.0f}", f"{p50:.2f}", f"{p99:.2f}", f"{cpu_us:.0f}")
@@ -170,6 +162,15 @@ async def asked(port: int, question: Question, callers: int, seconds: float) -> 
 
 
 @contextmanager
+def broker_in(folder: Path) -> Iterator[tuple[Processes, str, int]]:
+    port, server = free_port(), str(Path(sys.executable).with_name("nats-server"))
+    with Processes(folder, {}) as processes:
+        address = ["-a", "127.0.0.1", "-p", str(port), "-sd", str(folder / "nats")]
+        processes.start("broker", server, "-c", "deploy/nats/nats.conf", *address, ready=lambda: listens(port))
+        yield processes, f"nats://127.0.0.1:{port}", port
+
+
+@contextmanager
 def postgresql() -> Iterator[str]:
     """PostgreSQL 18 as it comes, fsync included."""
     with warnings.catch_warnings(action="ignore"):  # about a folder of the desktop that servers do not have
@@ -183,7 +184,7 @@ def postgresql() -> Iterator[str]:
             server.cleanup()
 
 
-def _cpu_s(process: psutil.Process) -> float:
+def cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
 
