@@ -19,6 +19,7 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -74,6 +75,8 @@ Moment = Annotated[AwareDatetime, Field(ge=datetime(1970, 1, 1, tzinfo=UTC), lt=
 
 Outcome = Literal["completed", "disconnected", "provider_error", "interrupted"]
 UsageSource = Literal["provider", "estimated", "reported"]
+# What becomes of Claude's answer when its reader goes away: it is stopped, or drained within its hold.
+OnDisconnect = Literal["stop", "drain"]
 
 
 class Contract(BaseModel):
@@ -109,6 +112,8 @@ class Generation(Contract):
     tokens_used: Tokens
     outcome: Outcome
     usage_source: UsageSource
+    # The policy in force; null for a report, and in version 1.
+    on_disconnect: OnDisconnect | None = None
     provider_request_id: Name | None = None
     # The moment of authorization: it decides the period in which the tokens count.
     started_at: Moment
@@ -185,9 +190,17 @@ class CloudEvent(Contract):
         return self
 
 
+def _upcast(dataschema: Any) -> Any:
+    """Version 1 is version 2 without `on_disconnect`."""
+    is_older = dataschema == "urn:chatrail:generation.completed:1"
+    return "urn:chatrail:generation.completed:2" if is_older else dataschema
+
+
 class GenerationCompleted(CloudEvent):
     type: Literal["generation.completed"] = "generation.completed"
-    dataschema: Literal["urn:chatrail:generation.completed:1"] = "urn:chatrail:generation.completed:1"
+    dataschema: Annotated[Literal["urn:chatrail:generation.completed:2"], BeforeValidator(_upcast)] = (
+        "urn:chatrail:generation.completed:2"
+    )
     data: Generation
 
 

@@ -31,6 +31,7 @@ class Usage(SQLModel, table=True):
     cache_read_input_tokens: int | None = Field(sa_type=BigInteger)
     outcome: str | None = Field(sa_type=Text)
     usage_source: str | None = Field(sa_type=Text)
+    on_disconnect: str | None = Field(sa_type=Text)
     # SQLModel keeps the name `metadata` for itself.
     details: dict[str, Any] = Field(sa_column=Column("metadata", JSON, nullable=False))
     # The moment that decides the period in which the tokens count, and its date in UTC.

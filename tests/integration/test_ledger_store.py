@@ -76,6 +76,7 @@ async def test_a_generation_is_kept_as_it_was_reported(database: Database) -> No
         cache_creation_input_tokens=3,
         cache_read_input_tokens=4,
         outcome="disconnected",
+        on_disconnect="drain",
         provider_request_id="req_1",
         metadata={"conversation": "überall 🛤", "tags": ["a", None, 1.5]},
         started_at=datetime(2026, 11, 30, 23, 59, 59, 999_999, tzinfo=UTC),

@@ -31,6 +31,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         cache_read_input_tokens=TOKENS,
         started_at=MOMENTS,
         completed_at=MOMENTS,
+        on_disconnect=st.sampled_from([None, "stop", "drain"]),
         metadata=st.dictionaries(TEXT, JSON, max_size=3),
     ),
     st.builds(usage_reported, USER_IDS, tokens_used=TOKENS),
@@ -38,6 +39,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(usage_adjusted, USER_IDS, st.integers(-EVENT_TOKENS_MAX, EVENT_TOKENS_MAX), effective_at=MOMENTS),
 )
 EACH_KIND: list[Callable[[], Event]] = [generation_completed, subscription_changed, usage_adjusted]
+VERSIONS = {"generation.completed": 2, "subscription.changed": 1, "usage.adjusted": 1}
 PRIVATE = "a prompt"
 
 
@@ -63,7 +65,7 @@ def test_an_event_on_the_wire_is_a_cloud_event_about_its_user(make: Callable[[],
     document = on_the_wire(make())
     assert document["specversion"] == "1.0"
     assert document["datacontenttype"] == "application/json"
-    assert document["dataschema"] == f"urn:chatrail:{document['type']}:1"
+    assert document["dataschema"] == f"urn:chatrail:{document['type']}:{VERSIONS[document['type']]}"
     assert document["subject"] == document["data"]["user_id"]
     assert document["source"].startswith("/")
     assert document["id"][14] == "7"  # a UUID's version
@@ -93,7 +95,14 @@ def test_an_adjustment_from_before_there_were_top_ups_is_understood() -> None:
     assert (decoded.data.top_up_tokens, decoded.data.outlives_period) == (0, False)
 
 
-@pytest.mark.parametrize("schema", ["urn:chatrail:generation.completed:2", "urn:chatrail:usage.adjusted:1", ""])
+def test_a_generation_from_before_policies_were_written_down_is_understood() -> None:
+    document = on_the_wire(event := generation_completed())
+    del document["data"]["on_disconnect"]
+    document["dataschema"] = "urn:chatrail:generation.completed:1"
+    assert decode(json.dumps(document).encode()) == event
+
+
+@pytest.mark.parametrize("schema", ["urn:chatrail:generation.completed:3", "urn:chatrail:usage.adjusted:1", ""])
 def test_a_version_that_this_release_does_not_know_is_poison(schema: str) -> None:
     assert "dataschema" in refused({**on_the_wire(generation_completed()), "dataschema": schema})
 
