@@ -149,7 +149,7 @@ async def running(
     nc: Client, url: str, durable: str, *, calls: Sequence[Call], handle: Handler
 ) -> AsyncIterator[None]:
     """Calls answered, events handled, on a bus that was checked first. Raises Misconfigured when it is not ours."""
-    await nc.connect(url, pending_size=0, **connect_options(durable))
+    await nc.connect(pending_size=0, **connect_options(url, durable))
     await check(nc.jetstream(), durable)
     answering = Answering(nc, calls)
     await answering.start()

@@ -30,6 +30,7 @@ REPEAT_TIMEOUT_S = 0.4
 
 
 class ConnectOptions(TypedDict):
+    servers: list[str]
     name: str
     max_reconnect_attempts: int
     reconnect_time_wait: int
@@ -43,8 +44,8 @@ class ConnectOptions(TypedDict):
     closed_cb: Callable[[], Awaitable[None]]
 
 
-def connect_options(name: str, *, on_reconnect: Callable[[], None] | None = None) -> ConnectOptions:
-    """Reconnect for ever, and notice a dead link within ten seconds.
+def connect_options(url: str, name: str, *, on_reconnect: Callable[[], None] | None = None) -> ConnectOptions:
+    """Reconnect for ever, and notice a dead link within twelve seconds. `url` may name several nodes, by commas.
 
     By default the client gives up after 60 attempts without a word and needs minutes to notice a dead link.
     `inbox_prefix` lets permissions list `_INBOX_<name>.>`.
@@ -65,11 +66,12 @@ def connect_options(name: str, *, on_reconnect: Callable[[], None] | None = None
         log.info("nats_closed")
 
     return {
+        "servers": [node.strip() for node in url.split(",")],
         "name": f"chatrail-{name}",
         "max_reconnect_attempts": -1,
         "reconnect_time_wait": 1,
         "connect_timeout": 2,
-        "ping_interval": 5,
+        "ping_interval": 3,
         "max_outstanding_pings": 2,
         "inbox_prefix": f"_INBOX_{name}".encode(),
         "error_cb": failed,
@@ -81,8 +83,8 @@ def connect_options(name: str, *, on_reconnect: Callable[[], None] | None = None
 
 async def connect(url: str, *, name: str, on_reconnect: Callable[[], None] | None = None) -> Client:
     """A client that fails at once while disconnected; by default it sends later what it said had failed."""
-    options: dict[str, Any] = {**connect_options(name, on_reconnect=on_reconnect)}
-    return await nats.connect(url, pending_size=0, **options)
+    options: dict[str, Any] = {**connect_options(url, name, on_reconnect=on_reconnect)}
+    return await nats.connect(pending_size=0, **options)
 
 
 async def close(nc: Client) -> None:

@@ -128,7 +128,7 @@ async def _flush(publisher: Publisher, hurry: asyncio.Event) -> None:
 
 async def _connect(nc: Client, settings: Settings) -> None:
     """In the background: until the broker answers, chat says 503 and /readyz says why."""
-    await nc.connect(settings.nats_url, pending_size=0, **connect_options("chat"))
+    await nc.connect(pending_size=0, **connect_options(settings.nats_url, "chat"))
     try:
         await streams.check(nc.jetstream())
     except Misconfigured as problem:
