@@ -10,17 +10,16 @@ import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.broker import BROKER_GONE, ERROR, ERROR_CODE, close, connect_options, end_process
+from shared.broker import BROKER_GONE, ERROR, ERROR_CODE, close, connect_options
 from shared.consumer import Handler, consume
 from shared.database import Database
 from shared.errors import BadCall, Unavailable
-from shared.streams import check
-from shared.telemetry import Missing
+from shared.guards import agree_on_bus, bus_missing, essential, watch_bus
+from shared.telemetry import PART_TIMEOUT_S, Missing
 
 log = structlog.get_logger()
 
@@ -150,42 +149,36 @@ async def running(
 ) -> AsyncIterator[None]:
     """Calls answered, events handled, on a bus that was checked first. Raises Misconfigured when it is not ours."""
     await nc.connect(pending_size=0, **connect_options(url, durable))
-    await check(nc.jetstream(), durable)
+    await agree_on_bus(nc, durable)
     answering = Answering(nc, calls)
     await answering.start()
-    consuming = asyncio.create_task(consume(nc, durable, handle))
-    consuming.add_done_callback(_consumer_ended)
+    tasks = [
+        essential(asyncio.create_task(consume(nc, durable, handle), name="the consumer")),
+        essential(asyncio.create_task(watch_bus(nc, durable), name="the guard of the bus")),
+    ]
     try:
         yield
     finally:
-        consuming.cancel()
-        await asyncio.wait([consuming])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         await answering.stop()
         await close(nc)
 
 
-def _consumer_ended(consuming: asyncio.Task[None]) -> None:
-    if not consuming.cancelled() and (error := consuming.exception()):
-        end_process(f"the consumer failed: {error!r}")
+async def missing(nc: Client, durable: str, database: Database, ping: Callable[[Connection], None]) -> Missing:
+    """What a consuming service needs and cannot have; `ping` raises when its tables cannot be read."""
+    absent = {"nats": bus_missing(nc, durable), "database": _database_missing(database, ping)}
+    reasons = await asyncio.gather(*absent.values())
+    return {part: reason for part, reason in zip(absent, reasons, strict=True) if reason}
 
 
-async def missing(nc: Client, database: Database, ping: Callable[[Connection], None]) -> Missing:
-    """What a consuming service needs and cannot reach; `ping` raises when its tables cannot be read."""
-    absent: Missing = {}
-    if not await _answers(nc):
-        absent["nats"] = "the broker does not answer"
+async def _database_missing(database: Database, ping: Callable[[Connection], None]) -> str | None:
     try:
-        await database.read(ping)
+        async with asyncio.timeout(PART_TIMEOUT_S):
+            await database.write(ping)  # which a database that is locked, full or read-only does not let us
+    except TimeoutError:
+        return f"it does not answer within {PART_TIMEOUT_S} s"
     except (SQLAlchemyError, OSError) as error:
-        absent["database"] = type(error).__name__
-    return absent
-
-
-async def _answers(nc: Client) -> bool:
-    # Not nats-py's flush: one that is given up ends the client's reading when its answer comes late, and from then on
-    # every flush returns at once, as if all were well. So it does while the client reconnects.
-    try:
-        await nc.jetstream(timeout=1).account_info()
-    except (NatsError, APIError, OSError):
-        return False
-    return True
+        return type(error).__name__
+    return None

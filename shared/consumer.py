@@ -11,7 +11,6 @@ from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
-from nats.js.errors import NotFoundError
 from sqlalchemy.exc import DataError, IntegrityError
 
 from shared.broker import BROKER_GONE, end_process
@@ -29,16 +28,15 @@ BATCH_SIZE = 500
 BATCH_AGE_S = 0.04
 # A pull that was under way when the broker died is lost; the next one is made after this long at most.
 PULL_S = 1.0
-WATCH_EVERY_S = 5.0
 
 
 async def consume(nc: Client, durable: str, handle: Handler) -> None:
     """Hand the durable's events to `handle` for ever. What raises is delivered again, later and later.
 
-    A durable that is gone, or a closed connection, ends the process: its supervisor starts a fresh one.
+    A closed connection ends the process: its supervisor starts a fresh one. A durable that is gone is not noticed
+    here, but by its guard (`watch_bus`).
     """
     pulling = await nc.jetstream().pull_subscribe_bind(durable=durable, stream=STREAM)
-    watching = asyncio.create_task(_watch(nc, durable))
     try:
         while True:
             if messages := await _next_batch(pulling):
@@ -46,7 +44,6 @@ async def consume(nc: Client, durable: str, handle: Handler) -> None:
     except ConnectionClosedError:
         end_process("the connection to the broker is closed")
     finally:
-        watching.cancel()
         with suppress(*BROKER_GONE):
             # nats-py's drain would wait half a minute for messages of a pull that nobody reads any more.
             await pulling.unsubscribe()
@@ -102,15 +99,3 @@ def _read(message: Msg) -> Event | Poison:
         return decode(message.data)
     except PoisonMessage as problem:
         return Poison(message.subject, message.data, str(problem))
-
-
-async def _watch(nc: Client, durable: str) -> None:
-    # A pull of a durable that was deleted is never answered: only asking for it tells.
-    while True:
-        await asyncio.sleep(WATCH_EVERY_S)
-        try:
-            await nc.jetstream().consumer_info(STREAM, durable, timeout=2)
-        except NotFoundError:
-            return end_process(f"the broker has no consumer {durable} any more")
-        except (NatsError, OSError, TimeoutError) as error:
-            log.warning("consumer_not_seen", durable=durable, error=repr(error))

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import Misconfigured
-from shared.guards import guarded
+from shared.guards import beating, readiness_logged
 from shared.plans import PLANS_FILE
 from shared.telemetry import configure_logging
 
@@ -36,14 +36,20 @@ Settings = TypeVar("Settings", bound=ServiceSettings)
 class _Server(uvicorn.Server):
     """Tells the application that it is stopping before it waits for open streams. Told twice, it does not wait."""
 
+    _starting: asyncio.Task[Any] | None = None
+
     async def _serve(self, sockets: Any = None) -> None:
         # The lifespan is entered here: uvicorn would turn what keeps it from starting into a traceback.
         app: Any = self.config.app
         self._loop, app.state.hurry = asyncio.get_running_loop(), asyncio.Event()
-        async with app.router.lifespan_context(app), guarded(app.state.missing):
+        self._starting = asyncio.current_task()
+        async with beating(), app.router.lifespan_context(app), readiness_logged(app.state.missing):
+            self._starting = None
             await super()._serve(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        if self._starting:  # perhaps it waits for a broker that is away, for as long as that takes
+            self._loop.call_soon_threadsafe(self._starting.cancel)
         if self.should_exit:
             self.force_exit = True
             app: Any = self.config.app

@@ -1,5 +1,6 @@
 """Logs as JSON lines on standard output, and the three routes an operator asks: alive, ready, metrics."""
 
+import asyncio
 import json
 import logging
 import sys
@@ -15,6 +16,10 @@ from starlette.routing import Route
 
 # What is missing, by part: {} when everything that the service needs can be reached.
 Missing = dict[str, str]
+# An orchestrator's probe does not wait for long, and what takes longer is not there for callers either.
+LOOK_TIMEOUT_S = 1.8
+# For each of the parts, which are asked at the same time.
+PART_TIMEOUT_S = 1.5
 
 
 def configure_logging(service: str) -> None:
@@ -39,6 +44,15 @@ def configure_logging(service: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
+async def look(missing: Callable[[], Awaitable[Missing]]) -> Missing:
+    """What is missing, in time, also where what is asked hangs."""
+    try:
+        async with asyncio.timeout(LOOK_TIMEOUT_S):
+            return await missing()
+    except TimeoutError:
+        return {"readiness": f"cannot be told within {LOOK_TIMEOUT_S:.1f} s"}
+
+
 def install_probes(app: Starlette, missing: Callable[[], Awaitable[Missing]]) -> None:
     """`/healthz`: the process answers. `/readyz`: so does all it needs. `/metrics`: Prometheus text.
 
@@ -49,7 +63,7 @@ def install_probes(app: Starlette, missing: Callable[[], Awaitable[Missing]]) ->
         return JSONResponse({"status": "ok"})
 
     async def readyz(_request: Request) -> Response:
-        absent = await missing()
+        absent = await look(missing)
         if absent:
             return JSONResponse({"status": "not ready", "missing": absent}, status_code=503)
         return JSONResponse({"status": "ready"})

@@ -24,9 +24,9 @@ from services.chat.reports import Reports
 from services.chat.routes import adjustments, chat, page, plans, usage
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
-from shared import streams
-from shared.broker import close, connect_options, end_process
-from shared.errors import Misconfigured, Unavailable
+from shared.broker import close, connect_options
+from shared.errors import Unavailable
+from shared.guards import bus_missing, essential, watch_bus
 from shared.plans import Plans
 from shared.telemetry import Missing, install_probes
 
@@ -99,8 +99,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     publisher.offer(recovered)
     if recovered:
         log.warning("outbox_recovered", events=len(recovered))
-    connecting = asyncio.create_task(_connect(nc, settings))
-    publishing = asyncio.create_task(publisher.run())
+    connecting = essential(asyncio.create_task(_connect(nc, settings), name="the guard of the bus"))
+    publishing = essential(asyncio.create_task(publisher.run(), name="the publisher"))
     yield
     await generations.stop()
     publishing.cancel()
@@ -129,18 +129,18 @@ async def _flush(publisher: Publisher, hurry: asyncio.Event) -> None:
 async def _connect(nc: Client, settings: Settings) -> None:
     """In the background: until the broker answers, chat says 503 and /readyz says why."""
     await nc.connect(pending_size=0, **connect_options(settings.nats_url, "chat"))
-    try:
-        await streams.check(nc.jetstream())
-    except Misconfigured as problem:
-        end_process(str(problem))
+    await watch_bus(nc)
 
 
 async def _missing(app: FastAPI) -> Missing:
-    nc: Client = app.state.nc
-    if not nc.is_connected:
-        return {"nats": "the broker cannot be reached"}
+    absent = {"nats": bus_missing(app.state.nc), "quota": _quota_missing(app.state.quota)}
+    reasons = await asyncio.gather(*absent.values())
+    return {part: reason for part, reason in zip(absent, reasons, strict=True) if reason}
+
+
+async def _quota_missing(quota: Quota) -> str | None:
     try:
-        await app.state.quota.usage("readiness")
+        await quota.usage("readiness")
     except Unavailable as error:
-        return {"quota": error.detail}
-    return {}
+        return error.detail
+    return None

@@ -52,5 +52,5 @@ def create_app(settings: Settings) -> Starlette:
         await database.close()
 
     app = Starlette(lifespan=lifespan)
-    install_probes(app, partial(missing, nc, database, store.ping))
+    install_probes(app, partial(missing, nc, streams.QUOTA, database, store.ping))
     return app

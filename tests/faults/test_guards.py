@@ -14,7 +14,7 @@ import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from shared import guards
+from shared import guards, telemetry
 from shared.telemetry import Missing
 from tests.fixtures import eventually
 from tests.people import client_of, given, recorded, rows
@@ -23,16 +23,13 @@ from tests.stack import PROJECT, Stack
 # Ten beats of a tenth of a second; the loop is kept for as long as the test wants.
 PROGRAM = """
 import asyncio, sys, time
-from shared import guards
+from shared import guards, telemetry
 from shared.telemetry import configure_logging
 
 guards.BEAT_EVERY_S = 0.1
 
-async def ready():
-    return {}
-
 async def main():
-    async with guards.guarded(ready):
+    async with guards.beating():
         print("guarded", flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         time.sleep(float(sys.argv[1]))
@@ -86,7 +83,7 @@ async def test_the_log_says_when_a_service_stops_being_ready_and_when_it_is_agai
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(guards, "READINESS_EVERY_S", 0.01)
-    monkeypatch.setattr(guards, "READINESS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(telemetry, "LOOK_TIMEOUT_S", 0.2)
     looks: list[Missing | None] = [{}, {}, {"nats": "away"}, {"nats": "away"}, None, {}, {}]
 
     async def missing() -> Missing:
@@ -99,13 +96,13 @@ async def test_the_log_says_when_a_service_stops_being_ready_and_when_it_is_agai
         return not looks
 
     with capture_logs() as logs:
-        async with guards.guarded(missing):
+        async with guards.readiness_logged(missing):
             await eventually(seen_all)
     told = [(line["event"], line.get("missing")) for line in logs]
     assert told[:4] == [
         ("ready", None),
         ("not_ready", {"nats": "away"}),
-        ("not_ready", {"readiness": "cannot be told within 0 s"}),
+        ("not_ready", {"readiness": "cannot be told within 0.2 s"}),
         ("ready", None),
     ]
 
