@@ -3,6 +3,7 @@
 # make check   style, types and boundaries
 # make bench   what ChatRail adds to a call of Claude; make bench-quota how fast quota authorizes;
 #              make bench-ingest how fast events get from the stream into both databases
+# make faults  everything that can die does, under load, and a checker counts; SEED=7 MINUTES=5
 # make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
 # make clean   everything that make made, except data/
@@ -10,7 +11,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run test check bench bench-quota bench-ingest quarantine lock clean
+.PHONY: run test check bench bench-quota bench-ingest faults quarantine lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -34,6 +35,9 @@ bench-quota: .venv/installed-dev
 
 bench-ingest: .venv/installed-dev
 	@exec $(bin)/python -m tests.bench.ingest $(ARGS)
+
+faults: .venv/installed-dev
+	@exec $(bin)/python -m tests.faults.machine $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 quarantine: .venv/installed-run
 	@$(bin)/python -m services.ledger quarantine $(ARGS)

@@ -1,0 +1,91 @@
+"""A run: the parts, the load, the faults, and then a while in which all of it must come right again."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+from tests.faults.machine.load import Load
+from tests.faults.machine.schedule import Fault
+from tests.faults.machine.system import NotInTime, Service, System
+
+READY_AT_FIRST_S = 60.0
+# After the last fault, every service must be ready within this; then the rest of the work must be done within that.
+READY_WITHIN_S = 30.0
+QUIET_WITHIN_S = 60.0
+# A little more load once all are ready: a service that says so must also work.
+AFTERWARDS_S = 3.0
+
+
+class Run:
+    """Faults under load, on a system that runs."""
+
+    def __init__(self, system: System, *, seed: int) -> None:
+        self.system, self.log, self._seed = system, system.log, seed
+
+    async def carry_out(self, faults: Sequence[Fault]) -> None:
+        await self.system.ready(READY_AT_FIRST_S)
+        load = Load(self.system.urls["chat"], self.log, seed=self._seed)
+        await load.prepare()
+        load.start()
+        self._begun = time.monotonic()
+        await asyncio.gather(*(self._inflict(fault) for fault in faults))
+        await self._await("ready", self.system.ready, READY_WITHIN_S)
+        await asyncio.sleep(AFTERWARDS_S)
+        await load.stop()
+        await self._await("quiet", self.system.quiet, QUIET_WITHIN_S)
+
+    async def _await(self, what: str, wait: Any, within_s: float) -> None:
+        begun = time.monotonic()
+        missing = ""
+        try:
+            await wait(within_s)
+        except NotInTime as problem:
+            missing = str(problem)
+        self.log.write(what, after_s=round(time.monotonic() - begun, 2), within_s=within_s, missing=missing)
+
+    async def _inflict(self, fault: Fault) -> None:
+        await asyncio.sleep(self._begun + fault.begins_s - time.monotonic())
+        told = {"fault": fault.kind, "target": fault.target, "detail": fault.detail}
+        self.log.write("fault begins", **told)
+        await self._begin(fault)
+        await asyncio.sleep(self._begun + fault.ends_s - time.monotonic())
+        await self._end(fault)
+        self.log.write("fault ends", **told)
+
+    async def _begin(self, fault: Fault) -> None:
+        system = self.system
+        match fault.kind:
+            case "kill":
+                system.parts[fault.target].signal(signal.SIGKILL)
+            case "terminate":
+                system.parts[fault.target].signal(signal.SIGTERM)
+            case "stop":
+                system.parts[fault.target].signal(signal.SIGSTOP)
+            case "cut":
+                system.links[fault.target].cut()
+            case "half-open":
+                system.links[fault.target].half_open(cast(Any, fault.detail))
+            case "slow":
+                system.links[fault.target].slow(delay_s=0.1, bytes_per_s=200_000)
+            case "full disk":
+                await asyncio.to_thread(system.fill_disk)
+            case "delete consumer":
+                await system.delete_consumer(fault.target)
+            case "restore":
+                await system.copy_database(cast(Service, fault.target))
+
+    async def _end(self, fault: Fault) -> None:
+        system = self.system
+        match fault.kind:
+            case "stop":
+                system.parts[fault.target].signal(signal.SIGCONT)
+            case "cut" | "half-open" | "slow":
+                system.links[fault.target].heal()
+            case "full disk":
+                system.free_disk()
+            case "delete consumer":
+                await system.set_up_streams()
+            case "restore":
+                await system.put_back_database(cast(Service, fault.target))
