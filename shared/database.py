@@ -1,6 +1,7 @@
 """One way to each database: SQLite for one machine, PostgreSQL for many replicas, the same stores on both."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -8,8 +9,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+import psycopg
 from alembic import command
 from alembic.config import Config
+from psycopg import errors
+from psycopg.abc import PQGen
 from sqlalchemy import (
     URL,
     Connection,
@@ -26,7 +30,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import SQLModel
 
@@ -37,6 +41,18 @@ Result = TypeVar("Result")
 
 # No caller waits for longer; a batch of events comes again by itself.
 BUSY_TIMEOUT_S = 2
+# No statement of ours takes a tenth of it. Longer, and the server ends it, or we give up a server that says nothing.
+SILENCE_S_MAX = 8
+# What libpq does about a link that is dead, unless the URL says otherwise.
+_LINK = {
+    "connect_timeout": 3,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": SILENCE_S_MAX * 1000,
+}
+# And the server, which would keep the locks of a client that it does not hear any more.
+_SESSION = f"-c statement_timeout={SILENCE_S_MAX}s -c idle_in_transaction_session_timeout={SILENCE_S_MAX}s"
 WRITERS = 4
 READERS = 4
 Rows = list[dict[str, Any]]
@@ -87,9 +103,7 @@ class Database:
             self._write_threads = ThreadPoolExecutor(1, "writer")
         else:
             parsed = parsed.set(drivername="postgresql+psycopg")
-            self._writer = create_engine(
-                parsed, pool_size=WRITERS + READERS, max_overflow=0, pool_reset_on_return=None
-            )
+            self._writer = _postgres_engine(parsed, connections=WRITERS + READERS)
             # One snapshot for all statements of a read, as SQLite gives it.
             self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ")
             self._write_threads = ThreadPoolExecutor(WRITERS, "writer")
@@ -114,12 +128,16 @@ class Database:
         """Bring the schema to the newest revision in `migrations`; does nothing when it is there already."""
         config = Config()
         config.set_main_option("script_location", str(migrations).replace("%", "%%"))
+        # A change of the schema may take longer than any statement of a service.
+        engine = self._writer if self._writer.dialect.name == "sqlite" else create_engine(self._writer.url)
         try:
-            with self._writer.begin() as connection:
+            with engine.begin() as connection:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
         except OperationalError as error:
-            raise Misconfigured(f"The database {self._writer.url} cannot be used: {error.orig}") from error
+            raise Misconfigured(f"The database {engine.url} cannot be used: {error.orig}") from error
+        finally:
+            engine.dispose()
 
 
 async def _in_thread(threads: Executor, engine: Engine, work: Callable[[Connection], Result]) -> Result:
@@ -140,6 +158,36 @@ async def _in_thread(threads: Executor, engine: Engine, work: Callable[[Connecti
     return await asyncio.get_running_loop().run_in_executor(threads, transaction)
 
 
+class _PostgresConnection(psycopg.Connection[Any]):
+    """Gives up when the server is silent for too long. By itself libpq waits for ever.
+
+    Neither keepalives nor any setting of the server helps where the server is stopped, or where what stands in
+    between still acknowledges our bytes.
+    """
+
+    def wait(self, gen: PQGen[Any], interval: float = 0.5, timeout: float | None = None) -> Any:
+        try:
+            return super().wait(gen, interval, SILENCE_S_MAX + 1 if timeout is None else timeout)
+        except errors._WaitTimeout as error:
+            if timeout is not None:
+                raise
+            self.close()
+            raise errors.OperationalError(f"the server said nothing for {SILENCE_S_MAX + 1} s") from error
+
+
+def _postgres_engine(url: URL, *, connections: int) -> Engine:
+    options = f"{url.query.get('options', '')} {_SESSION}".strip()
+    engine = create_engine(
+        url,
+        pool_size=connections,
+        max_overflow=0,
+        pool_reset_on_return=None,
+        connect_args={**_LINK, **url.query, "options": options},
+    )
+    engine.dialect.connect = _PostgresConnection.connect  # type: ignore[method-assign, assignment]
+    return engine
+
+
 def _sqlite_engine(url: URL, *, begin: str, connections: int) -> Engine:
     # The driver must not begin transactions by itself: its BEGIN is deferred, and two connections that then
     # both want to write would each grant the same tokens.
@@ -153,9 +201,16 @@ def _sqlite_engine(url: URL, *, begin: str, connections: int) -> Engine:
     )
 
     @event.listens_for(engine, "connect")
-    def connected(connection: Any, _record: Any) -> None:
+    def connected(connection: Any, record: Any) -> None:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
+        record.info["file"] = _file_id(url)
+
+    @event.listens_for(engine, "checkout")
+    def checked_out(_connection: Any, record: Any, _proxy: Any) -> None:
+        # A file that was deleted or replaced takes whatever is committed to it, and nobody ever sees it again.
+        if record.info["file"] != _file_id(url):
+            raise DisconnectionError
 
     def do_begin(connection: Any) -> None:
         connection.driver_connection.execute(begin)
@@ -163,6 +218,11 @@ def _sqlite_engine(url: URL, *, begin: str, connections: int) -> Engine:
     # A listener would do, too; but an engine that has one looks for others at every step of every statement.
     engine.dialect.do_begin = do_begin  # type: ignore[method-assign, assignment]
     return engine
+
+
+def _file_id(url: URL) -> tuple[int, int]:
+    found = os.stat(url.database or "")
+    return found.st_dev, found.st_ino
 
 
 def table_of(model: type[SQLModel]) -> Table:

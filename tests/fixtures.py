@@ -121,6 +121,11 @@ class Postgres:
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
 
+    @property
+    def socket(self) -> str:
+        """The path of the server's Unix socket: it listens nowhere else."""
+        return f"{make_url(self.url).query['host']}/.s.PGSQL.5432"
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:

@@ -21,6 +21,7 @@ class Proxy:
     """Listens on loopback while its context lasts. `set` takes effect at once, on open connections as on new ones.
 
     A connection that has lost bytes is never healed, as TCP would not either: it is reset when the mode changes.
+    With port 0, `host` is the path of a server's Unix socket.
     """
 
     def __init__(self, host: str, port: int, *, listen_port: int = 0, delay_s: float = 0.2) -> None:
@@ -30,7 +31,7 @@ class Proxy:
         self._links: set[_Link] = set()
 
     async def __aenter__(self) -> "Proxy":
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=CHUNK_BYTES)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -78,7 +79,9 @@ class _Link:
         self.pumps: list[asyncio.Task[None]] = []
 
     async def run(self, client: asyncio.StreamReader, upstream: tuple[str, int]) -> None:
-        server, server_writer = await asyncio.open_connection(*upstream, limit=CHUNK_BYTES)
+        host, port = upstream
+        opening = asyncio.open_connection(host, port) if port else asyncio.open_unix_connection(host)
+        server, server_writer = await opening
         self._writers.append(server_writer)
         self.pumps = [
             asyncio.create_task(self._pump(client, server_writer)),
