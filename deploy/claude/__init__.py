@@ -16,8 +16,13 @@ directives anywhere in the last user message:
     [split]                          bytes in odd pieces, through lines and through UTF-8 characters
     [tag invoice-7]                  a name to find this request by, among the records of /given
     [fail 529]                       refuse with 400, 401, 402, 403, 404, 413, 429, 500, 503, 504 or 529
+    [hang before]                    nothing is answered until the caller leaves; nothing is given
+    [no message_delta]               leave out the last counts, or with [no message_stop] the last word
     [fail middle]                    an SSE error event after half of the deltas (529 when not streamed)
     [cut middle]                     the connection is dropped after half of the deltas
+    [hang middle]                    silence after half of the deltas, until the caller leaves
+    [ping middle]                    nothing but pings after half of the deltas, twenty a second
+    [garbage middle]                 bytes that are no event after half of the deltas
 
 A directive that cannot be read is a 400 that quotes it, so that a test's typing error is not taken for a question.
 

@@ -22,6 +22,7 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Gone: TypeAlias = asyncio.Future[None]
 
+PING_EVERY_S = 0.05
 BODY_BYTES_MAX = 32 * 1024 * 1024
 
 
@@ -68,8 +69,8 @@ class ClaudeStandIn:
         generation = Generation.plan(request, told, request_id=request_id)
         gone = asyncio.ensure_future(_disconnect(receive))
         try:
-            if told.first_byte_s:
-                await _pause(told.first_byte_s, gone)
+            if told.first_byte_s or told.hangs_before:
+                await _pause(None if told.hangs_before else told.first_byte_s, gone)
             if not gone.done():
                 await (self._stream if request.stream else self._whole)(generation, send, gone)
         finally:
@@ -98,6 +99,12 @@ class ClaudeStandIn:
                 output_tokens = delta.tokens_so_far
             if told.ending == "cut":
                 return
+            if told.ending in ("hang", "ping"):
+                outcome = "disconnected"
+                while not gone.done():
+                    await _pause(PING_EVERY_S if told.ending == "ping" else None, gone)
+                    await put(send, events.PING)
+                return
             for event in generation.closing():
                 await put(send, event)
             if told.ending == "whole":
@@ -110,6 +117,9 @@ class ClaudeStandIn:
         told = generation.told
         if told.ending == "error":
             raise ApiError(529)
+        if told.ending in ("hang", "ping"):
+            await _pause(None, gone)
+            return
         if delay_s := self._delay(told):
             await _pause(delay_s * len(generation.answer.deltas), gone)
         if gone.done():
@@ -197,8 +207,8 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def _pause(seconds: float, gone: Gone) -> None:
-    """Ends early when the caller has gone."""
+async def _pause(seconds: float | None, gone: Gone) -> None:
+    """Ends early when the caller has gone; without a time only then."""
     await asyncio.wait((gone,), timeout=seconds)
 
 

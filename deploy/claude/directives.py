@@ -17,6 +17,7 @@ STOP_REASONS = {
     "refusal",
     "model_context_window_exceeded",
 }
+Ending = Literal["whole", "error", "cut", "hang", "ping", "garbage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,9 @@ class Directives:
     delay_s: float | None = None
     first_byte_s: float = 0.0
     refusal_status: int | None = None
-    ending: Literal["whole", "error", "cut"] = "whole"
+    hangs_before: bool = False
+    ending: Ending = "whole"
+    left_out: Literal["message_delta", "message_stop"] | None = None
     deltas: int | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -81,6 +84,10 @@ MEANINGS: dict[str, Callable[[str], dict[str, Any]]] = {
     "tag": lambda text: {"tag": _tag(text)},
     "fail": lambda text: {"ending": "error"} if text == "middle" else {"refusal_status": STATUSES[text]},
     "cut": lambda text: {"ending": {"middle": "cut"}[text]},
+    "hang": lambda text: {"hangs_before": True} if text == "before" else {"ending": {"middle": "hang"}[text]},
+    "ping": lambda text: {"ending": {"middle": "ping"}[text]},
+    "garbage": lambda text: {"ending": {"middle": "garbage"}[text]},
+    "no": lambda text: {"left_out": {name: name for name in ("message_delta", "message_stop")}[text]},
 }
 TAG = re.compile(r"[\w.-]{1,128}")
 PATTERN = re.compile(rf"\[({'|'.join(MEANINGS)})(?: ([^\[\]]*))?\]")

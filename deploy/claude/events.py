@@ -16,6 +16,7 @@ PING = encode({"type": "ping"})
 BLOCK_START = encode({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}})
 BLOCK_STOP = encode({"type": "content_block_stop", "index": 0})
 MESSAGE_STOP = encode({"type": "message_stop"})
+GARBAGE = b'event: content_block_delta\ndata: {"delta": \xff\xfe\n\n'
 
 
 @lru_cache(maxsize=8192)

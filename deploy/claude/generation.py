@@ -76,8 +76,13 @@ class Generation:
     def closing(self) -> list[bytes]:
         if self.told.ending == "error":
             return [events.encode(ApiError(529).body(self.request_id))]
+        if self.told.ending == "garbage":
+            return [events.GARBAGE]
         total = self.answer.output_tokens
         deltas = [events.message_delta(self.answer.stop_reason, self.usage(total))]
         if self.told.repeats_usage:
             deltas = [events.message_delta(None, self.usage(total // 2)), *deltas, *deltas]
-        return [events.BLOCK_STOP, *deltas, events.MESSAGE_STOP]
+        if self.told.left_out == "message_delta":
+            deltas = []
+        stop = [] if self.told.left_out == "message_stop" else [events.MESSAGE_STOP]
+        return [events.BLOCK_STOP, *deltas, *stop]

@@ -80,13 +80,15 @@ def test_every_directive_is_read() -> None:
     told = directives.read(
         "[slow 50ms] [first-byte 2s] [fail 429] [cut middle] [deltas 3] [usage input=1 output=2] "
         "[cache creation=3 read=4] [stop refusal] [repeat-delta-usage] [together] [split] "
-        "[tag invoice-7]"
+        "[tag invoice-7] [hang before] [no message_stop]"
     )
     assert told == Directives(
         delay_s=0.05,
         first_byte_s=2,
         refusal_status=429,
+        hangs_before=True,
         ending="cut",
+        left_out="message_stop",
         deltas=3,
         input_tokens=1,
         output_tokens=2,
