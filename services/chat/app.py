@@ -1,7 +1,7 @@
 """Chat, put together: read from top to bottom."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -9,12 +9,13 @@ import structlog
 from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi  # type: ignore[import-untyped]
 from nats.aio.client import Client
+from prometheus_client import Gauge
 from starlette.middleware.cors import CORSMiddleware
 
 from services.chat import identity, problems
 from services.chat.adjustments import Adjustments
 from services.chat.claude import Claude
-from services.chat.generation import Generations, Parts
+from services.chat.generation import Generations, Parts, Policies
 from services.chat.limits import BodyLimit
 from services.chat.outbox import Outbox
 from services.chat.publisher import Publisher
@@ -31,9 +32,11 @@ from shared.plans import Plans
 from shared.telemetry import Missing, install_probes
 
 log = structlog.get_logger()
-# Answers under way may end by themselves for this long when the process is told to stop.
-GRACE_S = 5.0
 LAST_FLUSH_S = 5.0
+OUTBOX_EVENTS = Gauge("chatrail_outbox_events", "Events in the outbox, those of generations under way included")
+OUTBOX_OLDEST_S = Gauge(
+    "chatrail_outbox_oldest_seconds", "How long the oldest settled event has waited for the stream"
+)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -75,22 +78,28 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     api_key, base_url = settings.claude
-    claude = Claude(api_key=api_key, base_url=base_url)
-    outbox = Outbox(settings.data / "outbox.db")
-    nc = Client()
+    claude = Claude(api_key=api_key, base_url=base_url, idle_s=settings.claude_idle_s)
+    policies = Policies(on_disconnect=settings.on_disconnect, claude_total_s=settings.claude_total_s)
+    outbox = Outbox(settings.data / "outbox.db", events_max=settings.outbox_events_max)
+    OUTBOX_EVENTS.set_function(lambda: outbox.events)
+    OUTBOX_OLDEST_S.set_function(lambda: outbox.oldest_s)
+    # Calls on one, what must not be lost on the other: neither waits behind the other, nor falls with it.
+    nc, events = Client(), Client()
     quota = Quota(nc)
-    publisher = Publisher(nc, outbox, on_sent=quota.published)
-    generations = Generations(Parts(claude, quota, outbox, publisher))
+    publisher = Publisher(events, outbox, on_sent=quota.published)
+    generations = Generations(Parts(claude, quota, outbox, publisher, policies))
     watchers = Watchers(nc, quota)
     app.state.nc, app.state.quota, app.state.generations, app.state.watchers = nc, quota, generations, watchers
-    app.state.reports = Reports(nc, outbox, publisher, quota)
-    app.state.adjustments = Adjustments(nc)
-    app.state.subscriptions = Subscriptions(nc)
+    app.state.events, app.state.outbox = events, outbox
+    app.state.reports = Reports(events, outbox, publisher, quota)
+    app.state.adjustments = Adjustments(events)
+    app.state.subscriptions = Subscriptions(events)
 
     def end_streams() -> None:
+        generations.close()
         watchers.close()
         quota.waiting_room.close()
-        asyncio.get_running_loop().call_later(GRACE_S, generations.interrupt)
+        asyncio.get_running_loop().call_later(settings.grace_s, generations.interrupt)
 
     app.state.end_streams = end_streams
     recovered = outbox.recover()
@@ -99,15 +108,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     publisher.offer(recovered)
     if recovered:
         log.warning("outbox_recovered", events=len(recovered))
-    connecting = essential(asyncio.create_task(_connect(nc, settings), name="the guard of the bus"))
+    connecting = [
+        essential(asyncio.create_task(_connect(client, settings), name="the guard of the bus"))
+        for client in (nc, events)
+    ]
     publishing = essential(asyncio.create_task(publisher.run(), name="the publisher"))
     yield
     await generations.stop()
     publishing.cancel()
     await _flush(publisher, app.state.hurry)
     await publisher.close()
-    connecting.cancel()
-    await close(nc)
+    for guard in connecting:
+        guard.cancel()
+    await asyncio.gather(close(nc), close(events))
     await claude.close()
     outbox.close()
 
@@ -133,14 +146,18 @@ async def _connect(nc: Client, settings: Settings) -> None:
 
 
 async def _missing(app: FastAPI) -> Missing:
-    absent = {"nats": bus_missing(app.state.nc), "quota": _quota_missing(app.state.quota)}
+    absent = {
+        "nats": bus_missing(app.state.events),
+        "quota": _missing_when(app.state.quota.usage("readiness")),
+        "outbox": _missing_when(app.state.outbox.admit()),
+    }
     reasons = await asyncio.gather(*absent.values())
     return {part: reason for part, reason in zip(absent, reasons, strict=True) if reason}
 
 
-async def _quota_missing(quota: Quota) -> str | None:
+async def _missing_when(asking: Awaitable[object]) -> str | None:
     try:
-        await quota.usage("readiness")
+        await asking
     except Unavailable as error:
         return error.detail
     return None

@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime
 from time import monotonic
 from typing import Any
 
+import aiohttp
 import httpx2
 import msgspec
 from anthropic import (
@@ -20,6 +21,7 @@ from anthropic import (
 from msgspec import Struct
 from pydantic import TypeAdapter, ValidationError
 
+from services.chat.metering import estimate_tokens
 from services.chat.problems import Problem
 from services.chat.sse import SseParser
 from shared.events import Name, TokenCounts
@@ -61,6 +63,10 @@ KNOWN = frozenset(
 # A model that came out after this release is found at the provider, which is asked no more often than this.
 LIST_AGAIN_S = 60.0
 
+CONNECT_TIMEOUT_S = 5.0
+# No event of the provider's is nearly as large: without an end to it, memory would be the limit.
+EVENT_BYTES_MAX = 1024 * 1024
+
 # Framing that the provider adds to a message, far above what was ever seen.
 MESSAGE_OVERHEAD_TOKENS = 16
 REQUEST_OVERHEAD_TOKENS = 64
@@ -90,11 +96,6 @@ class Prompt:
         return estimate_tokens(self.text_bytes) + len(self.messages) * 4
 
 
-def estimate_tokens(text_bytes: int) -> int:
-    """About four bytes a token, rounded up: only where the provider could not say (outcome not `completed`)."""
-    return -(-text_bytes // 4)
-
-
 @dataclass(frozen=True, slots=True)
 class Started:
     model: str
@@ -113,7 +114,10 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The provider's own count: cumulative, and possibly repeated, so the last one stands."""
+    """The provider's own count: cumulative, and possibly repeated, so the last one stands.
+
+    It is the last where it has a stop reason, or where the answer ends after it.
+    """
 
     counts: TokenCounts
     stop_reason: str | None
@@ -170,16 +174,22 @@ _model_name: TypeAdapter[str] = TypeAdapter(Name)
 
 
 class ProviderError(Exception):
-    """Claude refused, failed, or broke off. `problem` says so in words for the person who chats."""
+    """Claude refused, failed, or broke off. `problem` says so in words for the person who chats.
 
-    def __init__(self, problem: Problem, request_id: str | None = None) -> None:
+    `gave_nothing`: it is certain that no token was given; else the question may have been heard, and billed.
+    """
+
+    def __init__(self, problem: Problem, request_id: str | None = None, *, gave_nothing: bool = False) -> None:
         super().__init__(problem.document["title"])
         self.problem = problem
         self.request_id = request_id
+        self.gave_nothing = gave_nothing
 
 
 class Claude:
-    def __init__(self, *, api_key: str, base_url: str) -> None:
+    """`idle_s`: how long the provider may be silent, before its first byte and between any two."""
+
+    def __init__(self, *, api_key: str, base_url: str, idle_s: float = 60.0) -> None:
         self._client = AsyncAnthropic(
             api_key=api_key,
             base_url=base_url,
@@ -188,7 +198,7 @@ class Claude:
             # Its spans could be told, by a variable, to carry what people wrote.
             open_telemetry=False,
             http_client=DefaultAioHttpClient(
-                timeout=httpx2.Timeout(600, connect=5),
+                timeout=httpx2.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),
                 # Servers close idle connections after 5 s and more: one that is closing must not be asked, because
                 # nobody could tell whether the question was heard, and billed.
                 limits=httpx2.Limits(max_connections=2000, max_keepalive_connections=200, keepalive_expiry=4),
@@ -253,13 +263,15 @@ class Claude:
             async with self._ask(prompt) as response:
                 yield Stream(response, request_id=(response.headers.get("request-id") or "")[:128] or None)
         except APIStatusError as error:
-            raise ProviderError(_refused(error), error.request_id) from error
-        except APITimeoutError as error:
-            raise ProviderError(Problem(504, "Claude did not answer in time", "Try again in a moment.")) from error
+            raise ProviderError(_refused(error), error.request_id, gave_nothing=True) from error
+        except (APITimeoutError, httpx2.TimeoutException) as error:
+            problem = Problem(504, "Claude did not answer in time", "What was answered so far is counted; try again.")
+            raise ProviderError(problem, gave_nothing=_was_never_connected(error)) from error
         except (APIConnectionError, httpx2.HTTPError) as error:
-            raise ProviderError(
-                Problem(502, "Claude cannot be reached", "The connection to Claude failed or broke off; try again.")
-            ) from error
+            problem = Problem(
+                502, "Claude cannot be reached", "The connection to Claude failed or broke off; try again."
+            )
+            raise ProviderError(problem, gave_nothing=_was_never_connected(error)) from error
         except (msgspec.DecodeError, ValidationError) as error:
             raise ProviderError(
                 Problem(502, "Claude cannot be understood", "What Claude's API sent makes no sense; try again.")
@@ -277,13 +289,10 @@ class Stream:
             async for steps in self._steps():
                 yield steps
         except (msgspec.MsgspecError, ValidationError) as error:
-            raise ProviderError(
-                Problem(502, "Claude's answer makes no sense", "What was answered so far is counted; try again."),
-                self.request_id,
-            ) from error
+            raise ProviderError(_nonsense(), self.request_id) from error
 
     async def _steps(self) -> AsyncIterator[list[Step]]:
-        parser, counts, complete = SseParser(), TokenCounts(), False
+        parser, counts, is_started, is_complete = SseParser(), TokenCounts(), False, False
         async for chunk in self._response.aiter_raw():
             steps: list[Step] = []
             for event, data in parser.feed(chunk):
@@ -293,26 +302,37 @@ class Stream:
                         steps.append(Text(delta.text))
                 elif event == b"message_start":
                     message = _message_start.decode(data).message
-                    counts = _overwritten(counts, message.usage)
+                    counts, is_started = _overwritten(counts, message.usage), True
                     steps.append(Started(_model_name.validate_python(message.model), counts))
                 elif event == b"message_delta":
                     last = _message_delta.decode(data)
                     counts = _overwritten(counts, last.usage)
                     steps.append(Finished(counts, last.delta.stop_reason))
                 elif event == b"message_stop":
-                    complete = True
+                    is_complete = True
                 elif event == b"ping":
                     steps.append(Ping())
                 elif event == b"error":
                     yield steps  # what came with it in one piece was given, too
-                    raise ProviderError(_failed(_error.decode(data).error), self.request_id)
+                    problem = _failed(_error.decode(data).error)
+                    raise ProviderError(problem, self.request_id, gave_nothing=not is_started)
             if steps:
                 yield steps
-        if not complete:
+            if parser.waiting_bytes > EVENT_BYTES_MAX:
+                raise ProviderError(_nonsense(), self.request_id)
+        if not is_complete:
             raise ProviderError(
                 Problem(502, "Claude's answer broke off", "The connection ended in the middle; try again."),
                 self.request_id,
             )
+
+
+def _was_never_connected(error: BaseException) -> bool:
+    # httpx2 says the same of a connection that never was and of one that broke after the question.
+    cause: BaseException | None = error
+    while cause and not isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        cause = cause.__cause__
+    return cause is not None
 
 
 def _overwritten(counts: TokenCounts, usage: _Usage) -> TokenCounts:
@@ -362,6 +382,10 @@ def _failed(error: _ErrorBody) -> Problem:
     if error.type in ("overloaded_error", "rate_limit_error"):
         return _busy("Claude is overloaded", None)
     return Problem(502, "Claude failed in the middle", "What was answered so far is counted; try again.")
+
+
+def _nonsense() -> Problem:
+    return Problem(502, "Claude's answer makes no sense", "What was answered so far is counted; try again.")
 
 
 def _busy(title: str, retry_after: str | None) -> Problem:

@@ -14,16 +14,8 @@ import msgspec
 import structlog
 from prometheus_client import Counter, Gauge
 
-from services.chat.claude import (
-    Claude,
-    Finished,
-    Prompt,
-    ProviderError,
-    Started,
-    Step,
-    Text,
-    estimate_tokens,
-)
+from services.chat.claude import Claude, Finished, Prompt, ProviderError, Started, Step, Text
+from services.chat.metering import Meter
 from services.chat.outbox import Outbox
 from services.chat.problems import Problem
 from services.chat.publisher import Publisher
@@ -33,7 +25,7 @@ from services.chat.waiting import HasLeft
 from shared.calls import LimitState
 from shared.errors import BadCall, Unanswered, Unavailable
 from shared.events import Generation as Usage
-from shared.events import GenerationCompleted, Metadata, Outcome, TokenCounts, UsageSource, utc_now
+from shared.events import GenerationCompleted, Metadata, OnDisconnect, Outcome, utc_now
 
 log = structlog.get_logger()
 RUNNING = Gauge("chatrail_generations_running", "Generations under way")
@@ -44,15 +36,43 @@ TOKENS = Counter("chatrail_tokens", "Tokens used by generations", ["kind"])
 _ENVELOPE: dict[str, Any] = {
     name: field.default for name, field in GenerationCompleted.model_fields.items() if isinstance(field.default, str)
 }
-# Shorter than quota's holds live (15 minutes): no generation outlives its hold.
-DEADLINE_S = 600.0
 # What a process that dies may not have counted of a running answer.
 CHECKPOINT_EVERY_S = 0.1
-TOO_LONG = Problem(504, "Claude took too long", "What was answered so far is counted.")
-BROKEN = Problem(500, "Internal error", "Something went wrong on our side; what was answered so far is counted.")
-RESTARTING = Problem(
-    503, "The service is restarting", "What was answered so far is counted; try again.", headers={"Retry-After": "2"}
-)
+# Of a settlement that the disk refuses; after it the reader is told that the answer is not counted yet.
+STREAM_TAKES_IT_WITHIN_S = 10.0
+
+
+def _too_long() -> Problem:
+    return Problem(504, "Claude took too long", "What was answered so far is counted; ask for less at a time.")
+
+
+def _broken() -> Problem:
+    return Problem(500, "Internal error", "Something went wrong on our side; what was answered so far is counted.")
+
+
+def _restarting() -> Problem:
+    return Problem(
+        503,
+        "The service is restarting",
+        "What was answered so far is counted; try again.",
+        headers={"Retry-After": "2"},
+    )
+
+
+def _not_counted_yet() -> Problem:
+    return Problem(
+        503,
+        "Not counted yet",
+        "The answer is whole, but neither disk nor stream takes its count now; it is counted once one of them does.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """What an operator decides about every generation. `claude_total_s`: how long Claude may take for an answer."""
+
+    on_disconnect: OnDisconnect = "stop"
+    claude_total_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +83,11 @@ class Parts:
     quota: Quota
     outbox: Outbox
     publisher: Publisher
+    policies: Policies
 
 
 class Generation:
-    """One generation. `run()` is its task; `frames()` is what a browser reads; `abandon()` ends it early."""
+    """One generation. `run()` is its task; `frames()` is what a browser reads; `leave()` and `interrupt()` end it."""
 
     def __init__(
         self,
@@ -84,15 +105,14 @@ class Generation:
         self._text: list[str] = []
         self.problem: Problem | None = None
         self._usage = msgspec.Raw(b"null")
+        self._done: dict[str, object] = {}
         self._stop_reason: str | None = None
         self._is_clamped = False
-        self._is_asked = False
         self._has_begun = False
+        self._has_left = False
         self._parts, self._prompt = parts, prompt
         self._started_at, self._metadata = utc_now(), metadata
-        self._counts: TokenCounts | None = None
-        self._text_bytes = 0
-        self._is_counted = False
+        self._meter = Meter(input_tokens_estimate=prompt.input_tokens_estimate)
         self._request_id: str | None = None
         self._early_end: Outcome | None = None
         self._frames: list[bytes] = []
@@ -109,27 +129,26 @@ class Generation:
         Once the hold stands, the intent is what a process owes that dies with Claude asked: the estimated input.
         """
         outbox, intent = self._parts.outbox, self.event("interrupted")
+        await outbox.admit()
         intending = asyncio.create_task(outbox.intend(intent))
         try:
-            granted = await self._parts.quota.authorize(
+            granted, held = await self._parts.quota.authorize(
                 self._parts.claude, self._prompt, generation_id=self.id, user_id=self.user_id, has_left=has_left
             )
-        except (Problem, Unavailable, BadCall) as refusal:
-            is_doubtful = isinstance(refusal, Unanswered) or isinstance(refusal.__cause__, Unanswered)
-            await self._withdraw(intent, intending, may_be_held=is_doubtful)
+        except Exception as refusal:
+            await self._withdraw(intent, intending, may_be_held=_is_doubtful(refusal))
             raise
         self._is_clamped = granted.output_tokens_max < self._prompt.output_tokens_max
         self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)
         self._started_at, self.limits = granted.started_at, granted.limits
         try:
             await intending
-            # From here on Claude may be asked: a process that dies now owes the input, at least.
-            self._is_asked = True
+            self._meter.asked(held)
             await outbox.intend(self.event("interrupted"))
         except sqlite3.Error as error:
             log.error("outbox_cannot_intend", generation_id=self.id, error=str(error))
             self._parts.publisher.offer([intent])
-            raise Unavailable("This service cannot write to its disk.", retry_after_s=5) from error
+            raise outbox.refuses() from error
 
     async def _withdraw(
         self, intent: GenerationCompleted, intending: asyncio.Task[None], *, may_be_held: bool
@@ -152,14 +171,23 @@ class Generation:
             # Quota is asked while the disk writes; what it says is shown once the event is on the disk.
             asking = asyncio.create_task(self._ask_usage(event))
             await self._settle(event)
-            self._say_the_end(await asking)
+            self._say_the_end(event, await asking)
         finally:
             RUNNING.dec()
             self._is_over = True
             self._something_new.set()
 
-    def abandon(self, outcome: Outcome) -> None:
-        """Stop Claude now: the reader has gone (`disconnected`) or the process is stopping (`interrupted`)."""
+    def leave(self) -> None:
+        """The reader has gone: Claude is stopped, or its answer drained within the hold, as the policy says."""
+        self._has_left = True
+        if self._parts.policies.on_disconnect == "stop":
+            self._end_early("disconnected")
+
+    def interrupt(self) -> None:
+        """The process is stopping."""
+        self._end_early("interrupted")
+
+    def _end_early(self, outcome: Outcome) -> None:
         self._early_end = self._early_end or outcome
         if self._deadline is not None and not self._is_over:
             with suppress(RuntimeError):  # it has been left already
@@ -187,61 +215,55 @@ class Generation:
             pass
         if self.problem:
             raise self.problem
-        return {"model": self.model, "text": "".join(self._text), **self._done(), "usage": self._usage}
-
-    @property
-    def tokens(self) -> TokenCounts:
-        """The provider's count, or what is known of it and an estimate of the rest."""
-        if not self._is_asked:
-            return TokenCounts()
-        known = self._counts or TokenCounts(input_tokens=self._prompt.input_tokens_estimate)
-        if self._is_counted:
-            return known
-        # The count in message_start is a placeholder; the text that came is a better measure. Never above the hold.
-        output_tokens = min(estimate_tokens(self._text_bytes), self._prompt.output_tokens_max)
-        return known.model_copy(update={"output_tokens": output_tokens})
+        return {"model": self.model, "text": "".join(self._text), **self._done, "usage": self._usage}
 
     async def _read_from_claude(self) -> Outcome:
         try:
-            async with asyncio.timeout(DEADLINE_S) as self._deadline:
+            async with asyncio.timeout(self._parts.policies.claude_total_s) as self._deadline:
                 if self._early_end:
+                    self._meter.gave_nothing()
                     return self._early_end
                 async with self._parts.claude.stream(self._prompt) as stream:
                     self._request_id = stream.request_id
                     async for steps in stream.steps():
                         self._pass_on(steps)
         except TimeoutError:
-            self.problem = RESTARTING if self._early_end else TOO_LONG
+            self.problem = _restarting() if self._early_end else _too_long()
             return self._early_end or "interrupted"
         except ProviderError as error:
             self.problem = error.problem
             self._request_id = self._request_id or error.request_id
-            if self._counts is None:
-                self._counts, self._is_counted = TokenCounts(), True  # refused before anything: nothing was given
+            if error.gave_nothing:
+                self._meter.gave_nothing()
             return "provider_error"
         except Exception:
             # Whatever it is, the tokens were given: settle them, and say that it was our side.
             log.exception("generation_broke", generation_id=self.id)
-            self.problem = BROKEN
+            self.problem = _broken()
             return "provider_error"
         finally:
             if self._checkpoint:
                 self._checkpoint.cancel()
-        return "completed"
+        self._meter.ended()
+        return "disconnected" if self._has_left else "completed"
 
     def _pass_on(self, steps: list[Step]) -> None:
         for step in steps:
             if isinstance(step, Text):
-                self._text_bytes += len(step.text.encode())
+                self._meter.wrote(step.text)
                 self._text.append(step.text)
                 self._frames.append(frame(b"delta", msgspec.json.encode({"text": step.text})))
             elif isinstance(step, Started):
-                self.model, self._counts, self._has_begun = step.model, step.counts, True
+                self.model, self._has_begun = step.model, True
+                self._meter.started(step.counts)
+                # At once: from here on a process that dies has the provider's own count of the input.
+                self._write_checkpoint()
                 self._frames.append(
                     frame(b"start", msgspec.json.encode({"generationId": self.id, "model": self.model}))
                 )
             elif isinstance(step, Finished):
-                self._counts, self._is_counted, self._stop_reason = step.counts, True, step.stop_reason
+                self._meter.counted(step.counts, is_last=step.stop_reason is not None)
+                self._stop_reason = step.stop_reason or self._stop_reason
             else:
                 self._frames.append(KEEPALIVE)
         self._something_new.set()
@@ -266,8 +288,11 @@ class Generation:
         except sqlite3.Error as error:
             # The disk is full or broken. The stream can still have the event, and the publisher does not give up.
             log.error("outbox_cannot_settle", generation_id=self.id, error=str(error))
+            if not await self._parts.publisher.deliver(event, timeout_s=STREAM_TAKES_IT_WITHIN_S):
+                self.problem = self.problem or _not_counted_yet()
+        else:
+            self._parts.publisher.offer([event])
         self._parts.quota.remember(event)
-        self._parts.publisher.offer([event])
         FINISHED.labels(outcome).inc()
         TOKENS.labels("input").inc(event.data.tokens_used - (event.data.output_tokens or 0))
         TOKENS.labels("output").inc(event.data.output_tokens or 0)
@@ -282,22 +307,23 @@ class Generation:
             log.warning("usage_not_shown", generation_id=self.id, reason=error.detail)
             return None
 
-    def _say_the_end(self, usage: bytes | None) -> None:
+    def _say_the_end(self, event: GenerationCompleted, usage: bytes | None) -> None:
         if usage is not None:
             self._usage = msgspec.Raw(usage)
             self._frames.append(frame(b"usage", usage))
         if self.problem:
             self._frames.append(frame(b"error", self.problem.body))
         else:
-            self._frames.append(frame(b"done", msgspec.json.encode(self._done())))
+            self._done = self._summary(event.data)
+            self._frames.append(frame(b"done", msgspec.json.encode(self._done)))
 
-    def _done(self) -> dict[str, object]:
-        counts = self.tokens
+    def _summary(self, used: Usage) -> dict[str, object]:
+        output_tokens = used.output_tokens or 0
         done = {
             "generationId": self.id,
-            "inputTokens": counts.total - counts.output_tokens,
-            "outputTokens": counts.output_tokens,
-            "tokensUsed": counts.total,
+            "inputTokens": used.tokens_used - output_tokens,
+            "outputTokens": output_tokens,
+            "tokensUsed": used.tokens_used,
             "stopReason": self._stop_reason,
         }
         # It was the plan that ended the answer, and neither Claude nor the caller's own maxTokens.
@@ -306,8 +332,7 @@ class Generation:
 
     def event(self, outcome: Outcome) -> GenerationCompleted:
         """The event as it would be if the generation ended now. Its id is the generation's: it settles once."""
-        counts = self.tokens
-        source: UsageSource = "provider" if self._is_counted else "estimated"
+        counts = self._meter.counts(outcome)
         # Constructed, not validated: every part was validated where it came in, and this runs several times a stream.
         return GenerationCompleted.model_construct(
             **_ENVELOPE,
@@ -325,7 +350,8 @@ class Generation:
                 cache_read_input_tokens=counts.cache_read_input_tokens,
                 tokens_used=counts.total,
                 outcome=outcome,
-                usage_source=source,
+                usage_source=self._meter.source,
+                on_disconnect=self._parts.policies.on_disconnect,
                 provider_request_id=self._request_id,
                 started_at=self._started_at,
                 completed_at=utc_now(),
@@ -334,17 +360,27 @@ class Generation:
         )
 
 
+def _is_doubtful(refusal: Exception) -> bool:
+    """Whether quota may have granted a hold although it was not heard to."""
+    if isinstance(refusal, Problem | Unavailable | BadCall):
+        return isinstance(refusal, Unanswered) or isinstance(refusal.__cause__, Unanswered)
+    return True
+
+
 class Generations:
     """All that are under way: started here, and waited for before the process ends."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._running: dict[asyncio.Task[None], Generation] = {}
+        self._is_closed = False
 
     async def start(
         self, prompt: Prompt, *, generation_id: str, user_id: str, metadata: Metadata, has_left: HasLeft
     ) -> Generation:
         """Authorized and on the outbox. Raises Problem 429, or Unavailable: then Claude was not asked."""
+        if self._is_closed:
+            raise Unavailable("The service is restarting.", retry_after_s=2)
         generation = Generation(self.parts, prompt, generation_id=generation_id, user_id=user_id, metadata=metadata)
         await generation.authorize(has_left)
         task = asyncio.create_task(generation.run(), name=f"generation {generation_id}")
@@ -352,10 +388,14 @@ class Generations:
         task.add_done_callback(self._ended)
         return generation
 
+    def close(self) -> None:
+        """No new ones."""
+        self._is_closed = True
+
     def interrupt(self) -> None:
         """End what is still running; each is settled as `interrupted`."""
         for generation in self._running.values():
-            generation.abandon("interrupted")
+            generation.interrupt()
 
     async def stop(self) -> None:
         self.interrupt()

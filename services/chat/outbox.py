@@ -2,6 +2,9 @@
 
 A row is an event. While its generation runs it is the event to publish if this process dies now
 (`interrupted`, `estimated`); once settled it is what really happened, and it never changes again.
+
+It has room for so many events. Beyond it, and while the disk takes nothing, whatever is new is refused; what is under
+way may always write.
 """
 
 import asyncio
@@ -11,18 +14,27 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import IO
 
+import structlog
+
 from shared.batching import Batching
-from shared.errors import Misconfigured
-from shared.events import GenerationCompleted, encode
+from shared.errors import Misconfigured, PoisonMessage, Unavailable
+from shared.events import GenerationCompleted, decode, encode
+
+log = structlog.get_logger()
+
+EVENTS_MAX = 20_000
+RETRY_AFTER_S = 5
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
     event_id TEXT PRIMARY KEY,
     event    BLOB NOT NULL,
     settled  INTEGER NOT NULL
-) WITHOUT ROWID
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS probe (written INTEGER PRIMARY KEY);
 """
 # A settled event is final: a late checkpoint must not undo it.
 _WRITE = """
@@ -30,6 +42,7 @@ INSERT INTO outbox (event_id, event, settled) VALUES (?, ?, ?)
 ON CONFLICT (event_id) DO UPDATE SET event = excluded.event, settled = excluded.settled WHERE NOT settled
 """
 _DELETE = "DELETE FROM outbox WHERE event_id = ?"
+_PROBE = "INSERT OR REPLACE INTO probe VALUES (1)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +56,65 @@ class _Change:
 class Outbox:
     """One SQLite file, one writer thread, group commit. Raises sqlite3.Error when the disk refuses."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, events_max: int = EVENTS_MAX) -> None:
+        self._path, self._events_max = path, events_max
         self._lock = _locked(path)
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute(_SCHEMA)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise Misconfigured(f"The outbox {path} cannot be used: {error}. Is there space on its disk?") from error
         self._thread = ThreadPoolExecutor(1, "outbox")
         self._changes: Batching[_Change, None] = Batching(self._commit)
+        self._is_refused = False
+        self._open: set[str] = set()
+        # In order of settlement, each with its moment.
+        self._settled: dict[str, float] = {}
+
+    @property
+    def events(self) -> int:
+        return len(self._open) + len(self._settled)
+
+    @property
+    def oldest_s(self) -> float:
+        """For how long the oldest settled event has waited for the stream."""
+        return monotonic() - next(iter(self._settled.values()), monotonic())
+
+    async def admit(self) -> None:
+        """Raises Unavailable while there is no room for what is new."""
+        if self.events >= self._events_max:
+            raise Unavailable(
+                f"This service has {self.events} events that the usage stream has not taken yet, and keeps no more.",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        if self._is_refused:
+            try:
+                await self._changes.submit(_Change(_PROBE, [()], is_promise=False))
+            except sqlite3.Error as error:
+                raise self.refuses() from error
+
+    def refuses(self) -> Unavailable:
+        return Unavailable(
+            "This service cannot write to its disk; an operator must make room in its data folder.",
+            retry_after_s=RETRY_AFTER_S,
+        )
 
     def recover(self) -> list[GenerationCompleted]:
-        """Settle what a process that died left open, as it stood. Returns all that the stream may not have."""
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("UPDATE outbox SET settled = 1 WHERE NOT settled")
-        rows = self._db.execute("SELECT event FROM outbox ORDER BY event_id").fetchall()
-        return [GenerationCompleted.model_validate_json(event) for (event,) in rows]
+        """Settle what a process that died left open, as it stood. Returns all that the stream may not have.
+
+        Raises Misconfigured when the disk refuses.
+        """
+        try:
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("UPDATE outbox SET settled = 1 WHERE NOT settled")
+            rows = self._db.execute("SELECT event_id, event FROM outbox ORDER BY event_id").fetchall()
+        except sqlite3.Error as error:
+            raise Misconfigured(
+                f"The outbox {self._path} cannot be recovered: {error}. Is there space on its disk?"
+            ) from error
+        self._settled = {event_id: monotonic() for event_id, _ in rows}
+        return [event for event_id, body in rows if (event := _read(event_id, body))]
 
     async def intend(self, event: GenerationCompleted) -> None:
         """Before Claude is asked; and again as the answer grows, so that little is lost with the process."""
@@ -77,12 +135,33 @@ class Outbox:
         self._lock.close()
 
     async def _commit(self, changes: Sequence[_Change]) -> list[None]:
-        if any(change.is_promise for change in changes):
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._apply, changes, "FULL")
-        else:
-            # Without an fsync it takes a fraction of what a thread and back would cost.
-            self._apply(changes, "NORMAL")
+        try:
+            if any(change.is_promise for change in changes):
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._apply, changes, "FULL")
+            else:
+                # Without an fsync it takes a fraction of what a thread and back would cost.
+                self._apply(changes, "NORMAL")
+        except sqlite3.Error:
+            self._is_refused = True
+            raise
+        self._is_refused = False
+        for change in changes:
+            self._note(change)
         return [None] * len(changes)
+
+    def _note(self, change: _Change) -> None:
+        """What the file has now."""
+        if change.sql == _DELETE:
+            for (event_id,) in change.rows:
+                self._settled.pop(str(event_id), None)
+                self._open.discard(str(event_id))
+        elif change.sql == _WRITE:
+            for event_id, _, is_settled in change.rows:
+                if is_settled:
+                    self._settled.setdefault(str(event_id), monotonic())
+                    self._open.discard(str(event_id))
+                elif event_id not in self._settled:
+                    self._open.add(str(event_id))
 
     def _apply(self, changes: Sequence[_Change], level: str) -> None:
         self._db.execute(f"PRAGMA synchronous={level}")
@@ -95,6 +174,16 @@ class Outbox:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+
+
+def _read(event_id: str, body: bytes) -> GenerationCompleted | None:
+    """None for a row that is none of ours: it stays where it is, and keeps nobody from starting."""
+    try:
+        event = decode(body)
+    except PoisonMessage as problem:
+        log.error("outbox_row_unreadable", event_id=event_id, reason=str(problem))
+        return None
+    return event if isinstance(event, GenerationCompleted) else None
 
 
 def _locked(path: Path) -> IO[str]:

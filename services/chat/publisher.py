@@ -69,6 +69,8 @@ class Publisher:
         self._outbox = outbox
         self._on_sent = on_sent
         self._waiting: list[GenerationCompleted] = []
+        # Of settlements that the disk did not take: their generations wait for the stream.
+        self._awaited: dict[str, asyncio.Event] = {}
         self._sent_ids: list[str] = []
         self._forgetting: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -81,6 +83,19 @@ class Publisher:
         """Settled events, which the outbox has."""
         self._waiting.extend(events)
         self._wake.set()
+
+    async def deliver(self, event: GenerationCompleted, *, timeout_s: float) -> bool:
+        """An event that the outbox could not take. Whether the stream has it in time; it goes on trying."""
+        taken = self._awaited[event.id] = asyncio.Event()
+        self.offer([event])
+        try:
+            async with asyncio.timeout(timeout_s):
+                await taken.wait()
+        except TimeoutError:
+            return False
+        finally:
+            del self._awaited[event.id]
+        return True
 
     async def run(self) -> None:
         retry_s = 0.1
@@ -107,6 +122,8 @@ class Publisher:
         sent = [event for event, result in zip(group, results, strict=True) if isinstance(result, int)]
         for event in sent:
             self._on_sent(event)
+            if awaited := self._awaited.get(event.id):
+                awaited.set()
         self._forget_soon([event.id for event in sent])
         self._waiting[:0] = unsent
         if self._waiting:
@@ -131,6 +148,7 @@ class Publisher:
             await self._outbox.forget(event_ids)
         except sqlite3.Error as error:
             log.error("outbox_not_cleaned", events=len(event_ids), error=str(error))
+            self._sent_ids += event_ids  # with what is sent next
 
     async def close(self) -> None:
         """Forget what the stream has, before the outbox closes."""

@@ -12,6 +12,7 @@ from nats.aio.client import Client
 from pydantic import TypeAdapter
 
 from services.chat.claude import Claude, Prompt
+from services.chat.metering import Held
 from services.chat.problems import Problem
 from services.chat.ratelimit import headers, refusal
 from services.chat.waiting import HasLeft, WaitingRoom
@@ -60,7 +61,7 @@ class Quota:
 
     async def authorize(
         self, claude: Claude, prompt: Prompt, *, generation_id: str, user_id: str, has_left: HasLeft
-    ) -> Granted:
+    ) -> tuple[Granted, Held]:
         """A hold for the generation, with the output clamped to what is left.
 
         Where only the user's other generations are in the way, it waits for them to end. Raises Problem 429 when
@@ -111,7 +112,7 @@ class Quota:
                 raise given_up from unanswered
         if isinstance(answer, Refused):
             raise refusal(answer) from unanswered
-        return answer
+        return answer, Held(input_tokens_max, answer.output_tokens_max)
 
     async def usage(self, user_id: str, *, including: GenerationCompleted | None = None) -> Shown:
         """What is used and left; with an event, too, that is not on the disk yet."""
@@ -136,7 +137,7 @@ class Quota:
 
     @asynccontextmanager
     async def telling_limits(self, user_id: str) -> AsyncIterator[None]:
-        """A refusal tells the user's limits as every answer does; what is our own fault is told without asking more."""
+        """A refusal tells the user's limits as every answer does; for a fault of our own nothing more is asked."""
         try:
             yield
         except Problem as refused:

@@ -2,6 +2,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr
 
+from shared.events import OnDisconnect
 from shared.server import ServiceSettings
 
 CLAUDE_URL = "https://api.anthropic.com"
@@ -15,9 +16,12 @@ class Settings(ServiceSettings):
     stand_in_url: str | None = Field(default=None, description="answers where there is neither key nor base URL")
     model: str = Field(default="claude-haiku-4-5", description="for callers that name none")
     tokens_max: int = Field(default=4096, ge=1, le=128_000, description="output of callers that name no maxTokens")
-    on_disconnect: Literal["stop", "drain"] = Field(
-        default="stop", description="what a closed browser does to Claude"
-    )
+    on_disconnect: OnDisconnect = Field(default="stop", description="what a closed browser does to Claude")
+    claude_idle_s: float = Field(default=60, gt=0, description="how long Claude may be silent")
+    # Shorter than quota's holds live (15 minutes): no generation outlives its hold.
+    claude_total_s: float = Field(default=600, gt=0, le=840, description="how long Claude may take for an answer")
+    grace_s: float = Field(default=5, ge=0, le=10, description="for answers under way when told to stop")
+    outbox_events_max: int = Field(default=20_000, ge=1, description="beyond which what is new is refused")
     cors_origins: str = Field(default="", description="origins, comma-separated, that may embed the rail")
 
     @property

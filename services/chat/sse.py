@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from types import MappingProxyType
 
 from starlette.responses import Response
@@ -20,6 +21,11 @@ class SseParser:
 
     def __init__(self) -> None:
         self._rest = b""
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of an event whose end has not come."""
+        return len(self._rest)
 
     def feed(self, chunk: bytes) -> Iterator[tuple[bytes, bytes]]:
         """(event, data) of each event that is complete now."""
@@ -62,15 +68,23 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        watching = asyncio.create_task(self._watch(receive))
-        try:
+        async with watched(receive, self._on_disconnect):
             async for chunk in self._frames:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            watching.cancel()
 
-    async def _watch(self, receive: Receive) -> None:
+
+@asynccontextmanager
+async def watched(receive: Receive, on_disconnect: Callable[[], None]) -> AsyncIterator[None]:
+    """While this lasts, a reader who goes away is noticed."""
+
+    async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._on_disconnect()
+        on_disconnect()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()

@@ -648,7 +648,7 @@ async def test_where_claude_may_finish_a_reader_who_left_pays_the_providers_coun
     async with client_of(guarded_stack) as http:
         await leave_in_the_middle(http, asked)
         (record,) = await logs(http, user, 1)
-    assert (record["outcome"], record["usageSource"], record["tokensUsed"]) == ("completed", "provider", 87)
+    assert (record["outcome"], record["usageSource"], record["tokensUsed"]) == ("disconnected", "provider", 87)
 
 
 # Reports, plans, subscriptions, pushes

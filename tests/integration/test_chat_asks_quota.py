@@ -8,6 +8,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.chat.claude import Claude, Prompt
+from services.chat.metering import Held
 from services.chat.problems import Problem
 from services.chat.quota import Quota
 from shared import calls
@@ -49,7 +50,7 @@ async def nobody_left() -> bool:
 async def test_a_question_without_an_answer_is_asked_again_with_the_same_id(nats: Client, claude: Claude) -> None:
     heard = await answering(nats, None, GRANTED)
     asked = Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
-    assert await asked == GRANTED
+    assert await asked == (GRANTED, Held(PROMPT.input_tokens_max, 1_000))
     assert [question.generation_id for question in heard] == ["g", "g"]
 
 
@@ -58,7 +59,7 @@ async def test_who_waits_in_line_is_told_when_the_service_stops(nats: Client, cl
     heard = await answering(nats, *[held] * 100)
     quota = Quota(nats)
 
-    async def authorize(generation_id: str) -> Granted:
+    async def authorize(generation_id: str) -> tuple[Granted, Held]:
         return await quota.authorize(
             claude, PROMPT, generation_id=generation_id, user_id="user_1", has_left=nobody_left
         )

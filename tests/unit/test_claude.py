@@ -22,8 +22,8 @@ from services.chat.claude import (
     ProviderError,
     Started,
     Text,
-    estimate_tokens,
 )
+from services.chat.metering import estimate_tokens
 from services.chat.problems import Problem
 from shared.events import TokenCounts
 

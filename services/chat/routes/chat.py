@@ -8,11 +8,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic.alias_generators import to_camel
 
 from services.chat.claude import Prompt
-from services.chat.generation import Generation, Generations
+from services.chat.generation import Generations
 from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.ratelimit import headers
 from services.chat.settings import Settings
-from services.chat.sse import EventStream
+from services.chat.sse import EventStream, watched
 from shared.events import Name, UserId, new_id
 
 router = APIRouter(tags=["chat"])
@@ -114,21 +114,16 @@ async def chat(request: Request, body: ChatRequest) -> Response:
             has_left=request.is_disconnected,
         )
     told = headers(generation.limits)
-    try:
-        await generation.begun()
-        if _accepts_only_json(request.headers.get("accept", "")):
-            answer = msgspec.json.encode(await generation.answer())
-            return Response(answer, headers=told, media_type="application/json")
-    except Problem as problem:
-        problem.headers |= told
-        raise
-    return EventStream(generation.frames(), on_disconnect=_leave(generation, settings), headers=told)
-
-
-def _leave(generation: Generation, settings: Settings) -> Any:
-    if settings.on_disconnect == "drain":
-        return lambda: None
-    return lambda: generation.abandon("disconnected")
+    async with watched(request.receive, generation.leave):
+        try:
+            await generation.begun()
+            if _accepts_only_json(request.headers.get("accept", "")):
+                answer = msgspec.json.encode(await generation.answer())
+                return Response(answer, headers=told, media_type="application/json")
+        except Problem as problem:
+            problem.headers |= told
+            raise
+    return EventStream(generation.frames(), on_disconnect=generation.leave, headers=told)
 
 
 def _accepts_only_json(accept: str) -> bool:

@@ -1,0 +1,145 @@
+"""A provider that hangs, breaks off or leaves things out: people are told in time, what was given is counted once."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Any
+from uuid import uuid4
+
+import httpx2
+import pytest
+
+from tests.fixtures import eventually
+from tests.people import Answer, ask, client_of, given, rows
+from tests.stack import Stack
+
+IDLE_S, TOTAL_S = 1.0, 3.0
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One that has less patience with its provider."""
+    patience = {"CHATRAIL_CLAUDE_IDLE_S": str(IDLE_S), "CHATRAIL_CLAUDE_TOTAL_S": str(TOTAL_S)}
+    with Stack(tmp_path_factory.mktemp("impatient") / "data", **patience) as running:
+        yield running
+
+
+@pytest.fixture
+async def http(stack: Stack) -> AsyncIterator[httpx2.AsyncClient]:
+    async with client_of(stack) as client:
+        yield client
+
+
+@pytest.fixture
+def user() -> str:
+    return f"user {uuid4()}"
+
+
+async def record_of(stack: Stack, user: str) -> dict[str, Any]:
+    """The one record of the user's one generation, once quota has settled it, too."""
+    names = "outcome", "usage_source", "on_disconnect", "input_tokens", "output_tokens", "tokens_used"
+
+    async def settled() -> dict[str, Any] | None:
+        found = rows(stack.data / "ledger.db", f"SELECT user_id, {', '.join(names)} FROM usage")  # noqa: S608
+        mine = [dict(zip(names, row[1:], strict=True)) for row in found if row[0] == user]
+        assert len(mine) < 2
+        is_held = (user,) in rows(stack.data / "quota.db", "SELECT user_id FROM holds")
+        return mine[0] if mine and not is_held else None
+
+    record = await eventually(settled)
+    usage = await stack.usage(user)
+    assert (usage["tokensUsed"], usage["tokensHeld"]) == (record["tokens_used"], 0)
+    return record
+
+
+async def gave(stack: Stack, tag: str) -> list[dict[str, Any]]:
+    return [record for record in (await given(stack))["records"] if record.get("tag") == tag]
+
+
+def problem_of(answer: Answer) -> tuple[int, str]:
+    assert answer.last == "error"
+    return answer.data["status"], answer.data["title"]
+
+
+async def test_a_provider_silent_before_its_first_byte_is_given_up_and_the_question_is_counted(
+    stack: Stack, http: httpx2.AsyncClient, user: str
+) -> None:
+    with pytest.raises(httpx2.HTTPStatusError) as refused:
+        await ask(http, user, "Anybody there? [hang before]")
+    document = json.loads(refused.value.response.content)
+    assert (document["status"], document["title"]) == (504, "Claude did not answer in time")
+    assert IDLE_S <= refused.value.response.elapsed.total_seconds() < TOTAL_S
+    record = await record_of(stack, user)
+    # Perhaps it was heard, and is billed: nobody knows, so the input is estimated.
+    assert (record["outcome"], record["usage_source"], record["output_tokens"]) == ("provider_error", "estimated", 0)
+    assert 0 < record["input_tokens"] < 100
+
+
+@pytest.mark.parametrize(
+    ("directive", "problem", "outcome"),
+    [
+        ("[hang middle]", (504, "Claude did not answer in time"), "provider_error"),
+        ("[ping middle]", (504, "Claude took too long"), "interrupted"),
+        ("[garbage middle]", (502, "Claude's answer makes no sense"), "provider_error"),
+        ("[no message_delta]", None, "completed"),
+    ],
+)
+async def test_what_a_provider_gave_before_it_went_wrong_is_counted(
+    *,
+    stack: Stack,
+    http: httpx2.AsyncClient,
+    user: str,
+    directive: str,
+    problem: tuple[int, str] | None,
+    outcome: str,
+) -> None:
+    tag = uuid4().hex
+    asked = f"Hello [deltas 40] [usage input=9] [cache creation=3 read=4] [tag {tag}] {directive}"
+    answer = await ask(http, user, asked)
+    record = await record_of(stack, user)
+    (truth,) = await gave(stack, tag)
+    assert answer.text
+    assert (record["outcome"], record["usage_source"], record["input_tokens"]) == (outcome, "estimated", 9)
+    assert record["tokens_used"] == 9 + 3 + 4 + record["output_tokens"]
+    assert 0.5 < record["output_tokens"] / truth["outputTokens"] < 2
+    assert problem is None or problem_of(answer) == problem
+
+
+@pytest.mark.parametrize(
+    ("directive", "outcome", "last"),
+    [
+        ("[repeat-delta-usage]", "completed", "done"),
+        ("[no message_stop]", "provider_error", "error"),
+        ("[split]", "completed", "done"),
+    ],
+)
+async def test_the_providers_last_count_is_exact_however_often_it_came_and_whatever_did_not_follow(
+    *, stack: Stack, http: httpx2.AsyncClient, user: str, directive: str, outcome: str, last: str
+) -> None:
+    tag = uuid4().hex
+    asked = f"Hello [deltas 4] [usage input=9 output=100] [cache creation=3 read=4] [tag {tag}] {directive}"
+    assert (await ask(http, user, asked)).last == last
+    record = await record_of(stack, user)
+    (truth,) = await gave(stack, tag)
+    assert (record["outcome"], record["usage_source"], record["tokens_used"]) == (outcome, "provider", 116)
+    assert truth["tokens"] == 116
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+@pytest.mark.parametrize("directive", ["[slow 100ms] [deltas 100]", "[hang before]"])
+async def test_whoever_leaves_stops_claude_also_before_the_first_word_and_without_a_stream(
+    *, stack: Stack, http: httpx2.AsyncClient, user: str, accept: str, directive: str
+) -> None:
+    body = {"userId": user, "messages": [{"role": "user", "content": f"Hello {directive}"}]}
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await http.post("/api/chat", json=body, headers={"Accept": accept})
+    record = await record_of(stack, user)
+    assert (record["outcome"], record["usage_source"], record["on_disconnect"]) == (
+        "disconnected",
+        "estimated",
+        "stop",
+    )
+    assert record["input_tokens"] > 0
+    assert record["output_tokens"] < 100
