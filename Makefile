@@ -1,4 +1,5 @@
 # make run     ChatRail on this machine, at http://127.0.0.1:8000
+# make run-cluster   the same with a broker of three nodes, any of which may die
 # make test    all tests
 # make check   style, types and boundaries
 # make bench   what ChatRail adds to a call of Claude; make bench-quota how fast quota authorizes;
@@ -11,11 +12,14 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run test check bench bench-quota bench-ingest faults quarantine lock clean
+.PHONY: run run-cluster test check bench bench-quota bench-ingest faults quarantine lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
 	@exec $(bin)/python -m deploy.local
+
+run-cluster: .venv/installed-run
+	@CHATRAIL_NATS_CLUSTER=true exec $(bin)/python -m deploy.local
 
 # A process for each core, and a file's tests in one of them: they share what is slow to start.
 test: .venv/installed-dev

@@ -17,12 +17,19 @@ from shared.errors import Misconfigured
 PREDECESSOR_TIMEOUT_S = 60
 
 
+class NodePorts(NamedTuple):
+    """Of one node of the broker."""
+
+    clients: int
+    monitoring: int
+    routes: int
+
+
 class Ports(NamedTuple):
     ledger: int
     quota: int
-    nats: int
-    nats_monitoring: int
     claude: int
+    nodes: tuple[NodePorts, ...]
 
 
 @contextmanager
@@ -62,13 +69,17 @@ def _try_lock(file: TextIO) -> bool:
     return True
 
 
-def free_ports(host: str, port: int) -> Ports:
+def free_ports(host: str, port: int, *, nodes: int) -> Ports:
     """Ports of loopback that nobody uses. Raises Misconfigured when chat cannot have its own."""
     with ExitStack() as open_sockets:
         # All stay open until the last is chosen, so that no two are the same.
         open_sockets.enter_context(_listen_as_chat(host, port))
-        sockets = [open_sockets.enter_context(socket.create_server((LOOPBACK, 0))) for _ in Ports._fields]
-        return Ports(*(each.getsockname()[1] for each in sockets))
+
+        def free() -> int:
+            found: int = open_sockets.enter_context(socket.create_server((LOOPBACK, 0))).getsockname()[1]
+            return found
+
+        return Ports(free(), free(), free(), tuple(NodePorts(free(), free(), free()) for _ in range(nodes)))
 
 
 def _listen_as_chat(host: str, port: int) -> socket.socket:

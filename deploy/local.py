@@ -1,4 +1,4 @@
-"""The whole of ChatRail on one machine: `make run`, or `python -m deploy.local`.
+"""The whole of ChatRail on one machine: `make run` and `make run-cluster`, or `python -m deploy.local`.
 
 Broker, stand-in for Claude, migrations and services run under supervisor, which starts again what dies.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
+from deploy import brokers
 from deploy.claims import Ports, free_ports, locked
 from deploy.settings import LOOPBACK, Settings
 from deploy.supervised import Program, Supervisor, SupervisorDied
@@ -88,15 +89,15 @@ def run(settings: Settings, patience: Patience) -> NoReturn:
     with locked(data, patience.wait) as lock_fd:
         if settings.plans:
             Plans.load(settings.plans)
-        ports = free_ports(settings.host, settings.port)
+        ports = free_ports(settings.host, settings.port, nodes=settings.nodes)
         endpoints = locate(settings, ports)
-        phases = plan(settings, ports)
+        phases = plan(settings, ports, brokers.programs(ports.nodes, data))
         with (
             published(endpoints, data / "endpoints.json"),
             Supervisor(
                 [program for phase in phases for program in phase],
                 data=data,
-                environment=environment(settings, endpoints, data),
+                environment=environment(settings, endpoints, data) | brokers.environment(ports.nodes),
                 lock_fd=lock_fd,
             ) as supervisor,
         ):
@@ -111,7 +112,7 @@ def run(settings: Settings, patience: Patience) -> NoReturn:
 
 
 def locate(settings: Settings, ports: Ports) -> Endpoints:
-    nats_url = settings.nats_url or f"nats://{LOOPBACK}:{ports.nats}"
+    nats_url = settings.nats_url or ",".join(f"nats://{LOOPBACK}:{node.clients}" for node in ports.nodes)
     claude_url = f"http://{LOOPBACK}:{ports.claude}" if settings.simulated else settings.anthropic_base_url
     return Endpoints(
         chat=settings.url,
@@ -158,15 +159,9 @@ def environment(settings: Settings, endpoints: Endpoints, data: Path) -> dict[st
     return ours
 
 
-def plan(settings: Settings, ports: Ports) -> list[list[Program]]:
+def plan(settings: Settings, ports: Ports, nodes: list[Program]) -> list[list[Program]]:
     """What is started together, phase by phase; each needs the phases before it. Stopped from the end."""
     python = Path(sys.executable).name
-    listen = f"-a {LOOPBACK} -p {ports.nats} -m {ports.nats_monitoring}"
-    broker = Program(
-        "broker",
-        f'nats-server -c deploy/nats/nats.conf {listen} -sd "$CHATRAIL_DATA/nats"',
-        f"http://{LOOPBACK}:{ports.nats_monitoring}/healthz",
-    )
     pace = f"--delay-ms {settings.stand_in_delay_ms}"
     claude = Program(
         "claude",
@@ -175,7 +170,7 @@ def plan(settings: Settings, ports: Ports) -> list[list[Program]]:
     )
     migrations = [Program(f"migrate-{name}", f"{python} -m services.{name} migrate") for name in ("ledger", "quota")]
     return [
-        [*([] if settings.nats_url else [broker]), *([claude] if settings.simulated else []), *migrations],
+        [*nodes, *([claude] if settings.simulated else []), *migrations],
         [Program("streams", f"{python} -m shared.streams")],
         [
             _inner_service("quota", ports.quota, python),

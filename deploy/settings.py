@@ -20,6 +20,8 @@ class Settings(BaseSettings):
     data: Path = Path("data")
     plans: Path | None = None
     nats_url: str | None = None
+    # Three nodes with replicated streams, instead of one.
+    nats_cluster: bool = False
     # Before each delta of the stand-in's: about the pace of a provider.
     stand_in_delay_ms: float = Field(default=15.0, ge=0)
     anthropic_api_key: str | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY", repr=False)
@@ -28,11 +30,21 @@ class Settings(BaseSettings):
     @classmethod
     def read(cls) -> "Settings":
         try:
-            return cls()
+            settings = cls()
         except ValidationError as error:
             problem = error.errors()[0]
             name = f"CHATRAIL_{problem['loc'][0]}".upper()
             raise Misconfigured(f"{name} is {problem['input']!r}: {problem['msg']}.") from error
+        if settings.nats_url and settings.nats_cluster:
+            raise Misconfigured(
+                "CHATRAIL_NATS_URL names a broker of your own, which make run-cluster does not start."
+            )
+        return settings
+
+    @property
+    def nodes(self) -> int:
+        """Of the broker that is started here."""
+        return 0 if self.nats_url else 3 if self.nats_cluster else 1
 
     @property
     def simulated(self) -> bool:

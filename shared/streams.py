@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 
 from nats.aio.client import Client
+from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext
 from nats.js.api import (
     AckPolicy,
@@ -21,7 +22,7 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
 )
-from nats.js.errors import APIError, NotFoundError
+from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.broker import connect
@@ -45,7 +46,12 @@ QUOTA = "quota"
 # JetStream: "wrong last sequence", the answer to a second message on a subject that may have only one.
 WRONG_LAST_SEQUENCE = 10071
 
+# The answer of a cluster whose nodes do not all know of each other yet.
+NO_SUITABLE_PEERS = 10005
+
 GIB = 1024**3
+# For a cluster to agree on a leader after its start.
+LEADER_WITHIN_S = 30
 
 
 def quota_updated(user_id: str) -> str:
@@ -117,18 +123,28 @@ _DURABLE_NEEDS = ("deliver_policy", "ack_policy", "max_deliver", "filter_subject
 async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: int = 1) -> None:
     """Create what is missing, and nothing else. Raises Misconfigured when what exists is of another kind.
 
-    Missing may be the stream, a durable, or a subject that the stream of an earlier release does not have.
+    Missing may be the stream, a durable, or a subject that the stream of an earlier release does not have. In a
+    cluster, durables have as many replicas as their stream.
     """
     try:
-        await _add_subjects(js, (await js.stream_info(STREAM)).config)
+        found = (await js.stream_info(STREAM)).config
+        if (found.num_replicas or 1) < replicas:
+            raise Misconfigured(
+                f"The stream {STREAM} has fewer replicas ({found.num_replicas}) than CHATRAIL_STREAM_REPLICAS "
+                f"({replicas}). Run: nats stream edit {STREAM} --replicas {replicas}, and for {ALERTS} likewise."
+            )
+        await _add_subjects(js, found)
     except NotFoundError:
         try:
             await js.add_stream(replace(USAGE_STREAM, max_bytes=max_bytes, num_replicas=replicas))
         except APIError as error:
+            if isinstance(error, ServiceUnavailableError) or error.err_code == NO_SUITABLE_PEERS:
+                raise
             raise Misconfigured(
-                f"The broker refuses the stream {STREAM} with {max_bytes} bytes: {error.description}. "
-                "Free disk space, or set CHATRAIL_STREAM_BYTES_MAX lower."
+                f"The broker refuses the stream {STREAM} with {max_bytes} bytes and {replicas} replicas: "
+                f"{error.description}. Free disk space, or set CHATRAIL_STREAM_BYTES_MAX lower."
             ) from error
+        print(f"Created the stream {STREAM}")  # noqa: T201 - a command's output
     try:
         await js.stream_info(ALERTS)
     except NotFoundError:
@@ -183,9 +199,24 @@ async def main() -> None:
     settings = StreamSettings()
     nc: Client = await connect(settings.nats_url, name="setup")
     try:
-        await create(nc.jetstream(), max_bytes=settings.stream_bytes_max, replicas=settings.stream_replicas)
+        async with asyncio.timeout(LEADER_WITHIN_S):
+            await _create_when_ready(nc.jetstream(), settings)
+    except TimeoutError as error:
+        raise Misconfigured(f"The broker at {settings.nats_url} has no JetStream that answers.") from error
     finally:
         await nc.close()
+
+
+async def _create_when_ready(js: JetStreamContext, settings: StreamSettings) -> None:
+    while True:
+        try:
+            return await create(js, max_bytes=settings.stream_bytes_max, replicas=settings.stream_replicas)
+        except (ServiceUnavailableError, NatsTimeoutError):
+            pass  # no leader yet
+        except APIError as error:
+            if error.err_code != NO_SUITABLE_PEERS:
+                raise
+        await asyncio.sleep(0.2)
 
 
 if __name__ == "__main__":

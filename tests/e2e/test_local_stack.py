@@ -130,6 +130,25 @@ def test_a_data_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None
         assert refusal(CHATRAIL_DATA=str(data)).startswith(f"The data folder {data} cannot be written (")
 
 
+@pytest.mark.parametrize(
+    ("store", "cluster", "target"), [("nats", "true", "make run,"), ("nats-1", "", "make run-cluster,")]
+)
+def test_the_store_of_another_kind_of_broker_is_left_alone(
+    tmp_path: Path, store: str, cluster: str, target: str
+) -> None:
+    (tmp_path / store).mkdir()
+    said = refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_NATS_CLUSTER=cluster, CHATRAIL_PORT=str(free_port()))
+    assert target in said
+    assert "choose another: CHATRAIL_DATA=" in said
+
+
+def test_a_broker_of_ones_own_is_not_made_a_cluster(tmp_path: Path) -> None:
+    url = "nats://127.0.0.1:4222"
+    assert "CHATRAIL_NATS_URL" in refusal(
+        CHATRAIL_DATA=str(tmp_path), CHATRAIL_NATS_CLUSTER="1", CHATRAIL_NATS_URL=url
+    )
+
+
 def test_a_plans_file_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     plans = tmp_path / "plans.toml"
     plans.write_text("default = ")

@@ -112,6 +112,12 @@ async def test_the_command_says_what_to_do_where_there_is_no_room(
     assert "Traceback" not in said
 
 
+async def test_replicas_that_a_stream_lacks_are_asked_for_in_words(bare_js: JetStreamContext) -> None:
+    await streams.create(bare_js, max_bytes=64 * MIB)
+    with pytest.raises(Misconfigured, match="has fewer replicas \\(1\\) than CHATRAIL_STREAM_REPLICAS \\(3\\)"):
+        await streams.create(bare_js, replicas=3)
+
+
 async def run(**variables: str) -> tuple[int | None, str]:
     step = await asyncio.create_subprocess_exec(
         sys.executable,
