@@ -2,32 +2,33 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError
-from nats.errors import Error as NatsError
-from nats.js import JetStreamContext
-from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from shared.broker import BROKER_GONE, end_process
 from shared.errors import PoisonMessage
 from shared.events import Event, decode
-from shared.quarantine import Poison
-from shared.streams import STREAM
+from shared.pulling import Pulling
+from shared.quarantine import ANOTHER_BODY, Poison, alarm
 
 log = structlog.get_logger()
 
-Handler = Callable[[list[Event], list[Poison]], Awaitable[None]]
+# Commits the effect of the events, and the poison. Returns the events that contradict an earlier one of the same id.
+Handler = Callable[[list[Event], list[Poison]], Awaitable[Sequence[Event]]]
 
-# The first event is taken at once, those that come within BATCH_AGE_S of it share its transaction.
-BATCH_SIZE = 500
-BATCH_AGE_S = 0.04
-# A pull that was under way when the broker died is lost; the next one is made after this long at most.
-PULL_S = 1.0
+RETRY_FIRST_S, RETRY_MAX_S = 0.5, 10.0
+# What these say of one batch is true of every batch: the database is away, locked, full, or busy with another writer.
+DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeoutError, OSError)
+# And these say of one event that no database will ever take it.
+REJECTED = (DataError, IntegrityError)
 
 
 async def consume(nc: Client, durable: str, handle: Handler) -> None:
@@ -36,66 +37,90 @@ async def consume(nc: Client, durable: str, handle: Handler) -> None:
     A closed connection ends the process: its supervisor starts a fresh one. A durable that is gone is not noticed
     here, but by its guard (`watch_bus`).
     """
-    pulling = await nc.jetstream().pull_subscribe_bind(durable=durable, stream=STREAM)
+    pulling = Pulling(nc, durable)
+    await pulling.start()
+    failures = 0
     try:
         while True:
-            if messages := await _next_batch(pulling):
-                await _settle(messages, handle)
+            messages = await pulling.next_batch()
+            failures = 0 if await _settle(messages, handle, failures) else failures + 1
     except ConnectionClosedError:
         end_process("the connection to the broker is closed")
     finally:
-        with suppress(*BROKER_GONE):
-            # nats-py's drain would wait half a minute for messages of a pull that nobody reads any more.
-            await pulling.unsubscribe()
+        await _answer(message.nak() for message in await pulling.stop())
 
 
-async def _next_batch(pulling: JetStreamContext.PullSubscription) -> list[Msg]:
-    messages: list[Msg] = []
+class _Received(NamedTuple):
+    message: Msg
+    reading: Event | Poison
+
+
+async def _settle(messages: list[Msg], handle: Handler, failures: int) -> bool:
+    """Whether the database took them. If not, nothing else is tried for a while, longer after `failures`."""
     try:
-        messages += await pulling.fetch(1, timeout=PULL_S)
-        messages += await pulling.fetch(BATCH_SIZE - 1, timeout=BATCH_AGE_S)
-    except TimeoutError:
-        pass  # nobody used anything; or nothing more came in time to share the transaction
-    except ConnectionClosedError:
-        raise
-    except (NatsError, OSError) as error:
-        log.warning("events_not_pulled", error=repr(error))
-        await asyncio.sleep(PULL_S)
-    return messages
-
-
-async def _settle(messages: list[Msg], handle: Handler) -> None:
-    try:
-        await _apply(messages, handle)
+        again = await apply(handle, messages)
     except Exception:
-        deliveries = max(message.metadata.num_delivered or 1 for message in messages)
-        delay_s = min(30.0, 0.25 * 2**deliveries) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        delay_s = _delay_s(failures)
         log.exception("batch_failed", events=len(messages), again_in_s=round(delay_s, 2))
-        answers = [message.nak(delay=delay_s) for message in messages]
-    else:
-        answers = [message.ack() for message in messages]
-    with suppress(NatsError):  # unheard, it is delivered again, and counted once
-        for answer in answers:
-            await answer
+        await _answer(message.nak(delay=delay_s) for message in messages)
+        await asyncio.sleep(delay_s)
+        return False
+    for message in again:
+        await _answer([message.nak(delay=_delay_s((message.metadata.num_delivered or 1) - 1))])
+    if again:
+        messages = [message for message in messages if message not in again]
+    await _answer(message.ack() for message in messages)
+    return True
 
 
-async def _apply(messages: list[Msg], handle: Handler) -> None:
-    """One bad event never holds up the others: a batch that the database rejects is taken message by message."""
-    readings = [_read(message) for message in messages]
-    poison = [reading for reading in readings if isinstance(reading, Poison)]
-    events = [reading for reading in readings if not isinstance(reading, Poison)]
+async def apply(handle: Handler, messages: list[Msg]) -> list[Msg]:
+    """The messages that could not be applied; the others are committed, or in quarantine."""
+    return await _apply([_Received(message, _read(message)) for message in messages], handle)
+
+
+async def _apply(batch: list[_Received], handle: Handler) -> list[Msg]:
+    """The messages that must come again. One bad event never holds up the others: it is searched for by halves."""
+    poison = [reading for _, reading in batch if isinstance(reading, Poison)]
+    events = [reading for _, reading in batch if not isinstance(reading, Poison)]
     try:
-        await handle(events, poison)
-    except (DataError, IntegrityError) as error:
-        if len(messages) > 1:
-            for message in messages:
-                await _apply([message], handle)
-        else:
-            await handle([], [Poison(m.subject, m.data, type(error.orig).__name__) for m in messages])
+        contradicting = await handle(events, poison)
+    except DATABASE_AWAY:
+        raise
+    except Exception as error:
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            return await _apply(batch[:middle], handle) + await _apply(batch[middle:], handle)
+        ((message, reading),) = batch
+        if isinstance(error, REJECTED) and not isinstance(reading, Poison):
+            return await _apply([_Received(message, _poison(message, type(error.orig).__name__))], handle)
+        log.exception("event_failed", subject=message.subject, deliveries=message.metadata.num_delivered)
+        return [message]
+    alarm(poison)
+    if not contradicting:
+        return []
+    seconds = {id(event) for event in contradicting}
+    return await _apply(
+        [_Received(message, _poison(message, ANOTHER_BODY)) for message, reading in batch if id(reading) in seconds],
+        handle,
+    )
 
 
 def _read(message: Msg) -> Event | Poison:
     try:
         return decode(message.data)
     except PoisonMessage as problem:
-        return Poison(message.subject, message.data, str(problem))
+        return _poison(message, str(problem))
+
+
+def _poison(message: Msg, reason: str) -> Poison:
+    return Poison(message.subject, message.data, reason)
+
+
+def _delay_s(failures: int) -> float:
+    return min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+
+
+async def _answer(answers: Iterable[Awaitable[None]]) -> None:
+    for answer in answers:
+        with suppress(*BROKER_GONE):  # unheard, it is delivered again, and counted once
+            await answer

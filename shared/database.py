@@ -71,7 +71,7 @@ class UtcDateTime(TypeDecorator[datetime]):
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
         if value is None or dialect.name != "sqlite":
             return value
-        return _iso(value)
+        return iso(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         if value is None:
@@ -81,7 +81,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 @lru_cache(maxsize=1024)
-def _iso(moment: datetime) -> str:
+def iso(moment: datetime) -> str:
     """The rows of one transaction share their moments."""
     return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 

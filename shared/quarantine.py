@@ -5,11 +5,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 import structlog
+from prometheus_client import Counter
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy import Connection, LargeBinary, Text, delete, select, update
+from sqlalchemy import Connection, LargeBinary, Text, delete, make_url, select, update
 from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from sqlmodel import Field, SQLModel
 
@@ -18,6 +20,10 @@ from shared.errors import Misconfigured, PoisonMessage
 from shared.events import Event, decode
 
 log = structlog.get_logger()
+
+QUARANTINED = Counter("chatrail_quarantined", "Messages that were put into quarantine, again with each delivery")
+# The reason of an event whose id has been counted already, with other content: the first is kept.
+ANOTHER_BODY = "another body under an id that is counted already"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,48 +49,68 @@ _table = table_of(Quarantined)
 
 
 def quarantine(db: Connection, poison: Sequence[Poison]) -> None:
-    """Keep each message once, however often it is delivered, and say so in the log, without its content."""
+    """Keep each message once, however often it is delivered."""
     if not poison:
         return
     received_at = now(db)
     rows = [
         {
-            "body_sha256": hashlib.sha256(message.body).hexdigest(),
-            "subject": message.subject,
+            "body_sha256": _sha256(message),
+            "subject": _storable(message.subject),
             "body": message.body,
-            "reason": message.reason,
+            "reason": _storable(message.reason),
             "received_at": received_at,
         }
         for message in poison
     ]
     insert_new(db, _table, rows)
-    for row in rows:
-        log.error("message_quarantined", subject=row["subject"], sha256=row["body_sha256"], reason=row["reason"])
 
 
-def redrive(db: Connection, apply: Callable[[Connection, Event], object]) -> int:
+def alarm(poison: Sequence[Poison]) -> None:
+    """Say of each message that it is in quarantine, in the log and in the metrics, without its content."""
+    for message in poison:
+        QUARANTINED.inc()
+        log.error("message_quarantined", subject=message.subject, sha256=_sha256(message), reason=message.reason)
+
+
+def _sha256(message: Poison) -> str:
+    return hashlib.sha256(message.body).hexdigest()
+
+
+def _storable(text: str) -> str:
+    """The same on every database: PostgreSQL has no NUL, and none has half a surrogate pair."""
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
+Apply = Callable[[Connection, Event], Sequence[Event]]
+
+
+def redrive(db: Connection, apply: Apply) -> int:
     """Hand to `apply` every message that can be read by now, and take it out. How many those were.
 
-    What still cannot be handled stays, with the reason of today.
+    What still cannot be handled stays, with the reason of today. `apply` returns the event when it contradicts an
+    earlier one of the same id.
     """
     done = 0
     for row in db.execute(select(_table).order_by(_table.c.received_at)).all():
         which = _table.c.body_sha256 == row.body_sha256
         try:
             with db.begin_nested():
-                apply(db, decode(row.body))
+                if apply(db, decode(row.body)):
+                    raise PoisonMessage(ANOTHER_BODY)
                 db.execute(delete(_table).where(which))
             done += 1
         except (PoisonMessage, DataError, IntegrityError) as problem:
             reason = str(problem) if isinstance(problem, PoisonMessage) else type(problem.orig).__name__
-            db.execute(update(_table).where(which).values(reason=reason))
+            db.execute(update(_table).where(which).values(reason=_storable(reason)))
     return done
 
 
-def command(
-    service: str, database_url: str, apply: Callable[[Connection, Event], object], *, redriving: bool
-) -> None:
+def command(service: str, database_url: str, apply: Apply, *, redriving: bool) -> None:
     """What an operator sees of a service's quarantine: a line a message, never its content."""
+    url = make_url(database_url)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+        raise Misconfigured(f"{service} has no database yet at {url.database}")
     console = Console(highlight=False)
     database = Database(database_url)
 

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import typer
+from sqlalchemy import Connection
 
 from services.ledger import store
 from services.ledger.app import create_app
 from services.ledger.settings import Settings
 from shared.database import Database
+from shared.events import Event
 from shared.quarantine import command
 from shared.server import one_sentence
 from shared.server import serve as run
@@ -34,7 +36,11 @@ def quarantine(*, redrive: bool = False) -> None:
     """List what could not be handled; --redrive counts what can be read by now, after a fix."""
     with one_sentence("ledger"):
         settings = Settings()
-        command("ledger", settings.database_url, lambda db, event: store.record(db, [event]), redriving=redrive)
+
+        def apply(db: Connection, event: Event) -> list[Event]:
+            return store.record(db, [event]).contradicting
+
+        command("ledger", settings.database_url, apply, redriving=redrive)
 
 
 if __name__ == "__main__":

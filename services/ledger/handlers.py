@@ -31,11 +31,12 @@ class Handlers:
             Call(calls.LOGS, LogsQuery, self.logs, group_max=1, groups_max=READERS),
         )
 
-    async def on_usage(self, events: list[Event], poison: list[Poison]) -> None:
-        """Record what happened: each event once, all of a batch in one transaction."""
+    async def on_usage(self, events: list[Event], poison: list[Poison]) -> list[Event]:
+        """Record what happened: each event once, all of a batch in one transaction. Returns what contradicts."""
         recorded = await self._database.write(store.record, events, poison)
-        _count(recorded)
-        log.info("usage_recorded", received=len(events), recorded=len(recorded), quarantined=len(poison))
+        _count(recorded.new)
+        log.info("usage_recorded", received=len(events), recorded=len(recorded.new), quarantined=len(poison))
+        return recorded.contradicting
 
     async def history(self, queries: Sequence[HistoryQuery]) -> list[History]:
         """A user's days with usage, newest first."""

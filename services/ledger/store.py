@@ -6,16 +6,17 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, date
 from decimal import Decimal
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import AwareDatetime, TypeAdapter
 from sqlalchemy import BigInteger, Connection, Row, Select, cast, func, literal, select, tuple_
 
 from services.ledger.models import SubscriptionChange, Usage
 from shared.calls import Day, History, HistoryQuery, Logs, LogsQuery, Record
-from shared.database import insert_new, table_of
+from shared.database import table_of
 from shared.errors import BadCall
 from shared.events import Adjustment, Event, Generation, GenerationCompleted, SubscriptionChanged, UsageAdjusted
+from shared.once import insert_once, sorted_out
 from shared.plans import COUNTS, Counts, Plan, Plans, weighted_tokens
 from shared.quarantine import Poison, quarantine
 from shared.streams import GENERATION_COMPLETED
@@ -30,16 +31,21 @@ _NOTHING = dict.fromkeys(usage.c.keys())
 _position: TypeAdapter[tuple[AwareDatetime, str]] = TypeAdapter(tuple[AwareDatetime, str])
 
 
-def record(db: Connection, events: Sequence[Event], poison: Sequence[Poison] = ()) -> list[Event]:
-    """Keep each event once, for ever, all of them or none. Returns those that were new."""
-    # Sorted: two replicas that were handed the same events wait for each other instead of deadlocking.
-    arrived = {event.id: event for event in sorted(events, key=lambda event: event.id)}
-    used = [_usage(event) for event in arrived.values() if not isinstance(event, SubscriptionChanged)]
-    changed = [_change(event) for event in arrived.values() if isinstance(event, SubscriptionChanged)]
-    new_ids = insert_new(db, usage, used, returning="id")
-    new_ids += insert_new(db, subscription_changes, changed, returning="event_id")
+class Recorded(NamedTuple):
+    """Of the events that arrived, those that were new, and those that contradict an earlier one of the same id."""
+
+    new: list[Event]
+    contradicting: list[Event]
+
+
+def record(db: Connection, events: Sequence[Event], poison: Sequence[Poison] = ()) -> Recorded:
+    """Keep each event once, for ever, all of them or none. Of two with the same id the first stays."""
+    used = [event for event in events if not isinstance(event, SubscriptionChanged)]
+    changed = [event for event in events if isinstance(event, SubscriptionChanged)]
+    uses = sorted_out(used, insert_once(db, usage, [_usage(event) for event in used]))
+    changes = sorted_out(changed, insert_once(db, subscription_changes, [_change(event) for event in changed]))
     quarantine(db, poison)
-    return [arrived[event_id] for event_id in new_ids]
+    return Recorded(new=[*uses[0], *changes[0]], contradicting=[*uses[1], *changes[1]])
 
 
 def history(db: Connection, plans: Plans, query: HistoryQuery) -> History:
@@ -71,7 +77,8 @@ def _usage(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
 
 
 def _generation(data: Generation) -> dict[str, Any]:
-    return {**data.model_dump(exclude={"started_at"}), "created_at": data.started_at}
+    told = dict(vars(data))  # model_dump would take four times as long
+    return told | {"created_at": told.pop("started_at")}
 
 
 def _adjustment(data: Adjustment) -> dict[str, Any]:

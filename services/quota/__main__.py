@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import typer
+from sqlalchemy import Connection
 
 from services.quota import store
 from services.quota.app import create_app
 from services.quota.settings import Settings
 from shared.database import Database
+from shared.events import Event
 from shared.plans import Plans
 from shared.quarantine import command
 from shared.server import one_sentence
@@ -36,7 +38,11 @@ def quarantine(*, redrive: bool = False) -> None:
     with one_sentence("quota"):
         settings = Settings()
         plans = Plans.load(settings.plans)
-        command("quota", settings.database_url, lambda db, event: store.settle(db, plans, [event]), redriving=redrive)
+
+        def apply(db: Connection, event: Event) -> list[Event]:
+            return store.settle(db, plans, [event]).contradicting
+
+        command("quota", settings.database_url, apply, redriving=redrive)
 
 
 if __name__ == "__main__":

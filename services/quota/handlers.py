@@ -56,13 +56,17 @@ class Handlers:
         users = (standing[query.user_id] for query in queries)
         return [UsageAnswer(usage=user.usage, limits=user.limits(at)) for user in users]
 
-    async def on_usage(self, events: list[Event], poison: list[Poison]) -> None:
-        """Settle what happened: each event counted once, its hold released, in one transaction."""
+    async def on_usage(self, events: list[Event], poison: list[Poison]) -> list[Event]:
+        """Settle what happened: each event counted once, its hold released, in one transaction.
+
+        Returns what contradicts.
+        """
         settled = await self._database.write(store.settle, self._plans, events, poison)
         self._push_soon(settled.standing)
         if settled.alerts:
             self._alerts.publish_soon()
         log.info("usage_settled", received=len(events), settled=settled.events, users=len(settled.standing))
+        return settled.contradicting
 
     def _push_soon(self, user_ids: Iterable[str]) -> None:
         self._changed.update(user_ids)

@@ -42,6 +42,7 @@ from services.quota.models import Alert, Hold, PlanChange, Settlement, Subscript
 from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, ThresholdReached, UsageAdjusted, encode
+from shared.once import Outcome, insert_once, sorted_out
 from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
 
@@ -150,30 +151,45 @@ def _reserve(user: Account, request: Authorize, *, at: datetime) -> _Hold | Refu
 
 
 class Settled(NamedTuple):
-    """How many events were new, the accounts of all users that the events name, and the alerts they set off."""
+    """How many events were new, the accounts of all users that the events name, and the alerts they set off.
+
+    `contradicting` are events whose id has been counted with other content, which stays.
+    """
 
     events: int
     standing: dict[str, Account]
     alerts: list[str]
+    contradicting: list[Event]
 
 
 def settle(db: Connection, plans: Plans, events: Sequence[Event], poison: Sequence[Poison] = ()) -> Settled:
     """Count each event once, for ever; release its hold; note changed subscriptions. All of it, or nothing."""
     user_ids = {event.data.user_id for event in events}
     at = lock(db, user_ids)
-    changed = _change_subscriptions(db, [event for event in events if isinstance(event, SubscriptionChanged)])
-    generation_ids = [event.data.generation_id for event in events if isinstance(event, GenerationCompleted)]
-    released = db.execute(_release(db.dialect.name), {"generation_ids": json.dumps(generation_ids)})
-    late = {hold.generation_id for hold in released if hold.expires_at <= at}
-    arrived = {event.id: _settlement(event, late) for event in events if not isinstance(event, SubscriptionChanged)}
-    new_ids = insert_new(db, settlements, list(arrived.values()), returning="event_id")
-    new = [arrived[event_id] for event_id in new_ids]
+    changed = [event for event in events if isinstance(event, SubscriptionChanged)]
+    new_changes, contradicting = sorted_out(changed, _change_subscriptions(db, changed))
+    used = [event for event in events if not isinstance(event, SubscriptionChanged)]
+    rows = [_settlement(event) for event in used]
+    outcomes = insert_once(db, settlements, rows)
+    new_uses, others = sorted_out(used, outcomes)
+    _release_holds(db, new_uses, at)
+    new, _ = sorted_out(rows, outcomes)
     _add_to_totals(db, new)
     standing = accounts(db, plans, user_ids, at=at)
     _keep_totals(db, standing.values())
     _keep_totals_of_other_periods(db, plans, standing, new)
     quarantine(db, poison)
-    return Settled(len(new_ids) + changed, standing, _alert(db, standing.values(), at))
+    new_events = len(new_changes) + len(new_uses)
+    return Settled(new_events, standing, _alert(db, standing.values(), at), [*contradicting, *others])
+
+
+def _release_holds(db: Connection, events: Sequence[Event], at: datetime) -> None:
+    """Of events that are new: what contradicts an earlier one releases nothing."""
+    event_ids = {event.data.generation_id: event.id for event in events if isinstance(event, GenerationCompleted)}
+    released = db.execute(_release(db.dialect.name), {"generation_ids": json.dumps(list(event_ids))})
+    late = [event_ids[hold.generation_id] for hold in released if hold.expires_at <= at]
+    if late:
+        db.execute(update(settlements).where(settlements.c.event_id.in_(late)).values(is_late=True))
 
 
 def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> tuple[dict[str, Account], datetime]:
@@ -413,17 +429,16 @@ def _models_text(models: Mapping[str, Counts]) -> str:
     return json.dumps({model: astuple(counts) for model, counts in models.items()}, ensure_ascii=False)
 
 
-def _settlement(event: GenerationCompleted | UsageAdjusted, late: set[str]) -> dict[str, Any]:
+def _settlement(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
     row: dict[str, Any] = {"event_id": event.id, "user_id": event.data.user_id} | _NO_COUNTS
     if isinstance(event, GenerationCompleted):
         generation = event.data
         counts = {name: getattr(generation, name) or 0 for name in COUNTS}
-        is_late = generation.generation_id in late
-        return row | counts | {"started_at": generation.started_at, "model": generation.model, "is_late": is_late}
+        return row | counts | {"started_at": generation.started_at, "model": generation.model}
     adjustment = event.data
     topped_up = "lasting_top_up_tokens" if adjustment.outlives_period else "top_up_tokens"
     counts = {"tokens_used": adjustment.tokens_used, topped_up: adjustment.top_up_tokens}
-    return row | counts | {"started_at": adjustment.effective_at, "model": None, "is_late": False}
+    return row | counts | {"started_at": adjustment.effective_at, "model": None}
 
 
 def _add_to_totals(db: Connection, arrived: Sequence[dict[str, Any]]) -> None:
@@ -496,10 +511,10 @@ def _keep_totals_of_other_periods(
             _keep_totals(db, [user for user in latest.values() if any(s.totals != NOTHING for s in user.standings)])
 
 
-def _change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged]) -> int:
-    """Note each change once, and what all changes of its user come to. How many were new."""
-    rows = {
-        event.id: {
+def _change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged]) -> list[Outcome]:
+    """Note each change once, and what all changes of its user come to."""
+    rows = [
+        {
             "event_id": event.id,
             "user_id": event.data.user_id,
             "tier": event.data.tier,
@@ -507,12 +522,13 @@ def _change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged])
             "changed_at": event.data.changed_at,
         }
         for event in events
-    }
-    new_ids = insert_new(db, changes, list(rows.values()), returning="event_id")
-    changed = _changes_of(db, sorted({str(rows[event_id]["user_id"]) for event_id in new_ids}))
+    ]
+    outcomes = insert_once(db, changes, rows)
+    new, _ = sorted_out(events, outcomes)
+    changed = _changes_of(db, sorted({event.data.user_id for event in new}))
     come_to = {user_id: subscribed(known) for user_id, known in changed.items()}
     upsert(db, subscriptions, [{"user_id": user_id, **now._asdict()} for user_id, now in come_to.items() if now])
-    return len(new_ids)
+    return outcomes
 
 
 def _changes_of(db: Connection, user_ids: list[str]) -> defaultdict[str, list[Change]]:

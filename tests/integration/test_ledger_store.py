@@ -40,7 +40,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 
 async def record(database: Database, *events: Event) -> list[str]:
-    return [event.id for event in await database.write(store.record, events)]
+    return [event.id for event in (await database.write(store.record, events)).new]
 
 
 async def history(
@@ -415,8 +415,8 @@ async def test_what_can_be_read_after_a_fix_is_recorded_and_leaves_the_quarantin
     poison = [Poison("generation.completed", body, "a mistake of last week") for body in (encode(fixed), broken)]
     await database.write(store.record, [], poison)
 
-    def apply(db: Connection, event: Event) -> object:
-        return store.record(db, [event])
+    def apply(db: Connection, event: Event) -> list[Event]:
+        return store.record(db, [event]).contradicting
 
     assert await database.write(redrive, apply) == 1
     assert [record.id for record in await all_records(database)] == [fixed.id]

@@ -606,7 +606,8 @@ async def test_poison_is_kept_with_the_batch_it_came_in(quota: Quota, database: 
 
 
 async def test_a_batch_is_settled_whole_or_not_at_all(quota: Quota) -> None:
-    unstorable = spent(1).model_copy(update={"id": None})
+    good = spent(1)
+    unstorable = good.model_copy(update={"data": good.data.model_copy(update={"started_at": None})})
     with pytest.raises(DatabaseError):
         await quota.settle(spent(8_094), subscription_changed(tier="daily"), unstorable)
     account = await quota.account()

@@ -1,0 +1,116 @@
+"""Rows that count once: many inserted at the price of few, and what each of those came to that were there before."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic_core import to_json
+from sqlalchemy import JSON, Connection, Date, Table, select
+from sqlalchemy.dialects import postgresql
+
+from shared.database import Rows, UtcDateTime, is_sqlite, iso
+
+Item = TypeVar("Item")
+_POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
+
+
+class Outcome(Enum):
+    """What became of a row whose primary key decides whether it is new."""
+
+    NEW = "new"
+    REPEATED = "repeated"
+    # The key is there with other values, which stay.
+    CONTRADICTING = "contradicting"
+
+
+def insert_once(db: Connection, table: Table, rows: Rows) -> list[Outcome]:
+    """Insert each row whose key, one column of text, is new; of several with the same key, the first.
+
+    The rows name the same columns; values are what JSON has, and moments. What a row does not name may differ.
+    """
+    if not rows:
+        return []
+    key = _key(table)
+    firsts: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        firsts.setdefault(row[key], row)
+    # Sorted: two replicas that were handed the same rows wait for each other instead of deadlocking.
+    insert = _insert_into_sqlite if is_sqlite(db) else _insert_into_postgresql
+    new = insert(db, table, [firsts[value] for value in sorted(firsts)])
+    if len(new) == len(rows):
+        return [Outcome.NEW] * len(rows)
+    known = select(table).where(table.c[key].in_(firsts.keys() - new))
+    there = firsts | {row[key]: dict(row) for row in db.execute(known).mappings()}
+    return [_outcome(row, there[row[key]], is_new=row[key] in new) for row in rows]
+
+
+def sorted_out(items: Sequence[Item], outcomes: Sequence[Outcome]) -> tuple[list[Item], list[Item]]:
+    """Those that were new, and those that contradict an earlier one."""
+    told = list(zip(items, outcomes, strict=True))
+    new = [item for item, outcome in told if outcome is Outcome.NEW]
+    return new, [item for item, outcome in told if outcome is Outcome.CONTRADICTING]
+
+
+def _outcome(row: Mapping[str, Any], there: Mapping[str, Any], *, is_new: bool) -> Outcome:
+    if is_new and row is there:
+        return Outcome.NEW
+    is_same = all(there[name] == value for name, value in row.items())
+    return Outcome.REPEATED if is_same else Outcome.CONTRADICTING
+
+
+def _key(table: Table) -> str:
+    (column,) = table.primary_key
+    return str(column.name)
+
+
+def _insert_into_sqlite(db: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    # Nobody else writes meanwhile. RETURNING would cost a statement a row, or one with a parameter for each value.
+    columns = tuple(rows[0])
+    find, insert = _sqlite_statements(table, columns)
+    key = _key(table)
+    known = set(db.exec_driver_sql(find, (json.dumps([row[key] for row in rows]),)).scalars())
+    arriving = [row for row in rows if row[key] not in known] if known else rows
+    if arriving:
+        values = [_sqlite_column(table, name, [row[name] for row in arriving]) for name in columns]
+        db.exec_driver_sql(insert, list(zip(*values, strict=True)))
+    return {row[key] for row in arriving}
+
+
+@cache
+def _sqlite_statements(table: Table, columns: tuple[str, ...]) -> tuple[str, str]:
+    key, names = _key(table), ", ".join(f'"{name}"' for name in columns)
+    listed = f'SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM "{table.name}" WHERE "{key}" = value)'  # noqa: S608
+    return listed, f'INSERT INTO "{table.name}" ({names}) VALUES ({", ".join("?" * len(columns))})'  # noqa: S608
+
+
+def _sqlite_column(table: Table, name: str, values: list[Any]) -> Iterable[Any]:
+    """As SQLAlchemy writes them, without asking it about each."""
+    kind = table.c[name].type
+    if isinstance(kind, UtcDateTime):
+        return [None if value is None else iso(value) for value in values]
+    if isinstance(kind, Date):
+        return [None if value is None else value.isoformat() for value in values]
+    if isinstance(kind, JSON):
+        return [json.dumps(value) for value in values]
+    return values
+
+
+def _insert_into_postgresql(db: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    # A JSON array a column costs this process a tenth of a parameter a value, and the server less than JSON objects.
+    columns = tuple(rows[0])
+    arrays = [to_json([row[name] for row in rows]).decode() for name in columns]
+    return set(db.exec_driver_sql(_postgresql_statement(table, columns), tuple(arrays)).scalars())
+
+
+@cache
+def _postgresql_statement(table: Table, columns: tuple[str, ...]) -> str:
+    names = ", ".join(f'"{name}"' for name in columns)
+    types = [table.c[name].type.compile(_POSTGRESQL) for name in columns]
+    values = ", ".join(f'CAST("{name}" AS {kind})' for name, kind in zip(columns, types, strict=True))
+    arrays = ", ".join(["json_array_elements_text(CAST(%s AS json))"] * len(columns))
+    return (
+        f'INSERT INTO "{table.name}" ({names}) SELECT {values} FROM ROWS FROM ({arrays}) AS arrived ({names})'  # noqa: S608
+        f' ON CONFLICT DO NOTHING RETURNING "{_key(table)}"'
+    )
