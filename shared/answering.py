@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -15,7 +16,8 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.broker import BROKER_GONE, ERROR, ERROR_CODE, close, connect_options
-from shared.consumer import Handler, consume
+from shared.catchup import catch_up, keep_position
+from shared.consumer import Handler, apply, consume
 from shared.database import Database
 from shared.errors import BadCall, Unavailable
 from shared.guards import agree_on_bus, bus_missing, essential, watch_bus
@@ -145,16 +147,21 @@ class _Line:
 
 @asynccontextmanager
 async def running(
-    nc: Client, url: str, durable: str, *, calls: Sequence[Call], handle: Handler
+    nc: Client, url: str, durable: str, database: Database, *, calls: Sequence[Call], handle: Handler
 ) -> AsyncIterator[None]:
-    """Calls answered, events handled, on a bus that was checked first. Raises Misconfigured when it is not ours."""
+    """Calls answered, events handled, on a bus that was checked first, and a database that has all it should have.
+
+    Raises Misconfigured when the bus is not ours.
+    """
     await nc.connect(pending_size=0, **connect_options(url, durable))
     await agree_on_bus(nc, durable)
+    await catch_up(nc, durable, database, partial(apply, handle))
     answering = Answering(nc, calls)
     await answering.start()
     tasks = [
         essential(asyncio.create_task(consume(nc, durable, handle), name="the consumer")),
         essential(asyncio.create_task(watch_bus(nc, durable), name="the guard of the bus")),
+        essential(asyncio.create_task(keep_position(nc, durable, database), name="the guard of the database")),
     ]
     try:
         yield

@@ -25,8 +25,9 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        bus = running(nc, settings.nats_url, streams.LEDGER, calls=handlers.calls, handle=handlers.on_usage)
-        async with bus:
+        async with running(
+            nc, settings.nats_url, streams.LEDGER, database, calls=handlers.calls, handle=handlers.on_usage
+        ):
             yield
         await database.close()
 

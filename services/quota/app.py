@@ -44,8 +44,9 @@ def create_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        bus = running(nc, settings.nats_url, streams.QUOTA, calls=handlers.calls, handle=handlers.on_usage)
-        async with bus:
+        async with running(
+            nc, settings.nats_url, streams.QUOTA, database, calls=handlers.calls, handle=handlers.on_usage
+        ):
             looking_after = asyncio.create_task(look_after())
             yield
             looking_after.cancel()

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, AsyncExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -352,9 +352,8 @@ async def test_expired_holds_are_reported_once_also_after_the_database_was_away(
         return [line["generation_id"] for line in logs if line["event"] == "hold_expired"]
 
     with capture_logs() as logs:
-        async with AsyncExitStack() as stack:
+        async with another.router.lifespan_context(another):
             with away:
-                await stack.enter_async_context(another.router.lifespan_context(another))
                 await eventually(failed)
             told = await eventually(reported)
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nats.aio.msg import Msg
 from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from sqlalchemy import Row, create_engine, make_url, text
@@ -18,7 +19,7 @@ from sqlalchemy import Row, create_engine, make_url, text
 from shared.broker import connect
 from shared.errors import PoisonMessage
 from shared.events import Event, decode
-from shared.streams import STREAM
+from shared.streams import LEDGER_SEALED, STREAM
 from tests.faults.machine.log import Line, read
 from tests.faults.machine.places import Places
 
@@ -123,22 +124,20 @@ def gather(places: Places) -> Evidence:
 
 
 async def _stream(url: str) -> list[bytes]:
-    """Every message, from the first to what was the last when we began."""
+    """Every event, from the first to what was the last when we began. Seals count nothing."""
     nats = await connect(url, name="checker")
     try:
         js = nats.jetstream()
         left = (await js.stream_info(STREAM)).state.messages
         config = ConsumerConfig(deliver_policy=DeliverPolicy.ALL, ack_policy=AckPolicy.NONE, inactive_threshold=60)
         pulling = await js.pull_subscribe("", stream=STREAM, config=config)
-        bodies: list[bytes] = []
-        while len(bodies) < left:
+        messages: list[Msg] = []
+        while len(messages) < left:
             try:
-                bodies += [
-                    message.data for message in await pulling.fetch(min(FETCH, left - len(bodies)), timeout=10)
-                ]
+                messages += await pulling.fetch(min(FETCH, left - len(messages)), timeout=10)
             except NatsTimeoutError:
-                raise RuntimeError(f"the stream gave {len(bodies)} of {left} messages") from None
-        return bodies
+                raise RuntimeError(f"the stream gave {len(messages)} of {left} messages") from None
+        return [message.data for message in messages if message.subject != LEDGER_SEALED]
     finally:
         await nats.close()
 

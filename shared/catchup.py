@@ -1,0 +1,147 @@
+"""A database that was put back from an older copy, or lost: it reads again what its durable has acknowledged.
+
+A durable never delivers again what was acknowledged, whatever became of the effect. So the database itself keeps how
+far the durable had come; what lies between that and where the durable is now is read from the stream once more, and
+counted once.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from sqlalchemy import BigInteger, Connection, Text, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlmodel import Field, SQLModel
+
+from shared.broker import end_process
+from shared.database import Database, UtcDateTime, table_of, upsert
+from shared.errors import Unavailable
+from shared.streams import STREAM
+
+log = structlog.get_logger()
+
+# Applies messages, all of them or none. Returns those that it could not apply.
+Apply = Callable[[list[Msg]], Awaitable[Sequence[Msg]]]
+
+# What every start reads again is what came within this, and it is what a copy must be older than to be recognised.
+NOTE_EVERY_S = 3.0
+RETRY_S = 1.0
+BATCH_SIZE = 500
+FETCH_S = 5.0
+
+
+class Position(SQLModel, table=True):
+    """Up to `acknowledged` of the stream that was made at `stream_created`, this database has everything."""
+
+    __tablename__ = "stream_position"
+
+    durable: str = Field(primary_key=True, sa_type=Text)
+    stream_created: datetime = Field(sa_type=UtcDateTime)
+    acknowledged: int = Field(sa_type=BigInteger)
+    # It only grows: a database in which it is smaller than it was is another one.
+    notes: int = Field(sa_type=BigInteger)
+
+
+_table = table_of(Position)
+
+
+class Restored(Exception):
+    """The database is an older copy of what it was a moment ago."""
+
+
+async def catch_up(nc: Client, durable: str, database: Database, apply: Apply) -> None:
+    """Returns once the database has all that the durable has acknowledged. To be called before anything is answered.
+
+    Waits for as long as the stream or the database cannot be had.
+    """
+    while True:
+        try:
+            return await _catch_up(nc, durable, database, apply)
+        except (Unavailable, SQLAlchemyError, OSError) as error:
+            log.warning("not_caught_up", durable=durable, error=repr(error))
+            await asyncio.sleep(RETRY_S)
+
+
+async def _catch_up(nc: Client, durable: str, database: Database, apply: Apply) -> None:
+    created, acknowledged = await _reached(nc, durable)
+    kept = await database.read(_kept, durable)
+    # A stream that was made anew counts from the beginning, and so does one that was cut back.
+    known = kept.acknowledged if kept and kept.stream_created == created else 0
+    after = known if known <= acknowledged else 0
+    if after < acknowledged:
+        log.info("reading_again", durable=durable, after=after, up_to=acknowledged)
+        await _read_again(nc, after, acknowledged, apply)
+    await database.write(_note, durable, created, acknowledged)
+
+
+async def keep_position(nc: Client, durable: str, database: Database) -> None:
+    """Note how far the durable has come, for ever. An older copy that was put in place under us ends the process."""
+    notes = 0
+    while True:
+        try:
+            # Asked first, noted afterwards: what is acknowledged by now is committed.
+            created, acknowledged = await _reached(nc, durable)
+            notes = await database.write(_note, durable, created, acknowledged, at_least=notes)
+        except Restored:
+            return end_process("the database is an older copy: what it has not is read again")
+        except (Unavailable, SQLAlchemyError, OSError) as error:
+            log.warning("position_not_noted", durable=durable, error=repr(error))
+        await asyncio.sleep(NOTE_EVERY_S)
+
+
+async def _reached(nc: Client, durable: str) -> tuple[datetime, int]:
+    """When the stream was made, and up to where the durable has acknowledged all of it."""
+    js = nc.jetstream()
+    try:
+        stream, consumer = await js.stream_info(STREAM), await js.consumer_info(STREAM, durable)
+    except (NatsError, OSError) as error:
+        raise Unavailable(f"The stream {STREAM} cannot be asked: {error!r}") from error
+    if stream.created is None:
+        raise Unavailable(f"The broker does not say when the stream {STREAM} was made.")
+    # After a power cut a durable may be ahead of its stream.
+    acknowledged = consumer.ack_floor.stream_seq if consumer.ack_floor else 0
+    return stream.created, min(acknowledged, stream.state.last_seq)
+
+
+async def _read_again(nc: Client, after: int, up_to: int, apply: Apply) -> None:
+    """Through a consumer that is gone with this process."""
+    js = nc.jetstream()
+    config = ConsumerConfig(
+        deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+        opt_start_seq=after + 1,
+        ack_policy=AckPolicy.NONE,
+        inactive_threshold=30,
+        mem_storage=True,
+        num_replicas=1,
+    )
+    try:
+        pulling = await js.pull_subscribe("", stream=STREAM, config=config)
+        while after < up_to:
+            messages = await pulling.fetch(min(BATCH_SIZE, up_to - after), timeout=FETCH_S)
+            if again := await apply(messages):
+                raise Unavailable(f"{len(again)} events cannot be applied")
+            after = messages[-1].metadata.sequence.stream
+        await pulling.unsubscribe()
+    except (NatsError, OSError) as error:
+        raise Unavailable(f"The stream {STREAM} cannot be read: {error!r}") from error
+
+
+def _kept(db: Connection, durable: str) -> Position | None:
+    row = db.execute(select(_table).where(_table.c.durable == durable)).one_or_none()
+    return Position(**row._mapping) if row else None
+
+
+def _note(db: Connection, durable: str, created: datetime, acknowledged: int, *, at_least: int = 0) -> int:
+    """How often it was noted by now. Raises Restored when that is less often than was seen before."""
+    kept = _kept(db, durable)
+    notes = kept.notes if kept else 0
+    if notes < at_least:
+        raise Restored
+    row = {"durable": durable, "stream_created": created, "acknowledged": acknowledged, "notes": notes + 1}
+    upsert(db, _table, [row])
+    return notes + 1
