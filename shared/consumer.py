@@ -18,6 +18,7 @@ from shared.errors import PoisonMessage
 from shared.events import Event, decode
 from shared.pulling import Pulling
 from shared.quarantine import ANOTHER_BODY, Poison, alarm
+from shared.streams import LEDGER_SEALED
 
 log = structlog.get_logger()
 
@@ -74,8 +75,9 @@ async def _settle(messages: list[Msg], handle: Handler, failures: int) -> bool:
 
 
 async def apply(handle: Handler, messages: list[Msg]) -> list[Msg]:
-    """The messages that could not be applied; the others are committed, or in quarantine."""
-    return await _apply([_Received(message, _read(message)) for message in messages], handle)
+    """The messages that could not be applied; others are committed, in quarantine, or seals, which change nothing."""
+    batch = [_Received(message, _read(message)) for message in messages if message.subject != LEDGER_SEALED]
+    return await _apply(batch, handle) if batch else []
 
 
 async def _apply(batch: list[_Received], handle: Handler) -> list[Msg]:

@@ -4,6 +4,8 @@
     subscription.changed   from now on a user has another plan
     usage.adjusted         a correction, signed, or a top-up, with a reason and an actor
 
+    ledger.sealed          all messages up to here have this root: a change of any of them is found
+
     quota.threshold.reached (on a stream of its own) tells that a user has used so much of a limit.
 
 `id` is a UUIDv7 made by our server and is the idempotency key everywhere, for ever; `subject` is the user.
@@ -172,6 +174,20 @@ class Threshold(Contract):
     reached_at: Moment
 
 
+class Seal(Contract):
+    """The head of the Merkle tree (RFC 9162) over the bodies of the stream's first `tree_size` messages, in order.
+
+    `signature` (Ed25519, base64) is of the checkpoint that services/ledger/checkpoint.py describes, made with the key
+    that `key_id` tells (eight hex digits); both are null where the ledger has no key.
+    """
+
+    tree_size: Annotated[int, Field(ge=1, strict=True)]
+    root_hash: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    sealed_at: Moment
+    signature: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{86}==$")] | None = None
+    key_id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}$")] | None = None
+
+
 class CloudEvent(Contract):
     """The envelope (CloudEvents 1.0, structured mode)."""
 
@@ -185,7 +201,7 @@ class CloudEvent(Contract):
     @model_validator(mode="after")
     def _the_subject_is_the_user(self) -> "CloudEvent":
         data: Any = getattr(self, "data", None)
-        if data is not None and data.user_id != self.subject:
+        if hasattr(data, "user_id") and data.user_id != self.subject:
             raise ValueError("subject must be the user that data.user_id names")
         return self
 
@@ -225,6 +241,16 @@ class ThresholdReached(CloudEvent):
     data: Threshold
 
 
+class LedgerSealed(CloudEvent):
+    """About the record itself and of no user: consumers pass it over, whoever checks the record reads it."""
+
+    type: Literal["ledger.sealed"] = "ledger.sealed"
+    dataschema: Literal["urn:chatrail:ledger.sealed:1"] = "urn:chatrail:ledger.sealed:1"
+    source: Name = "/chatrail/ledger"
+    subject: Literal["ledger"] = "ledger"
+    data: Seal
+
+
 Event = GenerationCompleted | SubscriptionChanged | UsageAdjusted
 # What an event must say of itself. A default is for those who make one: read with it, an event without
 # an id would get another id, and be counted again, at each delivery.
@@ -248,3 +274,11 @@ def decode(body: bytes) -> Event:
     if missing := [name for name in REQUIRED if name not in event.model_fields_set]:
         raise PoisonMessage(f"{', '.join(missing)}: Field required")
     return event
+
+
+def decode_seal(body: bytes) -> LedgerSealed:
+    """Raises PoisonMessage when it is none of ours."""
+    try:
+        return LedgerSealed.model_validate_json(body)
+    except ValidationError as error:
+        raise PoisonMessage(in_words(error)) from None

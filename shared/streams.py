@@ -35,6 +35,8 @@ SUBSCRIPTION_CHANGED = "subscription.changed"
 USAGE_ADJUSTED = "usage.adjusted"
 # A family of its own: the key of an adjustment never meets that of a report.
 KEYED_USAGE_ADJUSTED = "usage.adjusted.keyed"
+# The record's own tamper evidence: ledger and quota pass it over, no total depends on it.
+LEDGER_SEALED = "ledger.sealed"
 
 THRESHOLD_REACHED = "quota.threshold.reached"
 
@@ -70,7 +72,14 @@ def keyed_adjustment(key_digest: str) -> str:
 # File storage, never expiring, never silently dropping: at max_bytes the publisher is told, and keeps its outbox.
 USAGE_STREAM = StreamConfig(
     name=STREAM,
-    subjects=[GENERATION_COMPLETED, keyed("*"), SUBSCRIPTION_CHANGED, USAGE_ADJUSTED, keyed_adjustment("*")],
+    subjects=[
+        GENERATION_COMPLETED,
+        keyed("*"),
+        SUBSCRIPTION_CHANGED,
+        USAGE_ADJUSTED,
+        keyed_adjustment("*"),
+        LEDGER_SEALED,
+    ],
     storage=StorageType.FILE,
     retention=RetentionPolicy.LIMITS,
     discard=DiscardPolicy.NEW,

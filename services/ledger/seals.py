@@ -1,4 +1,4 @@
-"""What the ledger keeps so that a change of the record is found: a leaf for each message, and sealed heads of the tree.
+"""Kept so that a change of the record is found: a leaf for each message, and sealed heads of the tree over them.
 
 Leaf i of the tree (RFC 9162) is the body of the message with stream sequence i + 1. An audit that reads the stream in
 order hands what it reads to `Seals` and gets what differs:
