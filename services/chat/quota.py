@@ -87,7 +87,10 @@ class Quota:
                 answer = await call(self._nc, calls.AUTHORIZE, request)
             except Unanswered as error:
                 unanswered = error
-                answer = await call(self._nc, calls.AUTHORIZE, request, timeout_s=REPEAT_TIMEOUT_S)
+                try:
+                    answer = await call(self._nc, calls.AUTHORIZE, request, timeout_s=REPEAT_TIMEOUT_S)
+                except Unavailable as given_up:  # the broker is gone, say: the first question was heard all the same
+                    raise given_up from unanswered
             return authorization.validate_json(answer)
 
         async def ask_for_what_fits(is_crowded: bool = False) -> Granted | Refused:

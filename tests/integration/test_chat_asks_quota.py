@@ -84,3 +84,13 @@ async def test_a_refusal_says_whether_an_earlier_question_may_still_be_granted(
         await Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
     assert refused.value.status == 429
     assert isinstance(refused.value.__cause__, Unanswered) != first_is_answered
+
+
+async def test_who_cannot_be_asked_again_may_still_grant_the_question_before(nats: Client, claude: Claude) -> None:
+    async def hear_one(_message: Msg) -> None:
+        await quota_hears.unsubscribe()
+
+    quota_hears = await nats.subscribe(calls.AUTHORIZE, cb=hear_one)
+    with pytest.raises(Unavailable) as refused:
+        await Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
+    assert isinstance(refused.value.__cause__, Unanswered)
