@@ -1,0 +1,123 @@
+"""Runs a module of ours in a process that kills itself at a step. The services know nothing of it.
+
+    CHATRAIL_CRASH_AT="after services.chat.outbox:Outbox.settle" python -m tests.faults.failpoints services.chat serve
+
+    before MODULE:FUNCTION       when it is called
+    after MODULE:FUNCTION#3      when it returns for the third time
+    within MODULE:FUNCTION#2     after the second SQL statement on the connection that it is called with
+
+The end is a SIGKILL: nothing is written, sent or said after it.
+"""
+
+import functools
+import gc
+import importlib
+import inspect
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, event
+
+CRASH_AT = "CHATRAIL_CRASH_AT"
+_STEP = re.compile(r"(before|after|within) ([\w.]+):([\w.]+)(?:#(\d+))?")
+_ENTRY_POINTS = [f"services.{service}.app" for service in ("chat", "ledger", "quota")]
+
+
+class Countdown:
+    """The process's death, when it has been called so often."""
+
+    def __init__(self, times: int) -> None:
+        self._left = times
+
+    def __call__(self, *_: object) -> None:
+        self._left -= 1
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(step: str) -> None:
+    """From now on this process dies at the step. Raises where there is no such step."""
+    match = _STEP.fullmatch(step)
+    if not match:
+        raise ValueError(f"{CRASH_AT} is {step!r}; it should read like 'after services.chat.outbox:Outbox.settle#2'")
+    when, module, path, times = match.groups(default="1")
+    owner: Any = importlib.import_module(module)
+    *classes, name = path.split(".")
+    for each in classes:
+        owner = getattr(owner, each)
+    setattr(owner, name, _dying(getattr(owner, name), when, Countdown(int(times))))
+
+
+def _dying(function: Callable[..., Any], when: str, die: Countdown) -> Callable[..., Any]:
+    if when == "within":
+
+        @functools.wraps(function)
+        def in_transaction(db: Connection, *args: Any, **kw: Any) -> Any:
+            event.listen(db, "after_cursor_execute", die)
+            return function(db, *args, **kw)
+
+        return in_transaction
+
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def awaited(*args: Any, **kw: Any) -> Any:
+            if when == "before":
+                die()
+            result = await function(*args, **kw)
+            if when == "after":
+                die()
+            return result
+
+        return awaited
+
+    @functools.wraps(function)
+    def called(*args: Any, **kw: Any) -> Any:
+        if when == "before":
+            die()
+        result = function(*args, **kw)
+        if when == "after":
+            die()
+        return result
+
+    return called
+
+
+def run(module: str, arguments: Sequence[str]) -> None:
+    """As `python -m module`, armed with the step that the environment names."""
+    if step := os.environ.get(CRASH_AT):
+        arm(step)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def forked(module: str, environment: Mapping[str, str], log: Path, *, crash_at: str | None) -> ForkServerProcess:
+    """The same, started within a moment: from a process that has imported our services, and nothing more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_ENTRY_POINTS)
+    step = {CRASH_AT: crash_at} if crash_at else {}
+    process = context.Process(target=_serve, args=(module, {**environment, **step}, log))
+    process.start()
+    return process
+
+
+def _serve(module: str, environment: Mapping[str, str], log: Path) -> None:
+    gc.freeze()  # or each process would copy all that it shares with the others
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    run(module, ["serve"])
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2:])
