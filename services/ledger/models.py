@@ -3,7 +3,7 @@
 import datetime as dt
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Column, Index, Text
+from sqlalchemy import JSON, BigInteger, Column, Index, LargeBinary, Text
 from sqlmodel import Field, SQLModel
 
 from shared.database import UtcDateTime
@@ -53,3 +53,28 @@ class SubscriptionChange(SQLModel, table=True):
     tier: str = Field(sa_type=Text)
     changed_at: dt.datetime = Field(sa_type=UtcDateTime)
     actor: str = Field(sa_type=Text)
+
+
+class Leaf(SQLModel, table=True):
+    """The hash of one message of the stream as it was when the ledger had handled it. Never changed, never deleted."""
+
+    __tablename__ = "leaves"
+
+    stream_sequence: int = Field(primary_key=True, sa_type=BigInteger)
+    # Null where the message is no event.
+    event_id: str | None = Field(sa_type=Text)
+    leaf_hash: bytes = Field(sa_type=LargeBinary)
+
+
+class Seal(SQLModel, table=True):
+    """The head of the Merkle tree over the first `tree_size` leaves. Never changed, never deleted."""
+
+    __tablename__ = "seals"
+
+    tree_size: int = Field(primary_key=True, sa_type=BigInteger)
+    root_hash: bytes = Field(sa_type=LargeBinary)
+    # The roots of its full subtrees, largest first, 32 bytes each: what is needed to go on from here.
+    subtrees: bytes = Field(sa_type=LargeBinary)
+    sealed_at: dt.datetime = Field(sa_type=UtcDateTime)
+    signature: bytes | None = Field(sa_type=LargeBinary)
+    key_id: str | None = Field(sa_type=Text)
