@@ -42,8 +42,8 @@ def record(db: Connection, events: Sequence[Event], poison: Sequence[Poison] = (
     """Keep each event once, for ever, all of them or none. Of two with the same id the first stays."""
     used = [event for event in events if not isinstance(event, SubscriptionChanged)]
     changed = [event for event in events if isinstance(event, SubscriptionChanged)]
-    uses = sorted_out(used, insert_once(db, usage, [_usage(event) for event in used]))
-    changes = sorted_out(changed, insert_once(db, subscription_changes, [_change(event) for event in changed]))
+    uses = sorted_out(used, insert_once(db, usage, [usage_row(event) for event in used]))
+    changes = sorted_out(changed, insert_once(db, subscription_changes, [change_row(event) for event in changed]))
     quarantine(db, poison)
     return Recorded(new=[*uses[0], *changes[0]], contradicting=[*uses[1], *changes[1]])
 
@@ -70,7 +70,7 @@ def logs(db: Connection, query: LogsQuery) -> Logs:
     return Logs(records=records, next_cursor=_cursor(records[-1]) if len(records) < len(found) else None)
 
 
-def _usage(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
+def usage_row(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
     told = _generation(event.data) if isinstance(event, GenerationCompleted) else _adjustment(event.data)
     usage_date = told["created_at"].astimezone(UTC).date()
     return _NOTHING | told | {"id": event.id, "event_type": event.type, "usage_date": usage_date}
@@ -94,7 +94,7 @@ def _adjustment(data: Adjustment) -> dict[str, Any]:
     }
 
 
-def _change(event: SubscriptionChanged) -> dict[str, Any]:
+def change_row(event: SubscriptionChanged) -> dict[str, Any]:
     return {"event_id": event.id, **event.data.model_dump(exclude={"time_zone"})}
 
 
