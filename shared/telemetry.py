@@ -5,7 +5,8 @@ import json
 import logging
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -22,6 +23,18 @@ LOOK_TIMEOUT_S = 1.8
 PART_TIMEOUT_S = 1.5
 
 
+class _Output:
+    """Standard output as far as it goes: a disk that is full takes no line, and must not take the service along."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stdout.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stdout.flush()
+
+
 def configure_logging(service: str) -> None:
     """JSON lines for our own events and for what libraries log from WARNING up."""
     shared: list[Any] = [
@@ -33,7 +46,7 @@ def configure_logging(service: str) -> None:
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer(serializer=json.dumps)],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stdout),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Output())),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
