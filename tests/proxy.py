@@ -10,8 +10,14 @@ from typing import Literal
 # pass       bytes go through
 # cut        every connection is reset, and so is each new one
 # half_open  connections stay open and can be opened, and whatever either side sends is swallowed, its end included
+# deaf       half-open one way: the server hears nothing, and the client hears it speak
+# mute       half-open one way: the server hears, and is not heard
 # slow       each chunk is held back for `delay_s`, each way
-Mode = Literal["pass", "cut", "half_open", "slow"]
+Mode = Literal["pass", "cut", "half_open", "deaf", "mute", "slow"]
+SWALLOWING: dict[str, frozenset[Mode]] = {
+    "up": frozenset(["half_open", "deaf"]),
+    "down": frozenset(["half_open", "mute"]),
+}
 
 CHUNK_BYTES = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)
@@ -51,7 +57,7 @@ class Proxy:
     def set(self, mode: Mode) -> None:
         self.mode = mode
         for link in list(self._links):
-            if mode == "cut" or (mode != "half_open" and link.has_lost_bytes):
+            if mode == "cut" or (mode in ("pass", "slow") and link.has_lost_bytes):
                 link.reset()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -84,8 +90,8 @@ class _Link:
         server, server_writer = await opening
         self._writers.append(server_writer)
         self.pumps = [
-            asyncio.create_task(self._pump(client, server_writer)),
-            asyncio.create_task(self._pump(server, self._writers[0])),
+            asyncio.create_task(self._pump("up", client, server_writer)),
+            asyncio.create_task(self._pump("down", server, self._writers[0])),
         ]
         await asyncio.wait(self.pumps, return_when=asyncio.FIRST_EXCEPTION)
         self.reset()
@@ -93,7 +99,7 @@ class _Link:
 
     async def swallow(self, client: asyncio.StreamReader) -> None:
         self.has_lost_bytes = True
-        self.pumps = [asyncio.create_task(self._pump(client, None))]
+        self.pumps = [asyncio.create_task(self._pump("up", client, None))]
         await asyncio.gather(*self.pumps, return_exceptions=True)
 
     def reset(self) -> None:
@@ -103,16 +109,16 @@ class _Link:
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter | None) -> None:
+    async def _pump(self, direction: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter | None) -> None:
         while chunk := await reader.read(CHUNK_BYTES):
             if self._proxy.mode == "slow":
                 await asyncio.sleep(self._proxy.delay_s)
-            if writer is None or self._proxy.mode == "half_open":
+            if writer is None or self._proxy.mode in SWALLOWING[direction]:
                 self.has_lost_bytes = True
             else:
                 writer.write(chunk)
                 await writer.drain()
-        if self._proxy.mode == "half_open":
+        if self._proxy.mode in SWALLOWING[direction]:
             self.has_lost_bytes = True  # nobody is told of the end
         elif writer is not None and not writer.is_closing():
             writer.write_eof()

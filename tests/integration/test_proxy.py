@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.fixtures import eventually
-from tests.proxy import Proxy
+from tests.proxy import Mode, Proxy
 
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -80,6 +80,29 @@ async def test_a_half_open_link_swallows_bytes_without_a_word_and_is_never_heale
             await ends[0].read()
     assert await returned(unharmed, b"c") == b"c"
     unharmed[1].close()
+
+
+@pytest.mark.parametrize(("mode", "arrives"), [("deaf", b""), ("mute", b"b")])
+async def test_a_link_that_is_half_open_one_way_swallows_only_that_way(mode: Mode, arrives: bytes) -> None:
+    heard = bytearray()
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(1024):
+            heard.extend(chunk)
+            writer.write(b"an answer")
+        writer.close()
+
+    server = await asyncio.start_server(hear, "127.0.0.1", 0)
+    async with server, Proxy("127.0.0.1", server.sockets[0].getsockname()[1]) as proxy:
+        opened = await connected(proxy)
+        assert await returned(opened, b"a") == b"an answer"
+        heard.clear()
+        proxy.set(mode)
+        assert await returned(opened, b"b") == b"-"
+        assert heard == arrives
+        proxy.set("pass")
+        with pytest.raises(ConnectionResetError):
+            await opened[0].read()
 
 
 async def test_a_slow_link_holds_every_chunk_back_each_way(proxy: Proxy) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from tests.faults.machine.load import Load
 from tests.faults.machine.schedule import Fault
 from tests.faults.machine.system import NotInTime, Service, System
+from tests.proxy import Mode
 
 READY_AT_FIRST_S = 60.0
 # After the last fault, every service must be ready within this; then the rest of the work must be done within that.
@@ -64,11 +65,11 @@ class Run:
             case "stop":
                 system.parts[fault.target].signal(signal.SIGSTOP)
             case "cut":
-                system.links[fault.target].cut()
+                system.links[fault.target].set("cut")
             case "half-open":
-                system.links[fault.target].half_open(cast(Any, fault.detail))
+                system.links[fault.target].set(cast(Mode, fault.detail))
             case "slow":
-                system.links[fault.target].slow(delay_s=0.1, bytes_per_s=200_000)
+                system.links[fault.target].set("slow")
             case "full disk":
                 await asyncio.to_thread(system.fill_disk)
             case "delete consumer":
@@ -82,7 +83,7 @@ class Run:
             case "stop":
                 system.parts[fault.target].signal(signal.SIGCONT)
             case "cut" | "half-open" | "slow":
-                system.links[fault.target].heal()
+                system.links[fault.target].set("pass")
             case "full disk":
                 system.free_disk()
             case "delete consumer":

@@ -58,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """From `begins_s` after the load's start, for `lasts_s`. A detail says how: the direction of a half-open link."""
+    """From `begins_s` after the load's start, for `lasts_s`. A detail says how: which way a link is half-open."""
 
     begins_s: float
     lasts_s: float
@@ -98,7 +98,7 @@ def schedule(seed: int, duration_s: float, shape: Shape, kinds: tuple[Kind, ...]
         kind = deck.pop()
         lasts_s = round(chance.uniform(*LASTS_S[kind]), 1)
         target = chance.choice(targets(shape, kind))
-        detail = chance.choice(["up", "down", "both"]) if kind == "half-open" else ""
+        detail = chance.choice(["half_open", "deaf", "mute"]) if kind == "half-open" else ""
         begins_s = round(max([clock_s, *(fault.ends_s + 0.5 for fault in faults if _touch(fault, kind, target))]), 1)
         if begins_s + lasts_s > duration_s:
             return faults

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import closing, suppress
+from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +19,12 @@ from psycopg import sql
 from shared.broker import connect
 from shared.database import sqlite_url
 from shared.streams import DURABLES, STREAM
-from tests.faults.machine.link import Link
 from tests.faults.machine.load import PLANS
 from tests.faults.machine.log import OperationLog
 from tests.faults.machine.parts import Part, is_root, python, step
 from tests.faults.machine.places import Places
 from tests.faults.machine.schedule import Shape
+from tests.proxy import Proxy
 from tests.stack import free_port
 
 Service = Literal["ledger", "quota"]
@@ -32,6 +32,7 @@ SERVICES: tuple[Service, ...] = ("ledger", "quota")
 STREAM_BYTES_MAX = 256 * 1024**2
 OUTBOX_BYTES = 24 * 1024**2
 STAND_IN_DELAY_MS = 8
+SLOW_DELAY_S = 0.1
 LOOK_EVERY_S = 0.2
 
 
@@ -45,8 +46,9 @@ class System:
     def __init__(self, shape: Shape, folder: Path, log: OperationLog) -> None:
         self.shape, self.folder, self.log = shape, folder, log
         self.parts: dict[str, Part] = {}
-        self.links: dict[str, Link] = {}
+        self.links: dict[str, Proxy] = {}
         self.urls: dict[str, str] = {}
+        self._open = AsyncExitStack()
         self._mounted: Path | None = None
         self._copies: set[Service] = set()
 
@@ -128,8 +130,7 @@ class System:
         self.parts[name].start()
 
     async def _link(self, name: str, port: int) -> None:
-        self.links[name] = Link(name, port)
-        await self.links[name].start()
+        self.links[name] = await self._open.enter_async_context(Proxy("127.0.0.1", port, delay_s=SLOW_DELAY_S))
 
     async def _start_postgres(self) -> None:
         with warnings.catch_warnings(action="ignore"):  # about a folder of the desktop that servers do not have
@@ -281,8 +282,7 @@ class System:
         if postgres := self.parts.get("postgres"):
             await postgres.stop()
             await postgres.close()
-        for link in self.links.values():
-            await link.close()
+        await self._open.aclose()
         if self._mounted:
             await asyncio.to_thread(subprocess.run, ["umount", str(self._mounted)], check=False)
 
