@@ -6,9 +6,9 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypedDict
 
-import nats
 import structlog
 from nats.aio.client import Client
+from nats.aio.transport import TcpTransport
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError, OutboundBufferLimitError
 
@@ -27,6 +27,15 @@ CLOSE_S = 2.0
 # to do a timer can fire while the answer waits to be read: asked once more, it is there.
 TIMEOUT_S = 1.2
 REPEAT_TIMEOUT_S = 0.4
+
+
+class Connection(Client):
+    """A client that gives up what it could not send. By itself it looks for another node only once all is sent."""
+
+    async def _attempt_reconnect(self) -> None:
+        if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
+            self._transport._io_writer.transport.abort()
+        await super()._attempt_reconnect()
 
 
 class ConnectOptions(TypedDict):
@@ -84,7 +93,9 @@ def connect_options(url: str, name: str, *, on_reconnect: Callable[[], None] | N
 async def connect(url: str, *, name: str, on_reconnect: Callable[[], None] | None = None) -> Client:
     """A client that fails at once while disconnected; by default it sends later what it said had failed."""
     options: dict[str, Any] = {**connect_options(url, name, on_reconnect=on_reconnect)}
-    return await nats.connect(pending_size=0, **options)
+    nc = Connection()
+    await nc.connect(pending_size=0, **options)
+    return nc
 
 
 async def close(nc: Client) -> None:

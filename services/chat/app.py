@@ -8,7 +8,6 @@ from functools import partial
 import structlog
 from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi  # type: ignore[import-untyped]
-from nats.aio.client import Client
 from prometheus_client import Gauge
 from starlette.middleware.cors import CORSMiddleware
 
@@ -25,7 +24,7 @@ from services.chat.reports import Reports
 from services.chat.routes import adjustments, chat, page, plans, usage
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
-from shared.broker import close, connect_options
+from shared.broker import Connection, close, connect_options
 from shared.errors import Unavailable
 from shared.guards import bus_missing, essential, watch_bus
 from shared.plans import Plans
@@ -84,7 +83,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     OUTBOX_EVENTS.set_function(lambda: outbox.events)
     OUTBOX_OLDEST_S.set_function(lambda: outbox.oldest_s)
     # Calls on one, what must not be lost on the other: neither waits behind the other, nor falls with it.
-    nc, events = Client(), Client()
+    nc, events = Connection(), Connection()
     quota = Quota(nc)
     publisher = Publisher(events, outbox, on_sent=quota.published)
     generations = Generations(Parts(claude, quota, outbox, publisher, policies))
@@ -139,7 +138,7 @@ async def _flush(publisher: Publisher, hurry: asyncio.Event) -> None:
     await asyncio.gather(flushing, hurrying, return_exceptions=True)
 
 
-async def _connect(nc: Client, settings: Settings) -> None:
+async def _connect(nc: Connection, settings: Settings) -> None:
     """In the background: until the broker answers, chat says 503 and /readyz says why."""
     await nc.connect(pending_size=0, **connect_options(settings.nats_url, "chat"))
     await watch_bus(nc)

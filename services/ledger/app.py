@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
-from nats.aio.client import Client
 from starlette.applications import Starlette
 
 from services.ledger import store
@@ -12,6 +11,7 @@ from services.ledger.handlers import Handlers
 from services.ledger.settings import Settings
 from shared import streams
 from shared.answering import missing, running
+from shared.broker import Connection
 from shared.database import Database
 from shared.plans import Plans
 from shared.telemetry import install_probes
@@ -20,7 +20,7 @@ from shared.telemetry import install_probes
 def create_app(settings: Settings) -> Starlette:
     plans = Plans.load(settings.plans)
     database = Database(settings.database_url)
-    nc = Client()
+    nc = Connection()
     handlers = Handlers(database, plans)
 
     @asynccontextmanager

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import structlog
-from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,6 +16,7 @@ from services.quota.handlers import Handlers
 from services.quota.settings import Settings
 from shared import streams
 from shared.answering import missing, running
+from shared.broker import Connection
 from shared.database import Database
 from shared.plans import Plans
 from shared.telemetry import install_probes
@@ -30,7 +30,7 @@ LOOK_AFTER_EVERY_S = 30
 def create_app(settings: Settings) -> Starlette:
     plans = Plans.load(settings.plans)
     database = Database(settings.database_url)
-    nc = Client()
+    nc = Connection()
     handlers = Handlers(nc, database, plans)
 
     async def look_after() -> None:

@@ -1,0 +1,46 @@
+"""The client's dangerous defaults, put right."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shared.broker import connect
+from tests.fixtures import MIB, broker_in, eventually
+
+Node = tuple[str, psutil.Process]
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Iterator[list[Node]]:
+    with ExitStack() as running:
+        nodes = []
+        for name in ("one", "other"):
+            (tmp_path / name).mkdir()
+            before = set(psutil.Process().children())
+            url = running.enter_context(broker_in(tmp_path / name))
+            (process,) = set(psutil.Process().children()) - before
+            nodes.append((url, process))
+        yield nodes
+
+
+# nats-py leaves a connection whose server says nothing to the garbage collector, which then complains.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_node_that_takes_no_more_bytes_is_left_for_another(two_nodes: list[Node]) -> None:
+    client = await connect(",".join(url for url, _ in two_nodes), name="test")
+    assert client.connected_url
+    ((_, stopped),) = [node for node in two_nodes if node[0].endswith(f":{client.connected_url.port}")]
+    stopped.suspend()
+    try:
+        for _ in range(40):  # more than the system itself takes
+            await client.publish("somewhere", bytes(MIB))
+
+        async def is_with_the_other() -> bool:
+            return client.is_connected and client.stats["reconnects"] > 0
+
+        await eventually(is_with_the_other, deadline_s=15)
+    finally:
+        stopped.resume()
+        await client.close()
