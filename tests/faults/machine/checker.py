@@ -295,9 +295,9 @@ def overspending(evidence: Evidence) -> Iterator[Violation]:
 
 
 def quarantine(evidence: Evidence) -> Iterator[Violation]:
-    """Holds what is no event, all of it, and nothing else."""
+    """Holds what is no event, all of it, and nothing else but events that contradict an earlier one."""
     for service, kept in evidence.quarantine.items():
-        for digest in kept - evidence.poison:
+        for digest in kept - evidence.poison - evidence.contradicting:
             yield Violation("lost", f"{service} has {digest[:12]} in quarantine, which is valid")
         for digest in evidence.poison - kept:
             yield Violation("wrong", f"{service} does not have {digest[:12]} in quarantine")

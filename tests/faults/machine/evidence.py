@@ -69,6 +69,8 @@ class Evidence:
     # In the order of the stream; what is no event of ours is in `poison`, by its SHA-256.
     events: Sequence[Event] = ()
     poison: frozenset[str] = frozenset()
+    # Of events that say something else than an earlier one of the same id.
+    contradicting: frozenset[str] = frozenset()
     ledger: dict[str, Counted] = field(default_factory=dict)
     settlements: dict[str, Counted] = field(default_factory=dict)
     plan_changes: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -83,12 +85,18 @@ class Evidence:
 def gather(places: Places) -> Evidence:
     bodies = asyncio.run(_stream(places.nats_url))
     events: list[Event] = []
-    poison = set()
+    first: dict[str, Event] = {}
+    poison, contradicting = set(), set()
     for body in bodies:
+        digest = hashlib.sha256(body).hexdigest()
         try:
-            events.append(decode(body))
+            event = decode(body)
         except PoisonMessage:
-            poison.add(hashlib.sha256(body).hexdigest())
+            poison.add(digest)
+            continue
+        events.append(event)
+        if first.setdefault(event.id, event).data != event.data:
+            contradicting.add(digest)
     counts = "input_tokens + cache_creation_input_tokens + cache_read_input_tokens AS input, output_tokens"
     ledger = _rows(places.ledger_url, f"SELECT id, user_id, tokens_used, {counts} FROM usage")  # noqa: S608 - ours
     settled = _rows(places.quota_url, f"SELECT event_id AS id, user_id, tokens_used, {counts} FROM settlements")  # noqa: S608
@@ -105,6 +113,7 @@ def gather(places: Places) -> Evidence:
         given=[_given(json.loads(line)) for line in Path(places.given).read_text().splitlines()],
         events=events,
         poison=frozenset(poison),
+        contradicting=frozenset(contradicting),
         ledger={row.id: _counted(row) for row in ledger},
         settlements={row.id: _counted(row) for row in settled},
         plan_changes={name: {row.event_id: row.tier for row in rows} for name, rows in changes.items()},

@@ -10,8 +10,11 @@ import random
 from typing import Any
 
 import aiohttp
+from nats.errors import Error as NatsError
 
 from services.chat.claude import Prompt
+from shared.broker import connect
+from shared.streams import GENERATION_COMPLETED
 from tests.faults.machine.log import OperationLog
 
 WORKERS = 20
@@ -55,6 +58,7 @@ WORK = (
     ("report", 5),
     ("adjustment", 5),
     ("plan", 2),
+    ("poison", 1),
     ("look", 8),
 )
 FILLER = "Tell me more about it, and take your time with the details. " * 20
@@ -63,8 +67,8 @@ FILLER = "Tell me more about it, and take your time with the details. " * 20
 class Load:
     """Workers that take turns at everything, from `start` until `stop`."""
 
-    def __init__(self, url: str, log: OperationLog, *, seed: int, pause_s: float = 0.15) -> None:
-        self._url, self._log, self._pause_s = url, log, pause_s
+    def __init__(self, url: str, nats_url: str, log: OperationLog, *, seed: int, pause_s: float = 0.15) -> None:
+        self._url, self._nats_url, self._log, self._pause_s = url, nats_url, log, pause_s
         self._chances = [random.Random(f"load {seed} {n}") for n in range(WORKERS)]  # noqa: S311 - no secret
         self._count = 0
         self._is_over = asyncio.Event()
@@ -103,6 +107,8 @@ class Load:
                 await self._adjust(chance)
             case "plan":
                 await self._change_plan(f"changing {chance.randrange(CHANGING)}", chance.choice(["open", "roomy"]))
+            case "poison":
+                await self._poison(chance)
             case "look":
                 await self._look(chance)
 
@@ -186,6 +192,16 @@ class Load:
         path = chance.choice(["/api/usage", "/api/usage/history", "/api/usage/logs"])
         op = self._asked("look", user=user, path=path)
         await self._send("GET", op, path, None, {}, userId=user)
+
+    async def _poison(self, chance: random.Random) -> None:
+        """What no service of ours would publish, straight to the stream."""
+        body = chance.choice([b"", b"{}", b"null", chance.randbytes(40), b'{"specversion": "1.0"', b"\xff" * 9])
+        try:
+            nats = await connect(self._nats_url, name="stranger")
+            await nats.jetstream().publish(GENERATION_COMPLETED, body, timeout=2)
+            await nats.close()
+        except (NatsError, OSError) as error:
+            self._log.write("poison not published", error=type(error).__name__)
 
     async def _send(
         self, method: str, op: str, path: str, body: dict[str, Any] | None, headers: dict[str, str], **query: str

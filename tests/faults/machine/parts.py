@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,8 +96,12 @@ class Part:
             await asyncio.sleep(RESTART_AFTER_S)
 
 
+class StepFailed(Exception):
+    """With what it said."""
+
+
 async def step(*command: str, **variables: str) -> None:
-    """A command that ends by itself. Raises RuntimeError, with what it said, when it fails."""
+    """A command that ends by itself. Raises StepFailed when it does so with an error."""
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=PROJECT,
@@ -108,15 +112,11 @@ async def step(*command: str, **variables: str) -> None:
     )
     said, _ = await process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {said.decode()[-2000:]}")
+        raise StepFailed(f"{' '.join(command)} failed: {said.decode()[-2000:]}")
 
 
 def python(*arguments: str) -> list[str]:
     return [sys.executable, "-m", *arguments]
-
-
-def variables_of(settings: Mapping[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in settings.items()}
 
 
 def is_root() -> bool:

@@ -3,10 +3,17 @@
 import asyncio
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
+import psycopg
+from nats.errors import Error as NatsError
+from nats.js.errors import NotFoundError
+
 from tests.faults.machine.load import Load
+from tests.faults.machine.parts import StepFailed
 from tests.faults.machine.schedule import Fault
 from tests.faults.machine.system import NotInTime, Service, System
 from tests.proxy import Mode
@@ -17,6 +24,7 @@ READY_WITHIN_S = 30.0
 QUIET_WITHIN_S = 60.0
 # A little more load once all are ready: a service that says so must also work.
 AFTERWARDS_S = 3.0
+OPERATOR_PATIENCE_S = 40.0
 
 
 class Run:
@@ -27,7 +35,7 @@ class Run:
 
     async def carry_out(self, faults: Sequence[Fault]) -> None:
         await self.system.ready(READY_AT_FIRST_S)
-        load = Load(self.system.urls["chat"], self.log, seed=self._seed)
+        load = Load(self.system.urls["chat"], self.system.nats_url, self.log, seed=self._seed)
         await load.prepare()
         load.start()
         self._begun = time.monotonic()
@@ -50,9 +58,9 @@ class Run:
         await asyncio.sleep(self._begun + fault.begins_s - time.monotonic())
         told = {"fault": fault.kind, "target": fault.target, "detail": fault.detail}
         self.log.write("fault begins", **told)
-        await self._begin(fault)
+        await _insisting(partial(self._begin, fault))
         await asyncio.sleep(self._begun + fault.ends_s - time.monotonic())
-        await self._end(fault)
+        await _insisting(partial(self._end, fault))
         self.log.write("fault ends", **told)
 
     async def _begin(self, fault: Fault) -> None:
@@ -71,9 +79,12 @@ class Run:
             case "slow":
                 system.links[fault.target].set("slow")
             case "full disk":
-                await asyncio.to_thread(system.fill_disk)
+                await asyncio.to_thread(system.fill_disk, fault.target)
+            case "lock":
+                await system.lock(cast(Service, fault.target))
             case "delete consumer":
-                await system.delete_consumer(fault.target)
+                with suppress(NotFoundError):
+                    await system.delete_consumer(fault.target)
             case "restore":
                 await system.copy_database(cast(Service, fault.target))
 
@@ -85,8 +96,22 @@ class Run:
             case "cut" | "half-open" | "slow":
                 system.links[fault.target].set("pass")
             case "full disk":
-                system.free_disk()
+                await system.free_disk(fault.target)
+            case "lock":
+                await system.unlock(cast(Service, fault.target))
             case "delete consumer":
                 await system.set_up_streams()
             case "restore":
                 await system.put_back_database(cast(Service, fault.target))
+
+
+async def _insisting(act: Callable[[], Awaitable[None]]) -> None:
+    """As an operator does whose broker or database is away just then, because of another fault."""
+    deadline = time.monotonic() + OPERATOR_PATIENCE_S
+    while True:
+        try:
+            return await act()
+        except (NatsError, psycopg.OperationalError, StepFailed, OSError):
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(1)

@@ -4,7 +4,9 @@ import random
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kind = Literal["kill", "terminate", "stop", "cut", "half-open", "slow", "full disk", "delete consumer", "restore"]
+Kind = Literal[
+    "kill", "terminate", "stop", "cut", "half-open", "slow", "lock", "full disk", "delete consumer", "restore"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Store = Literal["sqlite", "postgresql"]
 
@@ -20,6 +22,7 @@ LASTS_S: dict[Kind, tuple[float, float]] = {
     "cut": (0.5, 6),
     "half-open": (2, 16),
     "slow": (2, 10),
+    "lock": (1, 6),
     "full disk": (2, 8),
     "delete consumer": (6, 10),
     "restore": (8, 20),
@@ -80,8 +83,8 @@ def targets(shape: Shape, kind: Kind) -> list[str]:
         case "cut" | "half-open" | "slow":
             return shape.links
         case "full disk":
-            return ["outbox"]
-        case "delete consumer" | "restore":
+            return ["outbox", "broker"]
+        case "lock" | "delete consumer" | "restore":
             return ["ledger", "quota"]
 
 

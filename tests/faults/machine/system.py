@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import aiohttp
+import nats
 import psycopg
+from nats.aio.client import Client
 from psycopg import sql
+from sqlalchemy import make_url
 
-from shared.broker import connect
 from shared.database import sqlite_url
 from shared.streams import DURABLES, STREAM
 from tests.faults.machine.load import PLANS
@@ -29,8 +31,11 @@ from tests.stack import free_port
 
 Service = Literal["ledger", "quota"]
 SERVICES: tuple[Service, ...] = ("ledger", "quota")
-STREAM_BYTES_MAX = 256 * 1024**2
-OUTBOX_BYTES = 24 * 1024**2
+STREAM_BYTES_MAX = 64 * 1024**2
+# The broker leaves a quarter of its disk free, and the alerts need 64 MiB.
+DISKS = {"outbox": ("chat", 24 * 1024**2), "broker": ("nats", 256 * 1024**2)}
+# What one of our writers must wait for, and readers need not.
+LOCK = {"ledger": "LOCK TABLE usage IN EXCLUSIVE MODE", "quota": "LOCK TABLE settlements IN EXCLUSIVE MODE"}
 STAND_IN_DELAY_MS = 8
 SLOW_DELAY_S = 0.1
 LOOK_EVERY_S = 0.2
@@ -49,8 +54,8 @@ class System:
         self.links: dict[str, Proxy] = {}
         self.urls: dict[str, str] = {}
         self._open = AsyncExitStack()
-        self._mounted: Path | None = None
-        self._copies: set[Service] = set()
+        self._disks: dict[str, Path] = {}
+        self._locks: dict[Service, AsyncExitStack] = {}
 
     async def __aenter__(self) -> "System":
         try:
@@ -75,6 +80,11 @@ class System:
         await self._link("chat->claude", claude_port)
 
         (self.folder / "plans.toml").write_text(PLANS)
+        for name, (folder, size_bytes) in DISKS.items():
+            disk = self.folder / folder
+            disk.mkdir()
+            if is_root() and _mount(disk, size_bytes):
+                self._disks[name] = disk
         self._start_broker()
         pace = ["--delay-ms", str(STAND_IN_DELAY_MS), "--data", str(self.folder / "claude")]
         self._part("claude", python("deploy.claude", "--port", str(claude_port), *pace))
@@ -100,9 +110,6 @@ class System:
 
     def _start_chat(self) -> None:
         data = self.folder / "chat"
-        data.mkdir()
-        if is_root() and _mount(data, OUTBOX_BYTES):
-            self._mounted = data
         claude = f"http://127.0.0.1:{self.links['chat->claude'].port}"
         self._serve(
             "chat",
@@ -188,32 +195,35 @@ class System:
         await step(*python("shared.streams"), **variables)
 
     async def delete_consumer(self, name: str) -> None:
-        nats = await connect(self.nats_url, name="operator")
+        client = await self._connected()
         try:
-            await nats.jetstream().delete_consumer(STREAM, name)
+            await client.jetstream().delete_consumer(STREAM, name)
         finally:
-            await nats.close()
+            await client.close()
+
+    async def _connected(self) -> Client:
+        return await nats.connect(self.nats_url, max_reconnect_attempts=2, connect_timeout=2)
 
     async def copy_database(self, name: Service) -> None:
         """As it is now, with its service stopped."""
         async with _Stopped(self._replicas(name)):
             await asyncio.to_thread(self._copy, name)
-        self._copies.add(name)
 
     async def put_back_database(self, name: Service) -> None:
         """The copy in place of the database, with its service stopped."""
         async with _Stopped(self._replicas(name)):
             await asyncio.to_thread(self._put_back, name)
-        self._copies.discard(name)
 
     def _replicas(self, name: Service) -> list[Part]:
         return [self.parts[replica] for replica in self.shape.replicas(name)]
 
     def _copy(self, name: Service) -> None:
         if getattr(self.shape, name) == "sqlite":
+            (self.folder / f"{name}.copy").unlink(missing_ok=True)
             with closing(sqlite3.connect(self.folder / f"{name}.db")) as database:
                 database.execute("VACUUM INTO ?", [str(self.folder / f"{name}.copy")])
         else:
+            self._administer("DROP DATABASE IF EXISTS {}", f"{name}_copy")
             self._administer("CREATE DATABASE {} TEMPLATE {}", f"{name}_copy", name)
 
     def _put_back(self, name: Service) -> None:
@@ -222,22 +232,44 @@ class System:
                 (self.folder / f"{name}.db{leftover}").unlink(missing_ok=True)
             (self.folder / f"{name}.copy").replace(self.folder / f"{name}.db")
         else:
-            self._administer("DROP DATABASE {} WITH (FORCE)", name)
+            self._administer("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
             self._administer("ALTER DATABASE {} RENAME TO {}", f"{name}_copy", name)
 
     @property
     def can_fill_disks(self) -> bool:
-        return self._mounted is not None
+        return len(self._disks) == len(DISKS)
 
-    def fill_disk(self) -> None:
-        assert self._mounted
-        with suppress(OSError), (self._mounted / "ballast").open("wb", buffering=0) as ballast:
-            while True:
-                ballast.write(b"\0" * 4096)
+    def fill_disk(self, name: str) -> None:
+        with suppress(OSError), (self._disks[name] / "ballast").open("wb", buffering=0) as ballast:
+            for size_bytes in (1024**2, 4096, 1):
+                with suppress(OSError):
+                    while True:
+                        ballast.write(b"\0" * size_bytes)
 
-    def free_disk(self) -> None:
-        assert self._mounted
-        (self._mounted / "ballast").unlink()
+    async def free_disk(self, name: str) -> None:
+        """A broker that has met a full disk takes nothing until it is started again."""
+        (self._disks[name] / "ballast").unlink()
+        if name == "broker":
+            async with _Stopped([self.parts["broker"]]):
+                pass
+
+    async def lock(self, name: Service) -> None:
+        """The database of a service is written by somebody else, who takes long."""
+        held = AsyncExitStack()
+        url = make_url(self._database_url(name, linked=False))
+        if url.get_backend_name() == "sqlite":
+            database = held.enter_context(closing(sqlite3.connect(url.database or "", check_same_thread=False)))
+            await asyncio.to_thread(_locked, database)
+        else:
+            connecting = psycopg.AsyncConnection.connect(url.render_as_string(hide_password=False))
+            connection = await held.enter_async_context(await connecting)
+            held.push_async_callback(connection.rollback)
+            await connection.execute(LOCK[name])
+        self._locks[name] = held
+
+    async def unlock(self, name: Service) -> None:
+        with suppress(psycopg.Error):  # the database has ended meanwhile, and the lock with it
+            await self._locks.pop(name).aclose()
 
     # What is waited for.
 
@@ -257,15 +289,15 @@ class System:
     async def _left_to_do(self) -> str:
         if unsent := await asyncio.to_thread(self._unsent):
             return f"{unsent} events in the outbox"
-        nats = await connect(self.nats_url, name="operator")
+        client = await self._connected()
         try:
             for durable in DURABLES:
                 name = durable.durable_name or ""
-                told = await nats.jetstream().consumer_info(STREAM, name)
+                told = await client.jetstream().consumer_info(STREAM, name)
                 if told.num_pending or told.num_ack_pending:
                     return f"{name} has {told.num_pending} to come, {told.num_ack_pending} to acknowledge"
         finally:
-            await nats.close()
+            await client.close()
         return ""
 
     def _unsent(self) -> int:
@@ -283,8 +315,8 @@ class System:
             await postgres.stop()
             await postgres.close()
         await self._open.aclose()
-        if self._mounted:
-            await asyncio.to_thread(subprocess.run, ["umount", str(self._mounted)], check=False)
+        for disk in self._disks.values():
+            await asyncio.to_thread(subprocess.run, ["umount", str(disk)], check=False)
 
 
 async def _until(missing: Callable[[], Awaitable[str]], *, within_s: float) -> None:
@@ -317,6 +349,11 @@ async def _ask(http: aiohttp.ClientSession, url: str) -> str:
             return "" if answer.status == 200 else (await answer.text())[:300]
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         return type(error).__name__
+
+
+def _locked(database: sqlite3.Connection) -> None:
+    database.execute("PRAGMA busy_timeout = 10000")
+    database.execute("BEGIN IMMEDIATE")
 
 
 def _mount(folder: Path, size_bytes: int) -> bool:
