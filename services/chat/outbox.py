@@ -60,10 +60,9 @@ class Outbox:
         self._path, self._events_max = path, events_max
         self._lock = _locked(path)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.executescript(_SCHEMA)
+            self._db = _opened(path)
         except sqlite3.Error as error:
+            self._lock.close()
             raise Misconfigured(f"The outbox {path} cannot be used: {error}. Is there space on its disk?") from error
         self._thread = ThreadPoolExecutor(1, "outbox")
         self._changes: Batching[_Change, None] = Batching(self._commit)
@@ -79,7 +78,8 @@ class Outbox:
     @property
     def oldest_s(self) -> float:
         """For how long the oldest settled event has waited for the stream."""
-        return monotonic() - next(iter(self._settled.values()), monotonic())
+        now = monotonic()
+        return now - next(iter(self._settled.values()), now)
 
     async def admit(self) -> None:
         """Raises Unavailable while there is no room for what is new."""
@@ -174,6 +174,17 @@ class Outbox:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.executescript(_SCHEMA)
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
 
 
 def _read(event_id: str, body: bytes) -> GenerationCompleted | None:

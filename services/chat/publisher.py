@@ -141,16 +141,25 @@ class Publisher:
 
     async def _forget(self) -> None:
         """Many together: nobody waits for it, and what is not forgotten is published once more and counted once."""
-        await asyncio.sleep(FORGET_AFTER_S)
+        wait_s = FORGET_AFTER_S
+        while self._sent_ids:
+            await asyncio.sleep(wait_s)
+            wait_s = FORGET_AFTER_S if await self._forget_sent() else RETRY_MAX_S
         self._forgetting = None
+
+    async def _forget_sent(self) -> bool:
+        """False when the disk refuses: they stay for the next time."""
         event_ids, self._sent_ids = self._sent_ids, []
         try:
             await self._outbox.forget(event_ids)
         except sqlite3.Error as error:
             log.error("outbox_not_cleaned", events=len(event_ids), error=str(error))
-            self._sent_ids += event_ids  # with what is sent next
+            self._sent_ids += event_ids
+            return False
+        return True
 
     async def close(self) -> None:
         """Forget what the stream has, before the outbox closes."""
         if self._forgetting:
-            await self._forgetting
+            self._forgetting.cancel()
+            await self._forget_sent()

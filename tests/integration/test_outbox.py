@@ -1,8 +1,10 @@
 """The outbox on a real file, and the publisher on a real broker: what is settled reaches the stream, whoever dies."""
 
 import asyncio
+import json
 import multiprocessing
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -16,7 +18,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import APIError
@@ -25,8 +27,8 @@ from services.chat.outbox import Outbox
 from services.chat.publisher import GROUP_MAX, Publisher
 from shared import streams
 from shared.broker import connect
-from shared.errors import Misconfigured
-from shared.events import GenerationCompleted, decode
+from shared.errors import Misconfigured, Unavailable
+from shared.events import GenerationCompleted, decode, encode
 from tests.builders import generation_completed, publish_raw
 from tests.fixtures import MIB, eventually
 from tests.people import rows
@@ -141,6 +143,62 @@ async def test_what_was_recovered_is_kept_until_it_is_forgotten(path: Path) -> N
     assert recovered(path) == recovered(path) == [event("1")]
 
 
+async def test_a_full_outbox_admits_nothing_new_and_lets_what_is_under_way_end(path: Path) -> None:
+    outbox = Outbox(path, events_max=2)
+    await outbox.intend(event("1"))
+    await outbox.admit()
+    await outbox.intend(event("2"))
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="2 events that the usage stream has not taken yet"):
+            await outbox.admit()
+        await outbox.settle(event("1"))
+    assert outbox.events == 2
+    await outbox.forget(["1"])
+    await outbox.admit()
+    outbox.close()
+
+
+async def test_what_is_recovered_takes_up_room_too(path: Path) -> None:
+    with opened(path) as outbox:
+        await asyncio.gather(outbox.intend(event("1")), outbox.settle(event("2")))
+    outbox = Outbox(path, events_max=2)
+    outbox.recover()
+    with pytest.raises(Unavailable):
+        await outbox.admit()
+    outbox.close()
+
+
+async def test_how_long_the_stream_has_not_taken_the_oldest_is_told(path: Path) -> None:
+    with opened(path) as outbox:
+        await outbox.intend(event("1"))
+        assert outbox.oldest_s == 0
+        await outbox.settle(event("1"))
+        first = outbox.oldest_s
+        await outbox.settle(event("2"))
+        await outbox.settle(event("1"))
+        assert outbox.oldest_s > first
+        await outbox.forget(["1", "2"])
+        assert outbox.oldest_s == 0
+
+
+def test_what_an_earlier_release_left_is_recovered_and_what_nobody_can_read_is_left_where_it_is(path: Path) -> None:
+    earlier = json.loads(encode(event("1")))
+    del earlier["data"]["on_disconnect"]
+    earlier["dataschema"] = "urn:chatrail:generation.completed:1"
+    with opened(path), sqlite3.connect(path) as database:
+        found = [("0", b"no event", 1), ("1", json.dumps(earlier).encode(), 0)]
+        database.executemany("INSERT INTO outbox VALUES (?, ?, ?)", found)
+    database.close()
+    assert recovered(path) == [event("1")]
+    assert rows(path, "SELECT event_id FROM outbox") == [("0",), ("1",)]
+
+
+def test_a_file_that_is_no_outbox_is_named(path: Path) -> None:
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(Misconfigured, match=f"The outbox {path} cannot be used: file is not a database"):
+        Outbox(path)
+
+
 IDS = st.sampled_from("abcd")
 WRITES = st.lists(st.tuples(IDS, st.integers(0, 1000), st.booleans()), min_size=1, max_size=6)
 
@@ -181,6 +239,10 @@ class OutboxLikeADict(RuleBasedStateMachine):
         self._settled = set(self._tokens)
         found = {event.id: event.data.tokens_used for event in self._outbox.recover()}
         assert found == self._tokens
+
+    @invariant()
+    def knows_how_much_it_has(self) -> None:
+        assert self._outbox.events == len(self._tokens)
 
     def teardown(self) -> None:
         try:
