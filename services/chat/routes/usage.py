@@ -23,6 +23,7 @@ from shared import calls
 from shared.broker import call
 from shared.calls import History, HistoryQuery, Logs, LogsQuery, Usage
 from shared.events import Generation, GenerationCompleted, Name, Tokens, UserId, new_id, small, utc_now
+from shared.spreadsheet import cell
 
 router = APIRouter(tags=["usage"])
 
@@ -239,5 +240,4 @@ def _csv(records: list[dict[str, Any]]) -> str:
 def _cell(value: JsonValue) -> JsonValue:
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
-    # A spreadsheet would run it as a formula (OWASP, CSV injection).
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+    return cell(value) if isinstance(value, str) else value
