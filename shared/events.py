@@ -40,6 +40,7 @@ CONTENT_TYPE = "application/cloudevents+json"
 EVENT_TOKENS_MAX = 100_000_000
 METADATA_BYTES_MAX = 4096
 # As JSON escapes it; behind an escaped backslash the same six characters are plain text.
+_JSON = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -54,7 +55,9 @@ def utc_now() -> datetime:
 
 def small(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """The metadata itself. Raises ValueError when it is too large for an event, or cannot be stored everywhere."""
-    text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
+    if not metadata:
+        return metadata
+    text = _JSON.encode(metadata)
     try:
         size = len(text.encode())
     except UnicodeEncodeError:

@@ -251,6 +251,17 @@ class Counts:
             self.cache_read_input_tokens + other.cache_read_input_tokens,
         )
 
+    @property
+    def as_tuple(self) -> tuple[int, int, int, int, int]:
+        """In the order of COUNTS; what dataclasses have for it copies each number deeply."""
+        return (
+            self.tokens_used,
+            self.input_tokens,
+            self.output_tokens,
+            self.cache_creation_input_tokens,
+            self.cache_read_input_tokens,
+        )
+
 
 COUNTS = ("tokens_used", "input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 

@@ -12,11 +12,11 @@ from pydantic import AwareDatetime, TypeAdapter
 from sqlalchemy import BigInteger, Connection, Row, Select, cast, func, literal, select, tuple_
 
 from services.ledger.models import SubscriptionChange, Usage
+from shared.bulk import insert_once, sorted_out
 from shared.calls import Day, History, HistoryQuery, Logs, LogsQuery, Record
 from shared.database import table_of
 from shared.errors import BadCall
 from shared.events import Adjustment, Event, Generation, GenerationCompleted, SubscriptionChanged, UsageAdjusted
-from shared.once import insert_once, sorted_out
 from shared.plans import COUNTS, Counts, Plan, Plans, weighted_tokens
 from shared.quarantine import Poison, quarantine
 from shared.streams import GENERATION_COMPLETED

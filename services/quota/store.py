@@ -3,11 +3,11 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple
 
+from pydantic_core import to_json
 from sqlalchemy import (
     JSON,
     Connection,
@@ -39,10 +39,10 @@ from services.quota.domain import (
     subscribed,
 )
 from services.quota.models import Alert, Hold, PlanChange, Settlement, Subscription, UsageTotal
+from shared.bulk import Outcome, insert_once, sorted_out, update_each
 from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, ThresholdReached, UsageAdjusted, encode
-from shared.once import Outcome, insert_once, sorted_out
 from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
 
@@ -167,17 +167,17 @@ def settle(db: Connection, plans: Plans, events: Sequence[Event], poison: Sequen
     user_ids = {event.data.user_id for event in events}
     at = lock(db, user_ids)
     changed = [event for event in events if isinstance(event, SubscriptionChanged)]
-    new_changes, contradicting = sorted_out(changed, _change_subscriptions(db, changed))
+    new_changes, contradicting = sorted_out(changed, change_subscriptions(db, changed))
     used = [event for event in events if not isinstance(event, SubscriptionChanged)]
-    rows = [_settlement(event) for event in used]
+    rows = [settlement(event) for event in used]
     outcomes = insert_once(db, settlements, rows)
     new_uses, others = sorted_out(used, outcomes)
     _release_holds(db, new_uses, at)
     new, _ = sorted_out(rows, outcomes)
-    _add_to_totals(db, new)
-    standing = accounts(db, plans, user_ids, at=at)
-    _keep_totals(db, standing.values())
-    _keep_totals_of_other_periods(db, plans, standing, new)
+    add_to_totals(db, new)
+    standing, unkept = _accounts(db, plans, user_ids, at=at)
+    keep_totals(db, [standing[user_id] for user_id in unkept])
+    keep_totals_of_other_periods(db, plans, standing, new)
     quarantine(db, poison)
     new_events = len(new_changes) + len(new_uses)
     return Settled(new_events, standing, _alert(db, standing.values(), at), [*contradicting, *others])
@@ -203,17 +203,29 @@ def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> tupl
 
 def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) -> dict[str, Account]:
     """The users as they stand at `at`; one who was never seen has the default plan and zeros."""
+    return _accounts(db, plans, user_ids, at=at)[0]
+
+
+def _accounts(
+    db: Connection, plans: Plans, user_ids: set[str], *, at: datetime
+) -> tuple[dict[str, Account], set[str]]:
+    """Also, of whom a total is not kept yet."""
     rows = db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}).all()
     kept = {(row.user_id, row.period_start, row.period_end): _totals(row) for row in rows if row.period_start}
     found = {row.user_id: row for row in rows}
     periods = {user_id: _periods(plans, row, at) for user_id, row in found.items()}
     # No total is kept yet where the period is new, or where a plan's periods have changed. The settlements know.
-    unkept: dict[Period, list[str]] = defaultdict(list)
-    for user_id, row in found.items():
-        for _, period in periods[user_id] if row.has_settlements else ():
-            if (user_id, *period.bounds) not in kept:
-                unkept[period].append(user_id)
-    for period, users in unkept.items():
+    unkept = {
+        (user_id, period)
+        for user_id in found
+        for _, period in periods[user_id]
+        if (user_id, *period.bounds) not in kept
+    }
+    by_period: dict[Period, list[str]] = defaultdict(list)
+    for user_id, period in unkept:
+        if found[user_id].has_settlements:
+            by_period[period].append(user_id)
+    for period, users in by_period.items():
         for user_id, sums in _sums_of_settlements(db, period, users).items():
             kept[user_id, *period.bounds] = sums
     standing = {}
@@ -231,7 +243,7 @@ def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) 
             for limit, period in periods[user_id]
         ]
         standing[user_id] = Account(user_id, plan, tuple(standings), open_holds.generations)
-    return standing
+    return standing, {user_id for user_id, _ in unkept}
 
 
 def _periods(plans: Plans, row: Row[Any], at: datetime) -> list[tuple[Limit, Period]]:
@@ -269,7 +281,7 @@ def _carried(db: Connection, plans: Plans, user_id: str, limit: Limit, period: P
         totals.c.period_end <= start,
         totals.c.period_end > min(moment for moment, _ in top_ups),
     )
-    changed = _changes_of(db, [user_id])[user_id]
+    changed = changes_of(db, [user_id])[user_id]
     spent = []
     for row in db.execute(past):
         then = subscribed([change for change in changed if change.changed_at < row.period_end])
@@ -407,11 +419,11 @@ def _sums_of_settlements(db: Connection, period: Period, user_ids: list[str]) ->
     known = {"user_ids": json.dumps(user_ids), "start": start, "end": end}
     sums: defaultdict[str, Totals] = defaultdict(Totals)
     for row in db.execute(_sums_by_model(db.dialect.name), known):
-        sums[row.user_id] += _of_model(row.model, *(int(getattr(row, name)) for name in SUMS))
+        sums[row.user_id] += of_model(row.model, *(int(getattr(row, name)) for name in SUMS))
     return sums
 
 
-def _of_model(model: str | None, *sums: int) -> Totals:
+def of_model(model: str | None, *sums: int) -> Totals:
     counts = Counts(*sums[: len(COUNTS)])
     return Totals(counts, {model: counts} if model else {}, *sums[len(COUNTS) :])
 
@@ -425,11 +437,15 @@ def _models(text: str) -> dict[str, Counts]:
     return {model: Counts(*counts) for model, counts in json.loads(text).items()}
 
 
-def _models_text(models: Mapping[str, Counts]) -> str:
-    return json.dumps({model: astuple(counts) for model, counts in models.items()}, ensure_ascii=False)
+def models_text(models: Mapping[str, Counts]) -> str:
+    return _json({model: counts.as_tuple for model, counts in models.items()})
 
 
-def _settlement(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
+def _json(models: Mapping[str, Sequence[int]]) -> str:
+    return to_json(models).decode()
+
+
+def settlement(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
     row: dict[str, Any] = {"event_id": event.id, "user_id": event.data.user_id} | _NO_COUNTS
     if isinstance(event, GenerationCompleted):
         generation = event.data
@@ -441,7 +457,7 @@ def _settlement(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
     return row | counts | {"started_at": adjustment.effective_at, "model": None}
 
 
-def _add_to_totals(db: Connection, arrived: Sequence[dict[str, Any]]) -> None:
+def add_to_totals(db: Connection, arrived: Sequence[dict[str, Any]]) -> None:
     """Add to every total that covers a settlement: also to one of a plan that the user had before."""
     if not arrived:
         return
@@ -450,44 +466,39 @@ def _add_to_totals(db: Connection, arrived: Sequence[dict[str, Any]]) -> None:
         by_user[settlement["user_id"]].append(settlement)
     known = {"user_ids": json.dumps(list(by_user)), "after": min(s["started_at"] for s in arrived)}
     added = []
-    for row in db.execute(_kept_periods(db.dialect.name), known):
-        covered = [s for s in by_user[row.user_id] if row.period_start <= s["started_at"] < row.period_end]
+    for user_id, start, end, models in db.execute(_kept_periods(db.dialect.name), known):
+        covered = [s for s in by_user[user_id] if start <= s["started_at"] < end]
         if covered:
-            sums = sum((_of_model(s["model"], *(s[name] for name in SUMS)) for s in covered), start=Totals())
-            models = (Totals(models=_models(row.models)) + sums).models
-            which = {"user": row.user_id, "start": row.period_start, "end": row.period_end}
-            added.append({**which, **_added(sums), "models": _models_text(models)})
+            sums = [sum(s[name] for s in covered) for name in SUMS]
+            added.append((user_id, start, end, *sums, _with_models(models, covered)))
     if added:
-        db.execute(_ADD, added)
+        update_each(
+            db, totals, ("user_id", "period_start", "period_end"), adding=SUMS, setting=("models",), rows=added
+        )
 
 
-def _added(sums: Totals) -> dict[str, int]:
-    return {f"{name}_added": tokens for name, tokens in zip(SUMS, _sums(sums), strict=True)}
+def _with_models(text: str, arrived: Sequence[dict[str, Any]]) -> str:
+    """What a total says of its models, with these settlements. Plain lists: it is done for each user of a batch."""
+    models: dict[str, list[int]] = json.loads(text)
+    for settlement in arrived:
+        if (model := settlement["model"]) is not None:
+            counts = [settlement[name] for name in COUNTS]
+            models[model] = [a + b for a, b in zip(models[model], counts, strict=True)] if model in models else counts
+    return _json(models)
 
 
-def _sums(totals: Totals) -> tuple[int, ...]:
-    return (*astuple(totals.counts), totals.top_up_tokens, totals.lasting_top_up_tokens)
+def sums_of(totals: Totals) -> tuple[int, ...]:
+    return (*totals.counts.as_tuple, totals.top_up_tokens, totals.lasting_top_up_tokens)
 
 
-_ADD = (
-    update(totals)
-    .where(
-        totals.c.user_id == bindparam("user"),
-        totals.c.period_start == bindparam("start"),
-        totals.c.period_end == bindparam("end"),
-    )
-    .values({name: totals.c[name] + bindparam(f"{name}_added") for name in SUMS} | {"models": bindparam("models")})
-)
-
-
-def _keep_totals(db: Connection, standing: Iterable[Account]) -> None:
+def keep_totals(db: Connection, standing: Iterable[Account]) -> None:
     rows = [
         {
             "user_id": user.user_id,
             "period_start": limit.period.bounds[0],
             "period_end": limit.period.bounds[1],
-            **dict(zip(SUMS, _sums(limit.totals), strict=True)),
-            "models": _models_text(limit.totals.models),
+            **dict(zip(SUMS, sums_of(limit.totals), strict=True)),
+            "models": models_text(limit.totals.models),
         }
         for user in standing
         for limit in user.standings
@@ -495,7 +506,7 @@ def _keep_totals(db: Connection, standing: Iterable[Account]) -> None:
     insert_new(db, totals, rows)
 
 
-def _keep_totals_of_other_periods(
+def keep_totals_of_other_periods(
     db: Connection, plans: Plans, standing: dict[str, Account], arrived: Sequence[dict[str, Any]]
 ) -> None:
     """For late events, and for a replay: the first of a period finds no total that it could be added to."""
@@ -508,30 +519,30 @@ def _keep_totals_of_other_periods(
     for moment, user_id in late:
         if not latest[user_id].covers(moment):
             latest |= accounts(db, plans, {user_id for _, user_id in late}, at=moment)
-            _keep_totals(db, [user for user in latest.values() if any(s.totals != NOTHING for s in user.standings)])
+            keep_totals(db, [user for user in latest.values() if any(s.totals != NOTHING for s in user.standings)])
 
 
-def _change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged]) -> list[Outcome]:
+def change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged]) -> list[Outcome]:
     """Note each change once, and what all changes of its user come to."""
-    rows = [
-        {
-            "event_id": event.id,
-            "user_id": event.data.user_id,
-            "tier": event.data.tier,
-            "time_zone": event.data.time_zone,
-            "changed_at": event.data.changed_at,
-        }
-        for event in events
-    ]
-    outcomes = insert_once(db, changes, rows)
+    outcomes = insert_once(db, changes, [plan_change(event) for event in events])
     new, _ = sorted_out(events, outcomes)
-    changed = _changes_of(db, sorted({event.data.user_id for event in new}))
+    changed = changes_of(db, sorted({event.data.user_id for event in new}))
     come_to = {user_id: subscribed(known) for user_id, known in changed.items()}
     upsert(db, subscriptions, [{"user_id": user_id, **now._asdict()} for user_id, now in come_to.items() if now])
     return outcomes
 
 
-def _changes_of(db: Connection, user_ids: list[str]) -> defaultdict[str, list[Change]]:
+def plan_change(event: SubscriptionChanged) -> dict[str, Any]:
+    return {
+        "event_id": event.id,
+        "user_id": event.data.user_id,
+        "tier": event.data.tier,
+        "time_zone": event.data.time_zone,
+        "changed_at": event.data.changed_at,
+    }
+
+
+def changes_of(db: Connection, user_ids: list[str]) -> defaultdict[str, list[Change]]:
     found: defaultdict[str, list[Change]] = defaultdict(list)
     if user_ids:
         for row in db.execute(_CHANGES, {"user_ids": user_ids}):

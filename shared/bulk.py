@@ -1,4 +1,4 @@
-"""Rows that count once: many inserted at the price of few, and what each of those came to that were there before."""
+"""Many rows at the price of few: inserted, each once, or updated."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +60,60 @@ def _outcome(row: Mapping[str, Any], there: Mapping[str, Any], *, is_new: bool) 
     return Outcome.REPEATED if is_same else Outcome.CONTRADICTING
 
 
+def update_each(
+    db: Connection,
+    table: Table,
+    key: tuple[str, ...],
+    *,
+    adding: tuple[str, ...],
+    setting: tuple[str, ...],
+    rows: Sequence[tuple[Any, ...]],
+) -> None:
+    """Each row is a key, what is added to the columns `adding`, and what the columns `setting` become."""
+    columns = (*key, *adding, *setting)
+    if is_sqlite(db):
+        statement = _sqlite_update(table, key, adding, setting)
+        # Its parameters are in another order: what is set, then the key.
+        by_column = [_sqlite_column(table, name, [row[n] for row in rows]) for n, name in enumerate(columns)]
+        ordered = [*by_column[len(key) :], *by_column[: len(key)]]
+        db.exec_driver_sql(statement, list(zip(*ordered, strict=True)))
+    else:
+        arrays = [to_json([row[n] for row in rows]).decode() for n in range(len(columns))]
+        db.exec_driver_sql(_postgresql_update(table, key, adding, setting), tuple(arrays))
+
+
+@cache
+def _sqlite_update(table: Table, key: tuple[str, ...], adding: tuple[str, ...], setting: tuple[str, ...]) -> str:
+    changes = [f'"{name}" = "{name}" + ?' for name in adding] + [f'"{name}" = ?' for name in setting]
+    which = " AND ".join(f'"{name}" = ?' for name in key)
+    return f'UPDATE "{table.name}" SET {", ".join(changes)} WHERE {which}'  # noqa: S608
+
+
+@cache
+def _postgresql_update(table: Table, key: tuple[str, ...], adding: tuple[str, ...], setting: tuple[str, ...]) -> str:
+    columns = (*key, *adding, *setting)
+    changes = [f'"{name}" = t."{name}" + a."{name}"' for name in adding]
+    changes += [f'"{name}" = a."{name}"' for name in setting]
+    which = " AND ".join(f't."{name}" = a."{name}"' for name in key)
+    arrived = f"(SELECT {_casts(table, columns)} FROM {_arrays(columns)})"  # noqa: S608
+    return f'UPDATE "{table.name}" AS t SET {", ".join(changes)} FROM {arrived} AS a WHERE {which}'  # noqa: S608
+
+
+def _casts(table: Table, columns: tuple[str, ...]) -> str:
+    types = [table.c[name].type.compile(_POSTGRESQL) for name in columns]
+    return ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in zip(columns, types, strict=True))
+
+
+def _arrays(columns: tuple[str, ...]) -> str:
+    """One parameter a column, a JSON array, as rows."""
+    arrays = ", ".join(["json_array_elements_text(CAST(%s AS json))"] * len(columns))
+    return f"ROWS FROM ({arrays}) AS arrived ({_names(columns)})"
+
+
+def _names(columns: tuple[str, ...]) -> str:
+    return ", ".join(f'"{name}"' for name in columns)
+
+
 def _key(table: Table) -> str:
     (column,) = table.primary_key
     return str(column.name)
@@ -80,7 +134,7 @@ def _insert_into_sqlite(db: Connection, table: Table, rows: Sequence[Mapping[str
 
 @cache
 def _sqlite_statements(table: Table, columns: tuple[str, ...]) -> tuple[str, str]:
-    key, names = _key(table), ", ".join(f'"{name}"' for name in columns)
+    key, names = _key(table), _names(columns)
     listed = f'SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM "{table.name}" WHERE "{key}" = value)'  # noqa: S608
     return listed, f'INSERT INTO "{table.name}" ({names}) VALUES ({", ".join("?" * len(columns))})'  # noqa: S608
 
@@ -106,11 +160,7 @@ def _insert_into_postgresql(db: Connection, table: Table, rows: Sequence[Mapping
 
 @cache
 def _postgresql_statement(table: Table, columns: tuple[str, ...]) -> str:
-    names = ", ".join(f'"{name}"' for name in columns)
-    types = [table.c[name].type.compile(_POSTGRESQL) for name in columns]
-    values = ", ".join(f'CAST("{name}" AS {kind})' for name, kind in zip(columns, types, strict=True))
-    arrays = ", ".join(["json_array_elements_text(CAST(%s AS json))"] * len(columns))
     return (
-        f'INSERT INTO "{table.name}" ({names}) SELECT {values} FROM ROWS FROM ({arrays}) AS arrived ({names})'  # noqa: S608
+        f'INSERT INTO "{table.name}" ({_names(columns)}) SELECT {_casts(table, columns)} FROM {_arrays(columns)}'  # noqa: S608
         f' ON CONFLICT DO NOTHING RETURNING "{_key(table)}"'
     )
