@@ -56,7 +56,7 @@ class SubscriptionChange(SQLModel, table=True):
 
 
 class Leaf(SQLModel, table=True):
-    """The hash of one message of the stream as it was when the ledger had handled it. Never changed, never deleted."""
+    """The hash of a message of the stream, as it was when the ledger had handled it. Never changed, never deleted."""
 
     __tablename__ = "leaves"
 
