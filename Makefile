@@ -6,13 +6,14 @@
 #              make bench-ingest how fast events get from the stream into both databases
 # make faults  everything that can die does, under load, and a checker counts; SEED=7 MINUTES=5
 # make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
+# make export  every record, to read elsewhere: FORMAT=csv|ndjson|parquet OUT=file, and USER= FROM= TO= to choose
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
 # make clean   everything that make made, except data/
 
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run run-cluster test check bench bench-quota bench-ingest faults quarantine lock clean
+.PHONY: run run-cluster test check bench bench-quota bench-ingest faults quarantine export lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -47,6 +48,13 @@ quarantine: .venv/installed-run
 	@$(bin)/python -m services.ledger quarantine $(ARGS)
 	@$(bin)/python -m services.quota quarantine $(ARGS)
 
+# Only what make itself is told: every shell has a USER. The values come through the environment, whatever is in them.
+told = $(if $(filter command,$(origin $(1))),--$(2)="$$$(1)")
+
+export: .venv/installed-run
+	@exec $(bin)/python -m services.ledger export $(call told,FORMAT,format) $(call told,OUT,out) \
+	    $(call told,USER,user) $(call told,FROM,from) $(call told,TO,to)
+
 .venv/installed-run: requirements.lock
 	$(install)
 	@touch $@
@@ -72,7 +80,7 @@ define install
 	    echo "ChatRail needs Python's venv module, which $(PYTHON) lacks. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
 	fi; \
 	[ -e .venv/installed-run ] || { rm -rf .venv && $(PYTHON) -m venv .venv; }
-	@echo "Installing $< into .venv; this takes a minute, once"
+	@echo "Installing $< into .venv; this takes a minute, once" >&2
 	@rm -f .venv/installed-*
 	@$(bin)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 endef

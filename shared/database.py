@@ -2,8 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     Engine,
+    NullPool,
     QueuePool,
     Table,
     Text,
@@ -138,6 +140,36 @@ class Database:
             raise Misconfigured(f"The database {engine.url} cannot be used: {error.orig}") from error
         finally:
             engine.dispose()
+
+
+@contextmanager
+def snapshot(url: str, *tables: Table) -> Iterator[Connection]:
+    """A transaction that only reads, all of it as of one moment, for as long as it takes; no writer waits for it.
+
+    Neither creates nor changes a database. Raises Misconfigured where there is none, or none that can be read.
+    `tables` are those that will be read: until then nobody can put others in their place.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        file = Path(parsed.database or "").absolute()
+        if not file.is_file():
+            raise Misconfigured(f"There is no database {file}")
+        read_only = URL.create("sqlite", database=file.as_uri(), query={"mode": "ro", "uri": "true"})
+        engine = create_engine(read_only, poolclass=NullPool, connect_args={"isolation_level": None})
+        begin = ["BEGIN"]
+    else:
+        parsed = parsed.set(drivername="postgresql+psycopg")
+        engine = create_engine(parsed, poolclass=NullPool, connect_args={**_LINK, **parsed.query})
+        begin = ["SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"]
+        # Before the first SELECT, at which the snapshot begins: a table that takes the place later has no row in it.
+        begin += [f"LOCK TABLE {table.name} IN ACCESS SHARE MODE" for table in tables]
+    try:
+        with engine.connect() as db:
+            for statement in begin:
+                db.exec_driver_sql(statement)
+            yield db
+    except DBAPIError as error:
+        raise Misconfigured(f"The database {parsed} cannot be read: {error.orig}") from error
 
 
 async def _in_thread(threads: Executor, engine: Engine, work: Callable[[Connection], Result]) -> Result:

@@ -1,20 +1,30 @@
-"""The ledger's commands: serve, migrate, quarantine."""
+"""The ledger's commands: serve, migrate, quarantine, export."""
 
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
 from sqlalchemy import Connection
 
+from services.ledger import export as exporting
 from services.ledger import store
 from services.ledger.app import create_app
+from services.ledger.export import Format, Selection
 from services.ledger.settings import Settings
-from shared.database import Database
+from shared.database import Database, snapshot
 from shared.events import Event
 from shared.quarantine import command
 from shared.server import one_sentence
 from shared.server import serve as run
 
-cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False, rich_markup_mode=None)
 MIGRATIONS = Path(__file__).with_name("migrations")
 
 
@@ -41,6 +51,60 @@ def quarantine(*, redrive: bool = False) -> None:
             return store.record(db, [event]).contradicting
 
         command("ledger", settings.database_url, apply, redriving=redrive)
+
+
+@cli.command()
+def export(
+    *,
+    file_format: Annotated[Format, typer.Option("--format")] = Format.CSV,
+    out: Annotated[str, typer.Option(help="The file, replaced if it is there; - is standard output.")] = "-",
+    user: Annotated[str | None, typer.Option(help="This user's records alone.")] = None,
+    first: Annotated[str | None, typer.Option("--from", help="The first day in UTC, or moment (RFC 3339).")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="The last day in UTC, or moment; included.")] = None,
+) -> None:
+    """Write down every record, as they all are at this moment: CSV, NDJSON or Parquet."""
+    file = None if out == "-" else _file(out)
+    if file is None and file_format is Format.PARQUET:
+        raise typer.BadParameter("Parquet is written to a file only; name one", param_hint="'--out'")
+    selection = _selection(user, first, last)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as on Ctrl-C: what is half-written is removed
+    with one_sentence("ledger"), snapshot(Settings().database_url, store.usage) as db:
+        exporting.check(db)
+        # On the terminal that shows the records themselves, a bar would be in their way.
+        watched = sys.stderr.isatty() and (file is not None or not sys.stdout.isatty())
+        total = exporting.count(db, selection) if watched else None
+        whole = exporting.replacing(file) if file else nullcontext(sys.stdout.buffer)
+        with Progress(console=Console(stderr=True), disable=not watched) as progress, whole as written:
+            task = progress.add_task("Exporting", total=total)
+            exporting.export(db, selection, file_format, written, lambda rows: progress.advance(task, rows))
+            written.flush()
+
+
+def _file(name: str) -> Path:
+    file = Path(name).resolve()
+    if file.exists() and not file.is_file():
+        raise typer.BadParameter(f"{name!r} is there, and is not a file", param_hint="'--out'")
+    return file
+
+
+def _selection(user: str | None, first: str | None, last: str | None) -> Selection:
+    if user == "":
+        raise typer.BadParameter("an empty name is nobody's; leave it out for everybody", param_hint="'--user'")
+    selection = Selection(
+        user,
+        None if first is None else _moment(first, "'--from'", exporting.first_moment),
+        None if last is None else _moment(last, "'--to'", exporting.last_moment),
+    )
+    if selection.first and selection.last and selection.first > selection.last:
+        raise typer.BadParameter(f"{first} is after --to, {last}", param_hint="'--from'")
+    return selection
+
+
+def _moment(text: str, option: str, read: Callable[[str], datetime]) -> datetime:
+    try:
+        return read(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 if __name__ == "__main__":
