@@ -1,6 +1,6 @@
 """The rules of the quota, pure: what is left, what a generation may take, what people are shown."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -232,6 +232,24 @@ def subscribed(changes: Iterable[Change]) -> Subscribed | None:
         since = found.subscribed_at if found and found.tier == change.tier else change.changed_at
         found = Subscribed(change.tier, change.time_zone, change.changed_at, since, change.event_id)
     return found
+
+
+def is_kept_and_quiet(
+    plan: Plan, calendar: Calendar, used_tokens: Mapping[tuple[datetime, datetime], int], moments: Sequence[datetime]
+) -> bool:
+    """Whether each limit of the plan has a total among `used_tokens`, by the bounds of its period, that covers all
+    these moments, and is far from every alert. False where only the whole account tells."""
+    if not plan.weights.are_plain:
+        return False
+    for limit in plan.limits:
+        period = calendar.period(moments[0], plan, limit)
+        used = used_tokens.get(period.bounds)
+        if used is None or not all(period.covers(moment) for moment in moments):
+            return False
+        # Top-ups can only raise the limit.
+        if limit.limit_tokens is not None and any(used * 100 >= limit.limit_tokens * p for p in plan.alert_percents):
+            return False
+    return True
 
 
 class Reserved(NamedTuple):

@@ -62,10 +62,10 @@ class Handlers:
         Returns what contradicts.
         """
         settled = await self._database.write(store.settle, self._plans, events, poison)
-        self._push_soon(settled.standing)
+        self._push_soon(settled.user_ids)
         if settled.alerts:
             self._alerts.publish_soon()
-        log.info("usage_settled", received=len(events), settled=settled.events, users=len(settled.standing))
+        log.info("usage_settled", received=len(events), settled=settled.events, users=len(settled.user_ids))
         return settled.contradicting
 
     def _push_soon(self, user_ids: Iterable[str]) -> None:

@@ -36,6 +36,7 @@ from services.quota.domain import (
     Refusal,
     Totals,
     carried_tokens,
+    is_kept_and_quiet,
     subscribed,
 )
 from services.quota.models import Alert, Hold, PlanChange, Settlement, Subscription, UsageTotal
@@ -151,13 +152,13 @@ def _reserve(user: Account, request: Authorize, *, at: datetime) -> _Hold | Refu
 
 
 class Settled(NamedTuple):
-    """How many events were new, the accounts of all users that the events name, and the alerts they set off.
+    """How many events were new, the users that the events name, and the alerts they set off.
 
     `contradicting` are events whose id has been counted with other content, which stays.
     """
 
     events: int
-    standing: dict[str, Account]
+    user_ids: set[str]
     alerts: list[str]
     contradicting: list[Event]
 
@@ -174,13 +175,32 @@ def settle(db: Connection, plans: Plans, events: Sequence[Event], poison: Sequen
     new_uses, others = sorted_out(used, outcomes)
     _release_holds(db, new_uses, at)
     new, _ = sorted_out(rows, outcomes)
-    add_to_totals(db, new)
-    standing, unkept = _accounts(db, plans, user_ids, at=at)
+    done = _all_done(plans, add_to_totals(db, new), new, at) - {event.data.user_id for event in changed}
+    standing, unkept = _accounts(db, plans, user_ids - done, at=at) if user_ids - done else ({}, set())
     keep_totals(db, [standing[user_id] for user_id in unkept])
-    keep_totals_of_other_periods(db, plans, standing, new)
+    keep_totals_of_other_periods(db, plans, standing, [s for s in new if s["user_id"] not in done])
     quarantine(db, poison)
     new_events = len(new_changes) + len(new_uses)
-    return Settled(new_events, standing, _alert(db, standing.values(), at), [*contradicting, *others])
+    return Settled(new_events, user_ids, _alert(db, standing.values(), at), [*contradicting, *others])
+
+
+def _all_done(
+    plans: Plans, kept: Mapping[str, list["_Kept"]], arrived: Sequence[dict[str, Any]], at: datetime
+) -> set[str]:
+    """The users for whom nothing is left to do once their totals are added to: nearly all of a batch."""
+    moments: dict[str, list[datetime]] = defaultdict(list)
+    for settlement in arrived:
+        moments[settlement["user_id"]].append(settlement["started_at"])
+    return {
+        user_id
+        for user_id, rows in kept.items()
+        if is_kept_and_quiet(
+            plans.of(rows[0].tier),
+            Calendar(rows[0].time_zone, rows[0].subscribed_at),
+            {(row.period_start, row.period_end): row.tokens_used for row in rows},
+            [at, min(moments[user_id]), max(moments[user_id])],
+        )
+    }
 
 
 def _release_holds(db: Connection, events: Sequence[Event], at: datetime) -> None:
@@ -211,7 +231,7 @@ def _accounts(
 ) -> tuple[dict[str, Account], set[str]]:
     """Also, of whom a total is not kept yet."""
     rows = db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}).all()
-    kept = {(row.user_id, row.period_start, row.period_end): _totals(row) for row in rows if row.period_start}
+    kept = {(row.user_id, row.period_start, row.period_end): totals_of(row) for row in rows if row.period_start}
     found = {row.user_id: row for row in rows}
     periods = {user_id: _periods(plans, row, at) for user_id, row in found.items()}
     # No total is kept yet where the period is new, or where a plan's periods have changed. The settlements know.
@@ -289,7 +309,7 @@ def _carried(db: Connection, plans: Plans, user_id: str, limit: Limit, period: P
         calendar = Calendar(then.time_zone, then.subscribed_at) if then else Calendar()
         had = next((had for had in plan.limits if had.period == limit.period), None)
         if had and calendar.period(row.period_start, plan, had).bounds == (row.period_start, row.period_end):
-            beyond = LimitStanding.of(had, period, plan.weights, _totals(row)).beyond_tokens
+            beyond = LimitStanding.of(had, period, plan.weights, totals_of(row)).beyond_tokens
             spent.append((row.period_end, beyond))
     return carried_tokens(top_ups, spent)
 
@@ -394,8 +414,15 @@ def _release(dialect: str) -> Executable:
 def _kept_periods(dialect: str) -> Select[Any]:
     users = _listed(dialect, "user_ids")
     return (
-        select(*totals.c["user_id", "period_start", "period_end", "models"])
-        .join(users, users.c.item == totals.c.user_id)
+        select(
+            *totals.c["user_id", "period_start", "period_end", "tokens_used", "models"],
+            *subscriptions.c["tier", "time_zone", "subscribed_at"],
+        )
+        .select_from(
+            users.join(totals, totals.c.user_id == users.c.item).outerjoin(
+                subscriptions, subscriptions.c.user_id == users.c.item
+            )
+        )
         .where(totals.c.period_end > bindparam("after", type_=UtcDateTime))
     )
 
@@ -428,7 +455,7 @@ def of_model(model: str | None, *sums: int) -> Totals:
     return Totals(counts, {model: counts} if model else {}, *sums[len(COUNTS) :])
 
 
-def _totals(row: Any) -> Totals:
+def totals_of(row: Any) -> Totals:
     counts = Counts(*(int(getattr(row, name)) for name in COUNTS))
     return Totals(counts, _models(row.models), int(row.top_up_tokens), int(row.lasting_top_up_tokens))
 
@@ -457,24 +484,43 @@ def settlement(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
     return row | counts | {"started_at": adjustment.effective_at, "model": None}
 
 
-def add_to_totals(db: Connection, arrived: Sequence[dict[str, Any]]) -> None:
-    """Add to every total that covers a settlement: also to one of a plan that the user had before."""
+class _Kept(NamedTuple):
+    """A total of a user, and the plan that the user has by now."""
+
+    user_id: str
+    period_start: datetime
+    period_end: datetime
+    tokens_used: int
+    models: str
+    tier: str | None
+    time_zone: str | None
+    subscribed_at: datetime | None
+
+
+def add_to_totals(db: Connection, arrived: Sequence[dict[str, Any]]) -> dict[str, list[_Kept]]:
+    """Add to every total that covers a settlement: also to one of a plan that the user had before.
+
+    Returns each user's totals of these periods and later ones as they are then, where any are kept.
+    """
     if not arrived:
-        return
+        return {}
     by_user: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for settlement in arrived:
         by_user[settlement["user_id"]].append(settlement)
     known = {"user_ids": json.dumps(list(by_user)), "after": min(s["started_at"] for s in arrived)}
-    added = []
-    for user_id, start, end, models in db.execute(_kept_periods(db.dialect.name), known):
+    added, kept = [], defaultdict(list)
+    for row in map(_Kept._make, db.execute(_kept_periods(db.dialect.name), known)):
+        user_id, start, end, *_ = row
         covered = [s for s in by_user[user_id] if start <= s["started_at"] < end]
+        sums = [sum(s[name] for s in covered) for name in SUMS]
+        kept[user_id].append(row._replace(tokens_used=row.tokens_used + sums[0]))
         if covered:
-            sums = [sum(s[name] for s in covered) for name in SUMS]
-            added.append((user_id, start, end, *sums, _with_models(models, covered)))
+            added.append((user_id, start, end, *sums, _with_models(row.models, covered)))
     if added:
         update_each(
             db, totals, ("user_id", "period_start", "period_end"), adding=SUMS, setting=("models",), rows=added
         )
+    return kept
 
 
 def _with_models(text: str, arrived: Sequence[dict[str, Any]]) -> str:
