@@ -115,6 +115,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     await generations.stop()
     publishing.cancel()
+    await asyncio.wait([publishing])
     await _flush(publisher, app.state.hurry)
     await publisher.close()
     for guard in connecting:

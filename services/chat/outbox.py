@@ -137,14 +137,16 @@ class Outbox:
     async def _commit(self, changes: Sequence[_Change]) -> list[None]:
         try:
             if any(change.is_promise for change in changes):
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._apply, changes, "FULL")
+                loop = asyncio.get_running_loop()
+                has_written = await loop.run_in_executor(self._thread, self._apply, changes, "FULL")
             else:
                 # Without an fsync it takes a fraction of what a thread and back would cost.
-                self._apply(changes, "NORMAL")
+                has_written = self._apply(changes, "NORMAL")
         except sqlite3.Error:
             self._is_refused = True
             raise
-        self._is_refused = False
+        if has_written:
+            self._is_refused = False
         for change in changes:
             self._note(change)
         return [None] * len(changes)
@@ -163,7 +165,9 @@ class Outbox:
                 elif event_id not in self._settled:
                     self._open.add(str(event_id))
 
-    def _apply(self, changes: Sequence[_Change], level: str) -> None:
+    def _apply(self, changes: Sequence[_Change], level: str) -> bool:
+        """Whether anything had to be written: to forget what is not there succeeds on a full disk, too."""
+        before = self._db.total_changes
         self._db.execute(f"PRAGMA synchronous={level}")
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -174,6 +178,7 @@ class Outbox:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+        return self._db.total_changes > before
 
 
 def _opened(path: Path) -> sqlite3.Connection:

@@ -113,10 +113,14 @@ class Publisher:
         """One group. False when the stream did not take all of it: those stay, and keep their id."""
         self._wake.clear()
         group, self._waiting = self._waiting[:GROUP_MAX], self._waiting[GROUP_MAX:]
-        results = await asyncio.gather(
-            *(publish(self._js, streams.GENERATION_COMPLETED, event, timeout_s=ACK_TIMEOUT_S) for event in group),
-            return_exceptions=True,
-        )
+        try:
+            results = await asyncio.gather(
+                *(publish(self._js, streams.GENERATION_COMPLETED, event, timeout_s=ACK_TIMEOUT_S) for event in group),
+                return_exceptions=True,
+            )
+        except asyncio.CancelledError:
+            self._waiting[:0] = group  # nobody knows what became of them: they keep their id
+            raise
         errors = [result for result in results if isinstance(result, BaseException)]
         unsent = [event for event, result in zip(group, results, strict=True) if isinstance(result, BaseException)]
         sent = [event for event, result in zip(group, results, strict=True) if isinstance(result, int)]

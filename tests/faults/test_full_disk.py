@@ -3,8 +3,8 @@
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -16,11 +16,11 @@ import pytest
 
 from shared import streams
 from shared.broker import connect
-from tests.faults.failpoints import forked
+from tests.faults.beside import chat_beside
 from tests.fixtures import eventually
 from tests.left_out import left_out
 from tests.people import ask, asked, client_of, given, open_holds, recorded, rows, totalled
-from tests.stack import Stack, environment, free_port
+from tests.stack import Stack
 
 MIB = 1024 * 1024
 
@@ -80,34 +80,6 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@asynccontextmanager
-async def chat_on(disk: Disk, stack: Stack) -> AsyncIterator[tuple[int, httpx2.AsyncClient]]:
-    """Another chat of the stack, which keeps its data on this disk. Its process, and a client of it."""
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    variables = environment(
-        CHATRAIL_NATS_URL=stack.endpoints["nats"],
-        CHATRAIL_DATA=str(disk.folder),
-        CHATRAIL_PORT=str(port),
-        ANTHROPIC_BASE_URL=stack.endpoints["claude"],
-    )
-    process = forked("services.chat", variables, disk.folder / "chat.log", crash_at=None)
-    limits = httpx2.Limits(max_connections=200)
-    try:
-        async with httpx2.AsyncClient(base_url=url, trust_env=False, timeout=60, limits=limits) as client:
-            await eventually(lambda: _is_ready(client))
-            yield process.pid or 0, client
-            assert process.is_alive()
-    finally:
-        process.terminate()
-        process.join()
-
-
-async def _is_ready(client: httpx2.AsyncClient) -> bool:
-    with suppress(httpx2.TransportError):
-        return (await client.get("/readyz")).is_success
-    return False
-
-
 def _recorded(stack: Stack, user: str) -> int:
     found = rows(stack.data / "ledger.db", "SELECT user_id, tokens_used FROM usage")
     return sum(tokens for user_id, tokens in found if user_id == user)
@@ -124,7 +96,8 @@ async def test_a_full_disk_refuses_what_is_new_counts_what_is_under_way_and_goes
     user, tag = f"user {uuid4()}", uuid4().hex
     body = {"userId": user, "messages": [{"role": "user", "content": f"Hello [tag {tag}]"}]}
     report = {"userId": user, "actionType": "chat_generation", "tokensUsed": 7}
-    async with chat_on(disk, stack) as (pid, client):
+    async with chat_beside(stack, disk.folder) as chat:
+        client, pid = chat.http, chat.pid
         asked_before = await asked(stack)
         question = f"Hello [slow 50ms] [deltas 40] [tag {tag}]"
         under_way = [asyncio.create_task(ask(client, user, question)) for _ in range(5)]
@@ -158,12 +131,8 @@ async def test_a_full_disk_refuses_what_is_new_counts_what_is_under_way_and_goes
         await eventually(all_are_recorded)
 
         disk.free(pid)
-        await eventually(lambda: _is_ready(client))
-
-        async def nothing_is_left() -> bool:
-            return not rows(disk.folder / "outbox.db", "SELECT event_id FROM outbox")
-
-        await eventually(nothing_is_left)
+        await eventually(chat.is_ready)
+        await eventually(chat.outbox_is_empty)
         before = len(await _given(stack, tag))
         assert (await client.post("/api/chat", json=body)).is_success
         assert len(await _given(stack, tag)) == before + 1
@@ -199,7 +168,7 @@ async def test_a_full_stream_fills_the_outbox_and_then_what_is_new_is_refused_un
             config = (await js.stream_info(streams.STREAM)).config
             await js.update_stream(replace(config, max_bytes=MIB))
             await nats.close()
-            await eventually(lambda: _is_ready(client))
+            await stack.answers("/readyz")
             assert (await client.post("/api/chat", json=body)).is_success
 
         async def all_agree() -> bool:
