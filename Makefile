@@ -4,7 +4,8 @@
 # make check   style, types and boundaries
 # make bench   what ChatRail adds to a call of Claude; make bench-quota how fast quota authorizes;
 #              make bench-ingest how fast events get from the stream into both databases
-# make faults  everything that can die does, under load, and a checker counts; SEED=7 MINUTES=5
+# make faults  everything that can die does, under load, and a checker counts; SEED=7 MINUTES=5;
+#              make mutations puts back classic mistakes, each of which it must find
 # make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
 # make export  every record, to read elsewhere: FORMAT=csv|ndjson|parquet OUT=file, and USER= FROM= TO= to choose
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
@@ -13,7 +14,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run run-cluster test check bench bench-quota bench-ingest faults quarantine export lock clean
+.PHONY: run run-cluster test check bench bench-quota bench-ingest faults mutations quarantine export lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -43,6 +44,9 @@ bench-ingest: .venv/installed-dev
 
 faults: .venv/installed-dev
 	@exec $(bin)/python -m tests.faults.machine $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+mutations: .venv/installed-dev
+	@exec $(bin)/python -m pytest -v tests/faults/test_mutations.py $(ARGS)
 
 quarantine: .venv/installed-run
 	@$(bin)/python -m services.ledger quarantine $(ARGS)

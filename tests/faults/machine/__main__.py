@@ -1,4 +1,4 @@
-"""The proving machine, from the command line."""
+"""The proving machine, from the command line. Its exit status is 1 when anything is lost, doubled or wrong."""
 
 import asyncio
 import logging
@@ -6,65 +6,97 @@ import random
 import shutil
 import signal
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
 import structlog
 
 from tests.faults.machine.log import OperationLog
+from tests.faults.machine.mutants import MUTANTS, SQLITE, Mutant
 from tests.faults.machine.run import Run
-from tests.faults.machine.schedule import KINDS, Kind, Shape, schedule
-from tests.faults.machine.system import System
+from tests.faults.machine.schedule import KINDS, Fault, Shape, schedule
+from tests.faults.machine.system import System, can_mount
 
 SEED_MAX = 1_000_000
+# A mistake is found with the load that exposes it soonest.
+MUTANT_PAUSE_S, PAUSE_S = 0.05, 0.15
 
 
 def main() -> int:
+    told = _arguments()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    # A database that runs as somebody else reads it.
+    folder = Path(mkdtemp(prefix="chatrail-faults-", dir="/tmp"))
+    folder.chmod(0o755)
+    if told.mutant:
+        return _tidied(folder, asyncio.run(_find(told.mutant, told.seed or 0, folder)), told)
+    seed = random.randrange(SEED_MAX) if told.seed is None else told.seed  # noqa: S311 - no secret
+    status = _tidied(folder, asyncio.run(_prove(seed, told, folder)), told)
+    if status:
+        _say(f"seed {seed} FAILED; the same schedule again: make faults SEED={seed} MINUTES={told.minutes:g}")
+    return status
+
+
+def _arguments() -> Namespace:
     parser = ArgumentParser(prog="python -m tests.faults.machine", description="Faults under load, and a count.")
     parser.add_argument("--seed", type=int, help="decides parts, faults and their times; by default a new one")
     parser.add_argument("--minutes", type=float, default=3.0, help="how long faults happen")
     parser.add_argument("--only", choices=KINDS, action="append", help="a kind of fault; repeatable; by default all")
     parser.add_argument("--ledger", choices=["sqlite", "postgresql"], help="instead of what the seed chooses")
     parser.add_argument("--quota", choices=["sqlite", "postgresql"])
+    parser.add_argument("--mutant", choices=MUTANTS, help="a classic mistake, and the faults that expose it")
     parser.add_argument("--keep", action="store_true", help="the folder of the run, also when all is well")
-    told = parser.parse_args()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    seed = random.randrange(SEED_MAX) if told.seed is None else told.seed  # noqa: S311 - no secret
+    parser.add_argument("--discard", action="store_true", help="the folder of the run, also when something is wrong")
+    return parser.parse_args()
+
+
+async def _prove(seed: int, told: Namespace, folder: Path) -> int:
+    """A run by the schedule of its seed."""
     chosen = Shape.of(seed)
     shape = Shape(told.ledger or chosen.ledger, told.quota or chosen.quota)
-    # A database that runs as somebody else reads it.
-    folder = Path(mkdtemp(prefix="chatrail-faults-", dir="/tmp"))
-    folder.chmod(0o755)
-    status = asyncio.run(_run(seed, told.minutes, shape, tuple(told.only or KINDS), folder))
-    if status == 0 and not told.keep:
-        shutil.rmtree(folder)
-    else:
-        _say(f"what it left is in {folder}")
-    if status:
-        _say(f"seed {seed} FAILED; the same schedule again: make faults SEED={seed} MINUTES={told.minutes:g}")
-    return status
-
-
-async def _run(seed: int, minutes: float, shape: Shape, kinds: tuple[Kind, ...], folder: Path) -> int:
-    this = asyncio.current_task()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, this.cancel)  # type: ignore[union-attr]
+    stored = f"ledger on {shape.ledger}, quota on {shape.quota}"
+    _say(f"seed {seed}: {told.minutes:g} minutes of faults, {stored}: {', '.join(shape.services)}")
+    kinds = tuple(told.only or KINDS)
+    if "full disk" in kinds and not can_mount(folder):
+        _say("full disk is left out: no tmpfs can be mounted here")
+        kinds = tuple(kind for kind in kinds if kind != "full disk")
+    faults = schedule(seed, told.minutes * 60, shape, kinds)
     log = OperationLog(folder / "operations.ndjson")
-    parts = f"ledger on {shape.ledger}, quota on {shape.quota}"
-    _say(f"seed {seed}: {minutes:g} minutes of faults, {parts}: {', '.join(shape.services)}")
-    async with System(shape, folder, log) as system:
-        if "full disk" in kinds and not system.can_fill_disks:
-            _say("full disk is left out: no tmpfs can be mounted here")
-            kinds = tuple(kind for kind in kinds if kind != "full disk")
-        faults = schedule(seed, minutes * 60, shape, kinds)
-        log.write("run", seed=seed, minutes=minutes, ledger=shape.ledger, quota=shape.quota, faults=len(faults))
-        await Run(system, seed=seed).carry_out(faults)
-        system.places.save(folder)
-        checker = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.faults.machine.checker", str(folder)
+    return await _carried_out(System(shape, folder, log), faults, seed=seed, pause_s=PAUSE_S)
+
+
+async def _find(name: str, seed: int, folder: Path) -> int:
+    """A run with a mistake in the services, and the faults that expose it."""
+    mutant: Mutant = MUTANTS[name]
+    log = OperationLog(folder / "operations.ndjson")
+    system = System(SQLITE, folder, log, mutant=name, stream_bytes_max=mutant.stream_bytes_max)
+    return await _carried_out(system, mutant.faults, seed=seed, pause_s=MUTANT_PAUSE_S)
+
+
+async def _carried_out(system: System, faults: Sequence[Fault], *, seed: int, pause_s: float) -> int:
+    """The checker's exit status: it is a process of its own, and reads while the system is still up."""
+    this = asyncio.current_task()
+    assert this
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, this.cancel)
+    async with system:
+        await Run(system, seed=seed, pause_s=pause_s).carry_out(faults)
+        system.places.save(system.folder)
+        checking = asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.faults.machine.checker", str(system.folder)
         )
-        return await checker.wait()
+        return await (await checking).wait()
+
+
+def _tidied(folder: Path, status: int, told: Namespace) -> int:
+    """The folder stays where something is to be looked up in it."""
+    if (status or told.keep) and not told.discard:
+        _say(f"what it left is in {folder}")
+    else:
+        shutil.rmtree(folder)
+    return status
 
 
 def _say(line: str) -> None:

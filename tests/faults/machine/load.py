@@ -67,7 +67,7 @@ FILLER = "Tell me more about it, and take your time with the details. " * 20
 class Load:
     """Workers that take turns at everything, from `start` until `stop`."""
 
-    def __init__(self, url: str, nats_url: str, log: OperationLog, *, seed: int, pause_s: float = 0.15) -> None:
+    def __init__(self, url: str, nats_url: str, log: OperationLog, *, seed: int, pause_s: float) -> None:
         self._url, self._nats_url, self._log, self._pause_s = url, nats_url, log, pause_s
         self._chances = [random.Random(f"load {seed} {n}") for n in range(WORKERS)]  # noqa: S311 - no secret
         self._count = 0

@@ -30,12 +30,12 @@ OPERATOR_PATIENCE_S = 40.0
 class Run:
     """Faults under load, on a system that runs."""
 
-    def __init__(self, system: System, *, seed: int) -> None:
-        self.system, self.log, self._seed = system, system.log, seed
+    def __init__(self, system: System, *, seed: int, pause_s: float) -> None:
+        self.system, self.log, self._seed, self._pause_s = system, system.log, seed, pause_s
 
     async def carry_out(self, faults: Sequence[Fault]) -> None:
         await self.system.ready(READY_AT_FIRST_S)
-        load = Load(self.system.urls["chat"], self.system.nats_url, self.log, seed=self._seed)
+        load = Load(self.system.urls["chat"], self.system.nats_url, self.log, seed=self._seed, pause_s=self._pause_s)
         await load.prepare()
         load.start()
         self._begun = time.monotonic()

@@ -48,8 +48,17 @@ class NotInTime(Exception):
 class System:
     """Starts on entry, and ends on exit with every process that it started."""
 
-    def __init__(self, shape: Shape, folder: Path, log: OperationLog) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        folder: Path,
+        log: OperationLog,
+        *,
+        mutant: str | None = None,
+        stream_bytes_max: int | None = None,
+    ) -> None:
         self.shape, self.folder, self.log = shape, folder, log
+        self._mutant, self._stream_bytes_max = mutant, stream_bytes_max or STREAM_BYTES_MAX
         self.parts: dict[str, Part] = {}
         self.links: dict[str, Proxy] = {}
         self.urls: dict[str, str] = {}
@@ -95,6 +104,10 @@ class System:
                 self._start_consumer(name, replica)
         self._start_chat()
 
+    def _ours(self, *arguments: str) -> list[str]:
+        """A module of ours, with a mistake in it where one is wanted."""
+        return python(*(["tests.faults.machine.mutants", self._mutant] if self._mutant else []), *arguments)
+
     def _start_broker(self) -> None:
         server = str(Path(sys.executable).with_name("nats-server"))
         listen = ["-a", "127.0.0.1", "-p", str(self._nats_port), "-m", self._monitor_url.rpartition(":")[2]]
@@ -103,7 +116,7 @@ class System:
     def _start_consumer(self, name: Service, replica: str) -> None:
         self._serve(
             replica,
-            python(f"services.{name}", "serve"),
+            self._ours(f"services.{name}", "serve"),
             f"{name}->nats",
             **{f"CHATRAIL_{name.upper()}_DATABASE_URL": self._database_url(name, linked=True)},
         )
@@ -113,7 +126,7 @@ class System:
         claude = f"http://127.0.0.1:{self.links['chat->claude'].port}"
         self._serve(
             "chat",
-            python("services.chat", "serve"),
+            self._ours("services.chat", "serve"),
             "chat->nats",
             CHATRAIL_DATA=str(data),
             ANTHROPIC_BASE_URL=claude,
@@ -191,8 +204,8 @@ class System:
     # What an operator does.
 
     async def set_up_streams(self) -> None:
-        variables = {"CHATRAIL_NATS_URL": self.nats_url, "CHATRAIL_STREAM_BYTES_MAX": str(STREAM_BYTES_MAX)}
-        await step(*python("shared.streams"), **variables)
+        variables = {"CHATRAIL_NATS_URL": self.nats_url, "CHATRAIL_STREAM_BYTES_MAX": str(self._stream_bytes_max)}
+        await step(*self._ours("shared.streams"), **variables)
 
     async def delete_consumer(self, name: str) -> None:
         client = await self._connected()
@@ -234,10 +247,6 @@ class System:
         else:
             self._administer("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
             self._administer("ALTER DATABASE {} RENAME TO {}", f"{name}_copy", name)
-
-    @property
-    def can_fill_disks(self) -> bool:
-        return len(self._disks) == len(DISKS)
 
     def fill_disk(self, name: str) -> None:
         with suppress(OSError), (self._disks[name] / "ballast").open("wb", buffering=0) as ballast:
@@ -354,6 +363,17 @@ async def _ask(http: aiohttp.ClientSession, url: str) -> str:
 def _locked(database: sqlite3.Connection) -> None:
     database.execute("PRAGMA busy_timeout = 10000")
     database.execute("BEGIN IMMEDIATE")
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether small disks can be made here: root can, mostly."""
+    disk = folder / "disk"
+    disk.mkdir()
+    is_mounted = is_root() and _mount(disk, 1024**2)
+    if is_mounted:
+        subprocess.run(["umount", str(disk)], check=True)
+    disk.rmdir()
+    return is_mounted
 
 
 def _mount(folder: Path, size_bytes: int) -> bool:
