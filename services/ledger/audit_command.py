@@ -1,0 +1,112 @@
+"""`audit`, the command: what it is asked, what it shows and says, and the status with which it ends."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, time
+from typing import Annotated
+
+import structlog
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from services.ledger.audit import Databases, Evidence
+from services.ledger.audit import audit as run
+from services.ledger.findings import as_json, in_words
+from services.ledger.scratch import scratch
+from services.ledger.settings import Settings
+from services.ledger.snapshots import Scope
+from shared.bus_of_folder import bus_of_folder
+from shared.errors import Unavailable
+from shared.server import one_sentence
+
+AGREE, DIFFER, CANNOT = 0, 1, 2
+
+
+def audit(
+    *,
+    user: Annotated[str | None, typer.Option(help="This user alone.")] = None,
+    first: Annotated[str | None, typer.Option("--from", help="The first day in UTC, or moment (RFC 3339).")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="The last day in UTC, or moment; included.")] = None,
+    as_document: Annotated[bool, typer.Option("--json", help="One JSON document with every difference.")] = False,
+) -> None:
+    """Compare the stream with ledger and totals, and name every difference. Reads all, and changes nothing.
+
+    Ends with 0 when all agree, with 1 when there is a difference, with 2 when it cannot be done. Services may run.
+    """
+    scope = Scope(user, _moment(first, time.min, "'--from'"), _moment(last, time.max, "'--to'"))
+    # Only what ends in a sentence of ours is told: standard output is the report's.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    with _ended_by_a_sentence():
+        settings = Settings()
+        agrees = asyncio.run(_audit(settings, scope, as_document=as_document))
+    raise typer.Exit(AGREE if agrees else DIFFER)
+
+
+async def _audit(settings: Settings, scope: Scope, *, as_document: bool) -> bool:
+    """Whether all agree, once it is told."""
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - this is one
+    # As on Ctrl-C: what was started for the occasion is stopped in order.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    databases = Databases(settings.database_url, settings.quota_url)
+    evidence = Evidence()
+    with scratch() as kept:
+        async with bus_of_folder(settings, name="audit") as nc:
+            with _progress() as show:
+                report = await run(nc, databases, scope, kept, evidence=evidence, progress=show)
+        if as_document:
+            for part in as_json(report):
+                sys.stdout.write(part)
+        else:
+            console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+            for said in in_words(report):
+                console.print(said, markup=False)
+        return report.agrees
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, where there is one."""
+    columns = (TextColumn("Reading the stream"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        reading = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(reading, completed=done, total=total)
+
+
+@contextmanager
+def _ended_by_a_sentence() -> Iterator[None]:
+    try:
+        with one_sentence("The audit"):
+            yield
+    except SystemExit as problem:
+        if isinstance(problem.code, str):
+            typer.echo(problem.code, err=True)
+            raise typer.Exit(CANNOT) from None
+        raise
+    except Unavailable as problem:
+        typer.echo(problem.detail, err=True)
+        raise typer.Exit(CANNOT) from None
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        typer.echo("The audit was stopped before its end.", err=True)
+        raise typer.Exit(CANNOT) from None
+
+
+def _moment(text: str | None, time_of_day: time, option: str) -> datetime | None:
+    """A day in UTC, at `time_of_day`, or a moment as it is."""
+    if text is None:
+        return None
+    with suppress(ValueError, OverflowError):
+        moment = datetime.fromisoformat(text)
+        if len(text) == len("2026-11-30"):
+            return datetime.combine(moment, time_of_day, UTC)
+        if moment.tzinfo:
+            return moment.astimezone(UTC)
+    raise typer.BadParameter(
+        f"{text!r} is neither a day, as 2026-11-30, nor a moment, as 2026-11-30T12:00:00Z", param_hint=option
+    )

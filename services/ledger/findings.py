@@ -1,0 +1,166 @@
+"""What an audit found, and how people and programs are told."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+from rich.table import Table
+
+LINES_MAX = 20
+VALUE_CHARS_MAX = 60
+
+REBUILD = "make replay rebuilds it from the stream."
+SEALED = "The record itself was changed: keep all copies of it, compare them, and restore the right one."
+# What can be wrong, in the order in which it is told: what it is called, and what to do about it.
+KINDS = {
+    "missing": ("on the stream, and not here", REBUILD),
+    "changed": ("not as the stream has it", f"Somebody changed it. {REBUILD}"),
+    "unexplained": (
+        "here, and not on the stream",
+        f"Somebody added it, or the stream has lost its end: then restore the broker's store. Otherwise {REBUILD}",
+    ),
+    "quarantined": ("in quarantine, and can be read by now", "make quarantine ARGS=--redrive counts it."),
+    "unreadable": ("cannot be read, and is not in quarantine", "Restart the service: it reads the stream again."),
+    "contradicting": (
+        "a second event under an id that is counted already, with other content",
+        "The first counts. Find out who published the second; if it is to count, adjust the usage.",
+    ),
+    "differs": ("not the sum of the user's events in the period", REBUILD),
+    "uncovered": ("events in no period that has a total", REBUILD),
+    "broken": ("not as it was sealed", SEALED),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing on which stream and databases do not agree: what is expected and found, where they differ.
+
+    `where` is a table (`ledger.usage`), or what else holds a copy; `kind` is one of KINDS.
+    """
+
+    where: str
+    kind: str
+    id: str | None
+    user_id: str | None
+    expected: Mapping[str, Any] | None
+    found: Mapping[str, Any] | None
+
+
+class Group(NamedTuple):
+    where: str
+    kind: str
+    number: int
+
+
+class Found(Protocol):
+    """All differences, however many: they are not kept in memory."""
+
+    def groups(self) -> list[Group]: ...
+
+    def differences(self, where: str, kind: str) -> Iterator[Difference]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What was read of the stream, and what is on its way to each database and therefore not expected there yet."""
+
+    first: int
+    last: int
+    messages: int
+    unreadable: int
+    repeated: int
+    waiting: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    read: Read
+    compared: Mapping[str, int]
+    found: Found
+    seconds: float
+
+    @property
+    def agrees(self) -> bool:
+        return not self.found.groups()
+
+
+def in_words(report: Report) -> Iterator[str | Table]:
+    """For people: what was compared, then each group of differences with what to do."""
+    read = report.read
+    yield (
+        f"Read {_number(read.messages, 'message')} of the stream ({read.first:,} to {read.last:,})"
+        f" in {report.seconds:.1f} s and compared:"
+    )
+    for name, number in report.compared.items():
+        yield f"  {number:>12,}  {name}"
+    for service, number in read.waiting.items():
+        if number:
+            yield f"  On their way to {service}, and not compared where they are not there yet: {number:,}"
+    if read.repeated:
+        yield f"  Came again with the same content, and count once: {read.repeated:,}"
+    if read.unreadable:
+        yield f"  Cannot be read, and are in quarantine unless told below: {read.unreadable:,}"
+    yield ""
+    groups = report.found.groups()
+    if not groups:
+        yield "All agree."
+        return
+    for group in groups:
+        what, advice = KINDS[group.kind]
+        yield f"{group.where}: {group.number:,} {what}"
+        yield _table(islice(report.found.differences(group.where, group.kind), LINES_MAX))
+        if group.number > LINES_MAX:
+            yield f"  and {group.number - LINES_MAX:,} more (--json has all)"
+        yield f"  {advice}"
+        yield ""
+    yield f"{_number(sum(group.number for group in groups), 'difference')}."
+
+
+def as_json(report: Report) -> Iterator[str]:
+    """One document, in parts: it may be larger than memory."""
+    groups = report.found.groups()
+    head = {
+        "agrees": report.agrees,
+        "stream": asdict(report.read),
+        "compared": dict(report.compared),
+        "seconds": round(report.seconds, 3),
+        "groups": [
+            {**group._asdict(), "means": KINDS[group.kind][0], "advice": KINDS[group.kind][1]} for group in groups
+        ],
+    }
+    yield json.dumps(head, ensure_ascii=False)[:-1] + ', "differences": ['
+    separator = ""
+    for group in groups:
+        for difference in report.found.differences(group.where, group.kind):
+            yield separator + json.dumps(asdict(difference), ensure_ascii=False)
+            separator = ",\n"
+    yield "]}\n"
+
+
+def _table(differences: Iterable[Difference]) -> Table:
+    table = Table("id", "user", "expected", "found", box=None, pad_edge=True, padding=(0, 1))
+    for column in table.columns:
+        column.overflow = "fold"
+    for difference in differences:
+        table.add_row(
+            difference.id or "-", difference.user_id or "-", _told(difference.expected), _told(difference.found)
+        )
+    return table
+
+
+def _told(values: Mapping[str, Any] | None) -> str:
+    """What is there, and says something."""
+    if values is None:
+        return "-"
+    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= VALUE_CHARS_MAX else f"{text[: VALUE_CHARS_MAX - 1]}…"
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

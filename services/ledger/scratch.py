@@ -1,0 +1,172 @@
+"""What an audit keeps on disk while it reads, so that its memory does not grow with the stream: a file for its time.
+
+The fold of the stream (each event's id, user, moment and counts), quota's totals beside it, and the differences.
+"""
+
+import json
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from services.ledger.findings import KINDS, Difference, Group
+from shared.plans import COUNTS
+
+SUMS = (*COUNTS, "top_up_tokens", "lasting_top_up_tokens")
+EVENTS, CHANGES = "events", "changes"
+
+_SUMS = ", ".join(SUMS)
+_SCHEMA = f"""
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA cache_size = -16384;
+CREATE TABLE events (
+    id TEXT PRIMARY KEY, user_id TEXT, moment TEXT, {_SUMS}, model TEXT, is_counted INT
+) WITHOUT ROWID;
+CREATE TABLE changes (id TEXT PRIMARY KEY, user_id TEXT, moment TEXT, tier TEXT, time_zone TEXT, is_counted INT);
+CREATE INDEX changes_by_user ON changes (user_id, moment, id);
+CREATE TABLE totals (
+    nth INTEGER PRIMARY KEY, user_id TEXT, period_start TEXT, period_end TEXT, {_SUMS}, models TEXT
+);
+CREATE TABLE differences (
+    nth INTEGER PRIMARY KEY, place TEXT, kind TEXT, id TEXT, user_id TEXT, expected TEXT, found TEXT
+);
+CREATE INDEX differences_by_group ON differences (place, kind);
+"""
+_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * (5 + len(SUMS)))})"  # noqa: S608
+_TOTAL = f"INSERT INTO totals VALUES (NULL, {', '.join('?' * (4 + len(SUMS)))})"  # noqa: S608
+_CHANGE = "INSERT INTO changes VALUES (?, ?, ?, ?, ?, ?)"
+_INDEXES = """
+CREATE INDEX events_by_user ON events (user_id, moment) WHERE is_counted;
+CREATE INDEX totals_by_user ON totals (user_id, period_start);
+"""
+_FOLD = f"""
+SELECT nth, model, {", ".join(f"sum(events.{name})" for name in SUMS)}
+FROM totals JOIN events ON events.user_id = totals.user_id AND is_counted
+ AND moment >= period_start AND moment < period_end
+GROUP BY nth, model ORDER BY nth
+"""  # noqa: S608
+_UNCOVERED = f"""
+SELECT user_id, min(moment), max(moment), {", ".join(f"sum({name})" for name in SUMS)} FROM events
+WHERE is_counted AND moment >= ? AND moment <= ? AND NOT EXISTS (
+ SELECT 1 FROM totals WHERE totals.user_id = events.user_id AND period_start <= moment AND period_end > moment)
+GROUP BY user_id HAVING {" OR ".join(f"sum({name}) != 0" for name in SUMS)}
+"""  # noqa: S608
+_KNOWN = {
+    EVENTS: "SELECT id FROM events WHERE id IN (SELECT value FROM json_each(?))",
+    CHANGES: "SELECT id FROM changes WHERE id IN (SELECT value FROM json_each(?))",
+}
+
+
+class Change(NamedTuple):
+    """Of a user's plan; the moment as text."""
+
+    user_id: str
+    changed_at: str
+    event_id: str
+    tier: str
+    time_zone: str | None
+
+
+class Total(NamedTuple):
+    """A total as quota has it (`found`), and the sum of its user's events in its period."""
+
+    user_id: str
+    period_start: str
+    period_end: str
+    found: Sequence[int]
+    found_models: str
+    sums: Sequence[int]
+    models: dict[str, Sequence[int]]
+
+
+class Scratch:
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        connection.executescript(_SCHEMA)
+
+    def firsts(self, table: str, ids: Sequence[str]) -> list[bool]:
+        """Of each id whether it is here for the first time."""
+        seen = self.known(table, ids)
+        firsts = []
+        for event_id in ids:
+            firsts.append(event_id not in seen)
+            seen.add(event_id)
+        return firsts
+
+    def known(self, table: str, ids: Sequence[str]) -> set[str]:
+        return {row[0] for row in self._connection.execute(_KNOWN[table], (json.dumps(ids),))}
+
+    def keep_events(self, rows: Iterable[Sequence[Any]]) -> None:
+        """(id, user, moment as text, the sums, model, whether it counts) of each."""
+        self._connection.executemany(_EVENT, rows)
+
+    def keep_changes(self, rows: Iterable[Sequence[Any]]) -> None:
+        """(id, user, moment as text, tier, time zone, whether it counts) of each."""
+        self._connection.executemany(_CHANGE, rows)
+
+    def changes(self) -> Iterator[Change]:
+        """Those that count, user by user, the oldest first; of two at once, by id."""
+        order = (
+            "SELECT user_id, moment, id, tier, time_zone FROM changes WHERE is_counted ORDER BY user_id, moment, id"
+        )
+        return (Change(*row) for row in self._connection.execute(order))
+
+    def subscribed(self, user_ids: Sequence[str]) -> set[str]:
+        """Those of them who have ever changed their plan."""
+        changed = "SELECT user_id FROM changes WHERE is_counted AND user_id IN (SELECT value FROM json_each(?))"
+        return {row[0] for row in self._connection.execute(changed, (json.dumps(user_ids),))}
+
+    def keep_totals(self, rows: Iterable[Sequence[Any]]) -> None:
+        """(user, start and end of the period as text, the sums, models as JSON) of each. To be kept last."""
+        self._connection.executemany(_TOTAL, rows)
+        self._connection.executescript(_INDEXES)
+
+    def totals(self) -> Iterator[Total]:
+        folded = groupby(self._connection.execute(_FOLD), key=lambda row: row[0])
+        nth, parts = next(folded, (None, iter(())))
+        for row in self._connection.execute("SELECT * FROM totals ORDER BY nth"):
+            sums, models = [0] * len(SUMS), dict[str, Sequence[int]]()
+            if row[0] == nth:
+                for _, model, *counts in parts:
+                    sums = [tokens + more for tokens, more in zip(sums, counts, strict=True)]
+                    if model:
+                        models[model] = counts[: len(COUNTS)]
+                nth, parts = next(folded, (None, iter(())))
+            _, user_id, start, end, *found, found_models = row
+            yield Total(user_id, start, end, found, found_models, sums, models)
+
+    def uncovered(self, first: str, last: str) -> Iterator[tuple[Any, ...]]:
+        """(user, first and last moment, the sums) of events in between that count and that no total covers."""
+        return iter(self._connection.execute(_UNCOVERED, (first, last)))
+
+    def add(self, difference: Difference) -> None:
+        told = [_dumped(difference.expected), _dumped(difference.found)]
+        row = (difference.where, difference.kind, difference.id, difference.user_id, *told)
+        self._connection.execute("INSERT INTO differences VALUES (NULL, ?, ?, ?, ?, ?, ?)", row)
+
+    def groups(self) -> list[Group]:
+        found = self._connection.execute("SELECT place, kind, count(*) FROM differences GROUP BY place, kind")
+        order = list(KINDS)
+        return sorted((Group(*row) for row in found), key=lambda group: (order.index(group.kind), group.where))
+
+    def differences(self, where: str, kind: str) -> Iterator[Difference]:
+        of_group = "SELECT id, user_id, expected, found FROM differences WHERE place = ? AND kind = ? ORDER BY nth"
+        for event_id, user_id, expected, found in self._connection.execute(of_group, (where, kind)):
+            yield Difference(where, kind, event_id, user_id, json.loads(expected), json.loads(found))
+
+
+@contextmanager
+def scratch() -> Iterator[Scratch]:
+    """Gone with the end of the context."""
+    with (
+        tempfile.TemporaryDirectory(prefix="chatrail-audit-") as folder,
+        closing(sqlite3.connect(f"{folder}/scratch.db", isolation_level=None)) as connection,
+    ):
+        yield Scratch(connection)
+
+
+def _dumped(told: Any) -> str:
+    return json.dumps(told, ensure_ascii=False, default=str)

@@ -1,0 +1,222 @@
+"""Both databases as auditors read them: each in one snapshot, with statements of their own, and never written to.
+
+What is compared is what the driver gives, so that a record costs a few microseconds: an expected row is told in the
+same terms (`Copy.row`).
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from datetime import date, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import psycopg
+from pydantic_core import to_json
+from sqlalchemy import make_url
+
+from shared.database import iso
+from shared.errors import Misconfigured
+
+Row = tuple[Any, ...]
+MOMENTS = frozenset({"created_at", "completed_at", "changed_at", "started_at", "subscribed_at"})
+BATCH_SIZE = 1000
+
+
+class Layout(NamedTuple):
+    """What of a table is compared: its key first, and the column that says when it happened."""
+
+    service: str
+    table: str
+    columns: tuple[str, ...]
+    moment: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.service}.{self.table}"
+
+
+class Scope(NamedTuple):
+    """Whose records are looked at, and from which moment to which, both included."""
+
+    user_id: str | None = None
+    first: datetime | None = None
+    last: datetime | None = None
+
+    def covers(self, moment: datetime) -> bool:
+        return (self.first is None or self.first <= moment) and (self.last is None or moment <= self.last)
+
+
+class Snapshot:
+    """A database at one moment. What was committed before it was opened is in it, and nothing that came later."""
+
+    def __init__(self, connection: Any, *, is_sqlite: bool) -> None:
+        self._connection, self.is_sqlite = connection, is_sqlite
+
+    def rows(self, statement: str, *values: Any) -> Iterator[Row]:
+        """A `?` in the statement stands for a value. Rows come as they are asked for: there may be very many."""
+        if self.is_sqlite:
+            return iter(self._connection.execute(statement, values))
+        return self._stream(statement.replace("?", "%s"), values)
+
+    def _stream(self, statement: str, values: Sequence[Any]) -> Iterator[Row]:
+        with self._connection.cursor("audit", binary=True) as cursor:
+            cursor.itersize = BATCH_SIZE
+            cursor.execute(statement, values)
+            yield from cursor
+
+    def find(self, statement: str, keys: Sequence[str]) -> list[Row]:
+        """What a statement finds that ends with `listed(key)`."""
+        if self.is_sqlite:
+            found: list[Row] = self._connection.execute(statement, (json.dumps(keys),)).fetchall()
+        else:
+            found = self._connection.execute(statement, (list(keys),), binary=True).fetchall()
+        return found
+
+    def listed(self, key: str) -> str:
+        """A condition: `key` is one of those that are handed to `find`."""
+        return f'"{key}" IN (SELECT value FROM json_each(?))' if self.is_sqlite else f'"{key}" = ANY(%s)'  # noqa: S608
+
+    def time(self, moment: datetime) -> Any:
+        """As this database keeps it."""
+        return iso(moment) if self.is_sqlite else moment
+
+
+@contextmanager
+def snapshot(service: str, url: str, tables: Sequence[str]) -> Iterator[Snapshot]:
+    """Raises Misconfigured where there is no such database, or not these tables in it."""
+    parsed = make_url(url)
+    try:
+        if parsed.get_backend_name() == "sqlite":
+            with closing(_open_sqlite(service, Path(parsed.database or ""))) as connection:
+                for table in tables:
+                    connection.execute(f'SELECT 1 FROM "{table}" LIMIT 1').fetchone()  # noqa: S608
+                yield Snapshot(connection, is_sqlite=True)
+        else:
+            plain = parsed.set(drivername="postgresql").render_as_string(hide_password=False)
+            with psycopg.connect(plain) as postgres:
+                postgres.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+                postgres.read_only = True
+                # Before the first SELECT, with which the snapshot begins: whoever exchanges tables waits for us.
+                postgres.execute(f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE")
+                yield Snapshot(postgres, is_sqlite=False)
+    except (psycopg.OperationalError, psycopg.ProgrammingError, sqlite3.OperationalError) as error:
+        raise Misconfigured(f"{service}'s database {parsed} cannot be read: {str(error).strip()}") from error
+
+
+def _open_sqlite(service: str, file: Path) -> sqlite3.Connection:
+    if not file.exists():
+        raise Misconfigured(
+            f"{service} has no database at {file}. Start ChatRail on this data folder: it makes one, "
+            "and make replay fills it from the stream."
+        )
+    connection = sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, isolation_level=None)
+    connection.execute("BEGIN")
+    return connection
+
+
+class Copy:
+    """A table that should say what the stream says, in a snapshot."""
+
+    def __init__(self, snapshot: Snapshot, layout: Layout) -> None:
+        self.snapshot, self.layout = snapshot, layout
+        self.key, *_ = layout.columns
+        columns = ", ".join(_column(name, is_sqlite=snapshot.is_sqlite) for name in layout.columns)
+        self._select = f'SELECT {columns} FROM "{layout.table}"'  # noqa: S608 - names from the code
+        self._find = f"{self._select} WHERE {snapshot.listed(self.key)}"
+        told = _AS_SQLITE_HAS_IT if snapshot.is_sqlite else _AS_POSTGRESQL_HAS_IT
+        self._told = [(n, told[_kind(name)]) for n, name in enumerate(layout.columns) if _kind(name) in told]
+
+    def row(self, record: Mapping[str, Any]) -> Row:
+        """The row that the record should be."""
+        values = [record[name] for name in self.layout.columns]
+        for n, told in self._told:
+            if values[n] is not None:
+                values[n] = told(values[n])
+        return tuple(values)
+
+    def find(self, keys: Sequence[str]) -> dict[str, Row]:
+        return {row[0]: row for row in self.snapshot.find(self._find, keys)}
+
+    def differing(self, expected: Row, found: Row) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The columns that differ, as they should be and as they are; None where the rows say the same."""
+        names = [
+            name
+            for name, ours, theirs in zip(self.layout.columns, expected, found, strict=True)
+            if ours != theirs and not (name == "metadata" and _same_json(ours, theirs))
+        ]
+        if not names:
+            return None
+        return _part(self.told(expected), names), _part(self.told(found), names)
+
+    def told(self, row: Row) -> dict[str, Any]:
+        """The row by its columns, for people and for JSON."""
+        return {name: _plain(value) for name, value in zip(self.layout.columns, row, strict=True)}
+
+    def number(self, scope: Scope) -> int:
+        """How many rows there are."""
+        where, values = self._within(scope)
+        ((number,),) = self.snapshot.rows(f'SELECT count(*) FROM "{self.layout.table}"{where}', *values)  # noqa: S608
+        return int(number)
+
+    def batches(self, scope: Scope) -> Iterator[list[Row]]:
+        where, values = self._within(scope)
+        rows = self.snapshot.rows(self._select + where, *values)
+        while batch := list(islice(rows, BATCH_SIZE)):
+            yield batch
+
+    def _within(self, scope: Scope) -> tuple[str, list[Any]]:
+        moment, time = self.layout.moment, self.snapshot.time
+        conditions = {
+            '"user_id" = ?': scope.user_id,
+            f'"{moment}" >= ?': scope.first and time(scope.first),
+            f'"{moment}" <= ?': scope.last and time(scope.last),
+        }
+        asked = {condition: value for condition, value in conditions.items() if value is not None}
+        return (f" WHERE {' AND '.join(asked)}" if asked else ""), list(asked.values())
+
+
+def as_sqlite_has_it(moment: datetime) -> str:
+    """`iso`, at a quarter of the price where it is UTC already."""
+    text = moment.isoformat(timespec="microseconds")
+    return f"{text[:-6]}Z" if text.endswith("+00:00") else iso(moment)
+
+
+_AS_SQLITE_HAS_IT: dict[str, Callable[[Any], Any]] = {
+    "moment": as_sqlite_has_it,
+    "date": date.isoformat,
+    "json": json.dumps,
+}
+_AS_POSTGRESQL_HAS_IT: dict[str, Callable[[Any], Any]] = {"json": lambda value: to_json(value).decode()}
+
+
+def _kind(column: str) -> str:
+    if column in MOMENTS:
+        return "moment"
+    return {"usage_date": "date", "metadata": "json"}.get(column, "")
+
+
+def _column(name: str, *, is_sqlite: bool) -> str:
+    # As text: SQLite has nothing else, and decoding each would cost more than all the rest.
+    return f'CAST("{name}" AS text)' if _kind(name) == "json" and not is_sqlite else f'"{name}"'
+
+
+def _same_json(ours: str, theirs: str) -> bool:
+    """Releases write JSON with other spaces; it says the same."""
+    try:
+        return bool(json.loads(ours) == json.loads(theirs))
+    except (TypeError, ValueError):
+        return False
+
+
+def _part(told: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: told[name] for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return iso(value)
+    return value.isoformat() if isinstance(value, date) else value

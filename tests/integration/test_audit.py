@@ -1,0 +1,512 @@
+"""The audit finds what does not agree, names it, and finds nothing where all agrees."""
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nats.aio.client import Client
+from rich.console import Console
+from sqlalchemy import Connection, Table, text
+
+from services.ledger import __main__ as ledger_service
+from services.ledger import store as ledger_store
+from services.ledger.audit import Databases, audit
+from services.ledger.findings import Difference, Report, as_json, in_words
+from services.ledger.handlers import Handlers as LedgerHandlers
+from services.ledger.scratch import scratch
+from services.ledger.snapshots import Scope
+from services.quota import __main__ as quota_service
+from services.quota import store as quota_store
+from services.quota.handlers import Handlers as QuotaHandlers
+from shared import streams
+from shared.consumer import Handler, apply
+from shared.database import Database, sqlite_url
+from shared.errors import Misconfigured
+from shared.events import Event, encode
+from shared.plans import Plans
+from shared.quarantine import Poison, quarantine
+from tests.builders import (
+    NOON,
+    generation_completed,
+    publish,
+    publish_raw,
+    subscription_changed,
+    topped_up,
+    usage_adjusted,
+    usage_reported,
+)
+from tests.fixtures import Postgres
+
+DAY = timedelta(days=1)
+
+
+@dataclass(slots=True)
+class Found:
+    """What an audit reported, with all differences: they are gone with the audit's scratch file."""
+
+    report: Report
+    agrees: bool
+    differences: list[Difference]
+    words: str
+    document: dict[str, Any]
+
+    @property
+    def kinds(self) -> list[tuple[str, str]]:
+        return [(difference.where, difference.kind) for difference in self.differences]
+
+
+class System:
+    """A stream and the two databases that are made of it, by the services' own handlers."""
+
+    def __init__(self, nats: Client, ledger_url: str, quota_url: str) -> None:
+        self.nats, self.urls = nats, Databases(ledger_url, quota_url)
+        self.ledger, self.quota = Database(ledger_url), Database(quota_url)
+        self.ledger.migrate(ledger_service.MIGRATIONS)
+        self.quota.migrate(quota_service.MIGRATIONS)
+        plans = Plans.load()
+        self._handlers: dict[str, Handler] = {
+            streams.LEDGER: LedgerHandlers(self.ledger, plans).on_usage,
+            streams.QUOTA: QuotaHandlers(nats, self.quota, plans).on_usage,
+        }
+
+    async def deliver(self, *services: str, acknowledging: bool = True) -> None:
+        """What the stream has and a service has not is handled by it."""
+        for service in services or (streams.LEDGER, streams.QUOTA):
+            js = self.nats.jetstream()
+            if not (waiting := (await js.consumer_info(streams.STREAM, service)).num_pending):
+                continue
+            pulling = await js.pull_subscribe("", durable=service, stream=streams.STREAM)
+            messages = await pulling.fetch(waiting, timeout=10)
+            assert await apply(self._handlers[service], messages) == []
+            for message in messages if acknowledging else []:
+                await message.ack_sync()
+            await pulling.unsubscribe()
+
+    async def audit(self, scope: Scope = Scope()) -> Found:  # noqa: B008 - frozen
+        with scratch() as kept:
+            return self._read(await audit(self.nats, self.urls, scope, kept))
+
+    @staticmethod
+    def _read(report: Report) -> Found:
+        differences = [
+            d for group in report.found.groups() for d in report.found.differences(group.where, group.kind)
+        ]
+        console = Console(file=StringIO(), width=200)
+        for part in in_words(report):
+            console.print(part, highlight=False)
+        document = json.loads("".join(as_json(report)))
+        return Found(report, report.agrees, differences, console.file.getvalue(), document)  # type: ignore[attr-defined]
+
+    async def ledger_does(self, statement: str) -> None:
+        await self.ledger.write(_without_triggers(statement))
+
+    async def quota_does(self, statement: str) -> None:
+        await self.quota.write(_without_triggers(statement))
+
+    async def close(self) -> None:
+        await self.ledger.close()
+        await self.quota.close()
+
+
+def _without_triggers(statement: str) -> Callable[[Connection], None]:
+    """What somebody does who may do everything."""
+
+    def work(db: Connection) -> None:
+        if db.dialect.name == "sqlite":
+            for (name,) in db.execute(text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all():
+                db.execute(text(f"DROP TRIGGER {name}"))
+        else:
+            db.execute(text("SET LOCAL session_replication_role = replica"))
+        assert db.execute(text(statement)).rowcount
+
+    return work
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def urls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    if request.param == "sqlite":
+        yield sqlite_url(tmp_path, "ledger.db"), sqlite_url(tmp_path, "quota.db")
+    else:
+        postgres: Postgres = request.getfixturevalue("postgres")
+        with postgres.new_database() as ledger_url, postgres.new_database() as quota_url:
+            yield ledger_url, quota_url
+
+
+@pytest.fixture
+async def system(nats: Client, urls: tuple[str, str]) -> AsyncIterator[System]:
+    system = System(nats, *urls)
+    yield system
+    await system.close()
+
+
+EVENTS: list[Event] = [
+    generation_completed(metadata={"conversation": "überall 🛤", "tags": ["a", None, 1.5]}),
+    generation_completed("user_2", cache_creation_input_tokens=3, cache_read_input_tokens=4, provider_request_id="r"),
+    generation_completed(model="claude-opus-4-8", on_disconnect="drain", outcome="disconnected"),
+    generation_completed("üser *.> 3", input_tokens=0, output_tokens=0),
+    generation_completed(started_at=datetime.fromisoformat("2026-11-30T23:59:59.999999-08:00")),
+    generation_completed(started_at=NOON - 400 * DAY),
+    usage_reported("user_2"),
+    usage_adjusted(tokens_used=-94),
+    topped_up(),
+    topped_up("user_2", lasts=True),
+    subscription_changed("user_2", changed_at=NOON),
+    subscription_changed("user_2", "enterprise", changed_at=NOON + DAY),
+    subscription_changed("user_2", "free", changed_at=NOON - DAY),
+    subscription_changed("user_2", "enterprise", changed_at=NOON + 2 * DAY, time_zone="Asia/Kathmandu"),
+]
+
+
+async def test_where_stream_ledger_and_totals_agree_nothing_is_found(system: System) -> None:
+    await publish(system.nats, *EVENTS)
+    await system.deliver()
+
+    found = await system.audit()
+
+    assert found.differences == []
+    assert found.agrees
+    # Totals of the months in which the test runs may join those of the events.
+    assert found.report.compared["quota.usage_totals"] >= 5
+    assert {**found.report.compared, "quota.usage_totals": 5} == {
+        "ledger.leaves": 0,
+        "ledger.seals": 0,
+        "ledger.usage": 10,
+        "ledger.subscription_changes": 4,
+        "quota.settlements": 10,
+        "quota.plan_changes": 4,
+        "quota.subscriptions": 1,
+        "quota.usage_totals": 5,
+    }
+    assert found.report.read.messages == 14
+    assert "All agree." in found.words
+
+
+async def test_of_an_empty_stream_nothing_is_expected(system: System) -> None:
+    found = await system.audit()
+    assert (found.differences, found.report.read.messages) == ([], 0)
+
+
+COUNTED = generation_completed("counted")
+
+
+@pytest.mark.parametrize(
+    ("where", "column", "value", "expected", "told"),
+    [
+        ("ledger.usage", "tokens_used", "tokens_used + 1", 8_094, 8_095),
+        ("ledger.usage", "model", "'claude-opus-4-8'", "claude-haiku-4-5", "claude-opus-4-8"),
+        ("ledger.usage", "input_tokens", "NULL", 5_282, None),
+        ("ledger.usage", "metadata", """'{"a": 1}'""", "{}", '{"a": 1}'),
+        ("ledger.usage", "usage_date", "'2026-11-21'", "2026-11-22", "2026-11-21"),
+        (
+            "ledger.usage",
+            "created_at",
+            "'2026-11-22T12:00:00.000001Z'",
+            "2026-11-22T12:00:00.000000Z",
+            "2026-11-22T12:00:00.000001Z",
+        ),
+        ("quota.settlements", "output_tokens", "0", 2_812, 0),
+    ],
+)
+async def test_a_changed_record_is_named_with_what_it_was_and_is(
+    system: System, *, where: str, column: str, value: str, expected: Any, told: Any
+) -> None:
+    await publish(system.nats, COUNTED, generation_completed())
+    await system.deliver()
+    if where == "ledger.usage":
+        await system.ledger_does(f"UPDATE usage SET {column} = {value} WHERE id = '{COUNTED.id}'")  # noqa: S608
+    else:
+        change = f"UPDATE settlements SET {column} = {value} WHERE event_id = '{COUNTED.id}'"  # noqa: S608
+        await system.quota_does(change)
+
+    found = await system.audit()
+
+    difference = Difference(where, "changed", COUNTED.id, "counted", {column: expected}, {column: told})
+    assert found.differences == [difference]
+    assert COUNTED.id in found.words
+    assert not found.document["agrees"]
+    assert found.document["differences"] == [asdict(difference)]
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [("ledger.usage", "id"), ("quota.settlements", "event_id")],
+)
+async def test_deleted_records_are_named_each(system: System, table: str, key: str) -> None:
+    events = [generation_completed(f"user_{n}") for n in range(10)]
+    await publish(system.nats, *events)
+    await system.deliver()
+    service, _, name = table.partition(".")
+    delete = system.ledger_does if service == "ledger" else system.quota_does
+    await delete(f"DELETE FROM {name} WHERE user_id IN ('user_4', 'user_7', 'user_8', 'user_9')")  # noqa: S608
+
+    found = await system.audit()
+
+    gone = [events[n] for n in (4, 7, 8, 9)]
+    assert [(d.where, d.kind, d.id, d.user_id) for d in found.differences] == [
+        (table, "missing", event.id, event.subject) for event in gone
+    ]
+    assert found.differences[0].expected is not None
+    assert found.differences[0].expected[key] == gone[0].id
+    assert f"{table}: 4 on the stream, and not here" in found.words
+    assert "make replay" in found.words
+
+
+@pytest.mark.parametrize("table", [ledger_store.usage, quota_store.settlements])
+async def test_a_record_that_no_event_explains_is_named(system: System, table: Table) -> None:
+    await publish(system.nats, COUNTED)
+    await system.deliver()
+    key, *others = (column.name for column in table.c)
+    copied = ", ".join(others)
+    insert = system.ledger_does if table is ledger_store.usage else system.quota_does
+    await insert(f"INSERT INTO {table} ({key}, {copied}) SELECT 'forged', {copied} FROM {table}")  # noqa: S608
+
+    (difference,) = (await system.audit()).differences
+
+    assert (difference.kind, difference.id, difference.user_id) == ("unexplained", "forged", "counted")
+    assert difference.expected is None
+    assert difference.found is not None
+    assert difference.found["tokens_used"] == 8_094
+
+
+async def test_a_total_that_is_not_the_sum_of_its_events_is_named_by_user_and_period(system: System) -> None:
+    await publish(system.nats, *EVENTS)
+    await system.deliver()
+    await system.quota_does("UPDATE usage_totals SET tokens_used = tokens_used + 5 WHERE tokens_used = 16195")
+
+    (difference,) = (await system.audit()).differences
+
+    assert difference == Difference(
+        "quota.usage_totals",
+        "differs",
+        None,
+        "user_2",
+        # The month of one who is in Kathmandu.
+        {
+            "period_start": "2026-10-31T18:15:00.000000Z",
+            "period_end": "2026-11-30T18:15:00.000000Z",
+            "tokens_used": 16_195,
+        },
+        {"tokens_used": 16_200},
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "told"),
+    [
+        ("models = '{}'", {"models.claude-haiku-4-5": [8_094, 5_282, 2_812, 0, 0]}, {"models.claude-haiku-4-5": 0}),
+        ("top_up_tokens = 7", {"top_up_tokens": 0}, {"top_up_tokens": 7}),
+        ("lasting_top_up_tokens = 7", {"lasting_top_up_tokens": 0}, {"lasting_top_up_tokens": 7}),
+        ("cache_read_input_tokens = 7", {"cache_read_input_tokens": 0}, {"cache_read_input_tokens": 7}),
+    ],
+)
+async def test_every_count_of_a_total_is_compared(
+    system: System, change: str, expected: dict[str, Any], told: dict[str, Any]
+) -> None:
+    await publish(system.nats, COUNTED)
+    await system.deliver()
+    await system.quota_does(f"UPDATE usage_totals SET {change} WHERE tokens_used != 0")  # noqa: S608
+    (difference,) = (await system.audit()).differences
+    assert difference.expected is not None
+    assert expected.items() <= difference.expected.items()
+    assert difference.found == told
+
+
+async def test_events_whose_total_is_gone_are_told(system: System) -> None:
+    await publish(system.nats, COUNTED, generation_completed())
+    await system.deliver()
+    await system.quota_does("DELETE FROM usage_totals WHERE user_id = 'counted'")
+    (difference,) = (await system.audit()).differences
+    assert (difference.where, difference.kind, difference.user_id) == ("quota.usage_totals", "uncovered", "counted")
+
+
+@pytest.mark.parametrize(
+    ("statement", "where", "kind"),
+    [
+        ("UPDATE subscriptions SET tier = 'free'", "quota.subscriptions", "changed"),
+        ("UPDATE subscriptions SET subscribed_at = changed_at", "quota.subscriptions", "changed"),
+        ("DELETE FROM subscriptions", "quota.subscriptions", "missing"),
+        ("UPDATE subscriptions SET user_id = 'user_1'", "quota.subscriptions", "unexplained"),
+        ("UPDATE plan_changes SET tier = 'pro' WHERE tier = 'free'", "quota.plan_changes", "changed"),
+        ("DELETE FROM plan_changes WHERE tier = 'free'", "quota.plan_changes", "missing"),
+    ],
+)
+async def test_a_plan_that_is_not_what_its_changes_come_to_is_named(
+    system: System, statement: str, where: str, kind: str
+) -> None:
+    await publish(system.nats, *EVENTS)
+    await system.deliver()
+    await system.quota_does(statement)
+    assert (where, kind) in (await system.audit()).kinds
+
+
+async def test_a_deleted_change_of_plan_is_missing_in_the_ledger(system: System) -> None:
+    await publish(system.nats, *EVENTS)
+    await system.deliver()
+    await system.ledger_does("DELETE FROM subscription_changes WHERE tier = 'free'")
+    (difference,) = (await system.audit()).differences
+    assert (difference.where, difference.kind) == ("ledger.subscription_changes", "missing")
+    assert difference.expected is not None
+    assert difference.expected["tier"] == "free"
+
+
+async def test_what_cannot_be_read_is_no_difference_while_it_is_in_both_quarantines(system: System) -> None:
+    await publish(system.nats, COUNTED)
+    await publish_raw(system.nats, b"no event \xff\nof ours")
+    await system.deliver()
+
+    found = await system.audit()
+    assert (found.differences, found.report.read.unreadable) == ([], 1)
+
+    await system.quota_does("DELETE FROM quarantine")
+    (difference,) = (await system.audit()).differences
+    assert (difference.where, difference.kind) == ("quota.quarantine", "unreadable")
+    assert difference.expected is not None
+    assert difference.expected["sequence"] == 2
+
+
+async def test_an_event_that_is_in_quarantine_and_can_be_read_is_told_and_in_no_sum(system: System) -> None:
+    await publish(system.nats, COUNTED)
+    await system.deliver()
+    for database in (system.ledger, system.quota):
+        poison = [Poison(COUNTED.type, encode(COUNTED), "a mistake of last week")]
+        await database.write(quarantine, poison)
+    await system.ledger_does("DELETE FROM usage")
+    await system.quota_does("DELETE FROM settlements")
+    await system.quota_does("DELETE FROM usage_totals")
+    found = await system.audit()
+    assert found.kinds == [("ledger.usage", "quarantined"), ("quota.settlements", "quarantined")]
+    assert "--redrive" in found.words
+
+
+async def test_an_event_that_came_twice_counts_once_and_is_no_difference(system: System) -> None:
+    body = encode(COUNTED)
+    for _ in range(2):
+        await publish_raw(system.nats, body)
+    await system.deliver()
+    await publish_raw(system.nats, body)
+    await system.deliver()
+    found = await system.audit()
+    assert (found.differences, found.report.read.repeated) == ([], 2)
+    assert found.report.compared["ledger.usage"] == 1
+
+
+@pytest.mark.parametrize("same_batch", [True, False])
+async def test_another_content_under_the_same_id_is_named_and_the_first_counts(
+    system: System, same_batch: bool
+) -> None:
+    second = COUNTED.model_copy(update={"data": COUNTED.data.model_copy(update={"action_type": "other"})})
+    await publish_raw(system.nats, encode(COUNTED))
+    if not same_batch:
+        await publish(system.nats, *(generation_completed(f"user_{n}", input_tokens=n) for n in range(1000)))
+    await publish_raw(system.nats, encode(second))
+    await system.deliver()
+    found = await system.audit()
+    assert found.differences == [
+        Difference(
+            "stream USAGE",
+            "contradicting",
+            COUNTED.id,
+            "counted",
+            {"action_type": "chat_generation"},
+            {"sequence": 2 if same_batch else 1002, "action_type": "other"},
+        )
+    ]
+    assert found.report.read.repeated == 0
+
+
+async def test_what_is_on_its_way_is_no_difference_whatever_of_it_is_there_already(system: System) -> None:
+    await publish(system.nats, *EVENTS)
+    await system.deliver()
+    await publish(system.nats, generation_completed(), subscription_changed("user_2", changed_at=NOON + 5 * DAY))
+    assert (await system.audit()).differences == []  # neither has them
+
+    await system.deliver(streams.QUOTA, acknowledging=False)
+    found = await system.audit()  # quota has them, and has not said so
+    assert found.differences == []
+    assert found.report.read.waiting == {"ledger": 2, "quota": 2}
+    assert "On their way to ledger, and not compared where they are not there yet: 2" in found.words
+
+    await system.quota_does(f"UPDATE settlements SET tokens_used = 1 WHERE event_id = '{EVENTS[0].id}'")  # noqa: S608
+    assert (await system.audit()).kinds == [("quota.settlements", "changed")]
+
+
+async def test_a_stream_that_lost_its_end_does_not_explain_what_was_in_it(system: System) -> None:
+    await publish(system.nats, *(generation_completed(f"user_{n}") for n in range(5)))
+    await system.deliver()
+    lost = [generation_completed("lost") for _ in range(3)]
+    await system.ledger.write(ledger_store.record, lost)
+    await system.quota.write(quota_store.settle, Plans.load(), lost)
+    found = await system.audit()
+    assert {(d.where, d.id) for d in found.differences if d.kind == "unexplained"} == {
+        (table, event.id) for table in ("ledger.usage", "quota.settlements") for event in lost
+    }
+    assert [d.user_id for d in found.differences if d.kind == "differs"] == ["lost"]
+
+
+@pytest.mark.parametrize(
+    ("scope", "records", "changed", "differs"),
+    [
+        (Scope(), 4, {"user_1", "user_2"}, {"user_1", "user_2"}),
+        (Scope("user_1"), 2, {"user_1"}, {"user_1"}),
+        (Scope("user_3"), 1, set(), set()),
+        (Scope(first=NOON - DAY), 3, {"user_1"}, {"user_1"}),
+        (Scope(last=NOON - 40 * DAY), 1, {"user_2"}, {"user_2"}),
+        (Scope(first=NOON, last=NOON), 2, {"user_1"}, {"user_1"}),
+        # Its month has something of these days, and the record is of another.
+        (Scope(first=NOON - 2 * DAY, last=NOON - DAY), 0, set(), {"user_1"}),
+        (Scope("nobody"), 0, set(), set()),
+    ],
+)
+async def test_an_audit_can_be_of_one_user_and_of_some_days(
+    system: System, scope: Scope, records: int, changed: set[str], differs: set[str]
+) -> None:
+    await publish(
+        system.nats,
+        generation_completed("user_1"),
+        generation_completed("user_1", started_at=NOON + 30 * DAY),
+        generation_completed("user_2", started_at=NOON - 60 * DAY),
+        generation_completed("user_3"),
+    )
+    await system.deliver()
+    where = f"created_at <= '{(NOON + DAY).isoformat()}' AND user_id != 'user_3'"
+    await system.ledger_does(f"UPDATE usage SET outcome = 'interrupted' WHERE {where}")  # noqa: S608
+    where = f"period_start <= '{(NOON + DAY).isoformat()}' AND user_id != 'user_3' AND tokens_used != 0"
+    await system.quota_does(f"UPDATE usage_totals SET tokens_used = 5 WHERE {where}")  # noqa: S608
+
+    found = await system.audit(scope)
+
+    assert found.report.compared["ledger.usage"] == records
+    assert {d.user_id for d in found.differences if d.kind == "changed"} == changed
+    assert {d.user_id for d in found.differences if d.kind == "differs"} == differs
+    assert set(found.kinds) <= {("ledger.usage", "changed"), ("quota.usage_totals", "differs")}
+
+
+async def test_more_differences_than_fit_on_a_screen_are_counted_and_all_in_the_document(system: System) -> None:
+    await publish(system.nats, *(generation_completed(f"user_{n}") for n in range(30)))
+    await system.deliver()
+    await system.ledger_does("DELETE FROM usage")
+    found = await system.audit()
+    assert "ledger.usage: 30 on the stream, and not here" in found.words
+    assert "and 10 more" in found.words
+    assert "30 differences." in found.words
+    assert len(found.document["differences"]) == 30
+    assert found.document["groups"][0]["number"] == 30
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_without_a_database_the_audit_says_so(system: System, tmp_path: Path) -> None:
+    system.urls = Databases(system.urls.ledger_url, sqlite_url(tmp_path, "none.db"))
+    with pytest.raises(Misconfigured, match=r"quota has no database at .*none\.db"):
+        await system.audit()
+    assert not (tmp_path / "none.db").exists()
+
+
+async def test_without_its_tables_the_audit_says_so(system: System) -> None:
+    system.urls = Databases(system.urls.ledger_url, system.urls.ledger_url)
+    with pytest.raises(Misconfigured, match=r"quota's database .* cannot be read: .*settlements"):
+        await system.audit()
