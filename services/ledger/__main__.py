@@ -1,4 +1,4 @@
-"""The ledger's commands: serve, migrate, quarantine, export."""
+"""The ledger's commands: serve, migrate, quarantine, audit, export."""
 
 import signal
 import sys
@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 from services.ledger import export as exporting
 from services.ledger import store
 from services.ledger.app import create_app
+from services.ledger.audit_command import audit
 from services.ledger.export import Format, Selection
 from services.ledger.settings import Settings
 from shared.database import Database, snapshot
@@ -26,6 +27,8 @@ from shared.server import serve as run
 
 cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False, rich_markup_mode=None)
 MIGRATIONS = Path(__file__).with_name("migrations")
+
+cli.command()(audit)
 
 
 @cli.command()
