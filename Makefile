@@ -7,6 +7,7 @@
 # make faults  everything that can die does, under load, and a checker counts; SEED=7 MINUTES=5;
 #              make mutations puts back classic mistakes, each of which it must find
 # make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
+# make audit   whether stream, ledger and totals agree, and what does not; USER= FROM= TO= to choose, ARGS=--json
 # make export  every record, to read elsewhere: FORMAT=csv|ndjson|parquet OUT=file, and USER= FROM= TO= to choose
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
 # make clean   everything that make made, except data/
@@ -14,7 +15,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run run-cluster test check bench bench-quota bench-ingest faults mutations quarantine export lock clean
+.PHONY: run run-cluster test check bench bench-quota bench-ingest faults mutations quarantine audit export lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -54,6 +55,10 @@ quarantine: .venv/installed-run
 
 # Only what make itself is told: every shell has a USER. The values come through the environment, whatever is in them.
 told = $(if $(filter command,$(origin $(1))),--$(2)="$$$(1)")
+
+# Ends with an error where something differs: 1 from the command itself, 2 from make.
+audit: .venv/installed-run
+	@exec $(bin)/python -m services.ledger audit $(call told,USER,user) $(call told,FROM,from) $(call told,TO,to) $(ARGS)
 
 export: .venv/installed-run
 	@exec $(bin)/python -m services.ledger export $(call told,FORMAT,format) $(call told,OUT,out) \
