@@ -36,11 +36,11 @@ class Meter:
         # Of the count in message_start, a placeholder, nothing is kept.
         self._output_tokens_named: int | None = None
         self._text_bytes = 0
-        self._is_counted = True
+        self._is_counted = False
 
     def asked(self, held: Held) -> None:
         """The hold stands: from now on Claude may be asked, and a process that dies owes the input, at least."""
-        self._held, self._is_counted = held, False
+        self._held = held
 
     def started(self, counts: TokenCounts) -> None:
         """The provider names the input."""

@@ -86,7 +86,7 @@ def test_an_answer_that_ends_without_a_count_is_estimated(held: Held, steps: lis
 @given(HELD)
 def test_before_claude_is_asked_and_where_it_gave_nothing_nothing_was_used(held: Held) -> None:
     meter = Meter(input_tokens_estimate=10)
-    assert meter.counts("interrupted") == NOTHING
+    assert (meter.counts("interrupted"), meter.source) == (NOTHING, "estimated")
     meter.asked(held)
     meter.gave_nothing()
     assert (meter.counts("provider_error"), meter.source) == (NOTHING, "provider")
