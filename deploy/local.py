@@ -31,6 +31,8 @@ TICK_S = 0.1
 TEND_EVERY_S = 0.5
 READY_TIMEOUT_S = 60
 STARTS_MAX = 3
+# Creates what the bus lacks, and is safe to repeat.
+BUS_STEP = "streams"
 
 
 class Endpoints(NamedTuple):
@@ -106,9 +108,18 @@ def run(settings: Settings, patience: Patience) -> NoReturn:
             for phase in phases:
                 bring_up(phase, supervisor, patience)
             say(f"ChatRail is ready at {settings.url}")
-            while True:
-                supervisor.tend()
-                patience.wait(TEND_EVERY_S)
+            tend(supervisor, [program.name for program in phases[-1]], patience)
+
+
+def tend(supervisor: Supervisor, services: list[str], patience: Patience) -> NoReturn:
+    """Keep what runs running. A service that begins anew may have ended because the bus lacks something."""
+    known = supervisor.tend()
+    while True:
+        patience.wait(TEND_EVERY_S)
+        started = supervisor.tend()
+        if any(started[name] != known[name] for name in services):
+            supervisor.start(BUS_STEP)
+        known = started
 
 
 def locate(settings: Settings, ports: Ports) -> Endpoints:
@@ -171,7 +182,7 @@ def plan(settings: Settings, ports: Ports, nodes: list[Program]) -> list[list[Pr
     migrations = [Program(f"migrate-{name}", f"{python} -m services.{name} migrate") for name in ("ledger", "quota")]
     return [
         [*nodes, *([claude] if settings.simulated else []), *migrations],
-        [Program("streams", f"{python} -m shared.streams")],
+        [Program(BUS_STEP, f"{python} -m shared.streams")],
         [
             _inner_service("quota", ports.quota, python),
             _inner_service("ledger", ports.ledger, python),

@@ -139,11 +139,16 @@ class Supervisor:
         info: dict[str, Any] = self._call("getProcessInfo", name)
         return info
 
-    def tend(self) -> None:
-        """Start again what died young, once a second at most. To be called all the time."""
-        for info in self._call("getAllProcessInfo"):
+    def tend(self) -> dict[str, int]:
+        """Start again what died young, once a second at most. To be called all the time.
+
+        Gives when each program was last started, in seconds since the epoch.
+        """
+        programs = self._call("getAllProcessInfo")
+        for info in programs:
             if info["statename"] == "FATAL" and info["now"] > info["start"]:
                 self.start(info["name"])
+        return {info["name"]: info["start"] for info in programs}
 
     def log_end(self, name: str) -> str:
         """The last lines of the program's log, under its path."""

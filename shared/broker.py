@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypedDict
 
@@ -22,6 +23,9 @@ ERROR = "Nats-Service-Error"
 # What the client raises when the broker went first. The RuntimeError is uvloop's, of a transport that is closed.
 BROKER_GONE = (NatsError, OSError, RuntimeError)
 CLOSE_S = 2.0
+# As long as a supervisor waits.
+ENDS_WITHIN_S = 20.0
+_ending = threading.Event()
 
 # Callers promise a 503 within two seconds; together these leave them time to say it. In a process that has too much
 # to do a timer can fire while the answer waits to be read: asked once more, it is there.
@@ -108,8 +112,17 @@ async def close(nc: Client) -> None:
 
 
 def end_process(reason: str) -> None:
-    """Stop this process in order, so that its supervisor starts a fresh one: some states are not worth repairing."""
+    """Stop this process in order, so that its supervisor starts a fresh one: some states are not worth repairing.
+
+    Nobody else is there to lose patience, where what cannot go on cannot end either.
+    """
     log.critical("process_ends", reason=reason)
+    if _ending.is_set():
+        return  # told twice, a service does not wait for what it could still finish
+    _ending.set()
+    impatience = threading.Timer(ENDS_WITHIN_S, os._exit, [1])
+    impatience.daemon = True
+    impatience.start()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
