@@ -60,6 +60,11 @@ class Proxy:
             if mode == "cut" or (mode in ("pass", "slow") and link.has_lost_bytes):
                 link.reset()
 
+    def say_to_clients(self, words: bytes) -> None:
+        """Once, on every open connection, as if the server had said it."""
+        for link in self._links:
+            link.say(words)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = _Link(self, writer)
         self._links.add(link)
@@ -101,6 +106,9 @@ class _Link:
         self.has_lost_bytes = True
         self.pumps = [asyncio.create_task(self._pump("up", client, None))]
         await asyncio.gather(*self.pumps, return_exceptions=True)
+
+    def say(self, words: bytes) -> None:
+        self._writers[0].write(words)
 
     def reset(self) -> None:
         for writer in self._writers:
