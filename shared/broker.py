@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypedDict
 
 import structlog
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError, OutboundBufferLimitError
@@ -34,12 +35,24 @@ REPEAT_TIMEOUT_S = 0.4
 
 
 class Connection(Client):
-    """A client that gives up what it could not send. By itself it looks for another node only once all is sent."""
+    """A client that gives up what it could not send. By itself it looks for another node only once all is sent.
+
+    It also reads what comes on a subject that is not UTF-8, which the broker lets everybody publish. By itself it
+    then stops reading for good, and again after each restart, because the stream delivers the message again.
+    """
 
     async def _attempt_reconnect(self) -> None:
         if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
             self._transport._io_writer.transport.abort()
         await super()._attempt_reconnect()
+
+    def _build_message(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Msg:
+        try:
+            return super()._build_message(sid, subject, reply, data, headers)
+        except UnicodeDecodeError:
+            return super()._build_message(sid, subject.decode(errors="replace").encode(), reply, data, headers)
 
 
 class ConnectOptions(TypedDict):

@@ -230,3 +230,24 @@ async def test_any_bytes_are_put_aside_with_a_reason_and_what_comes_after_them_i
     assert handled.ids == [last.id]
     assert Counter(poison.body for poison in handled.poison) == Counter(bodies)
     assert all(poison.reason for poison in handled.poison)
+
+
+async def test_a_subject_and_headers_that_are_no_text_stop_nobody_from_reading(
+    nats: Client, own_nats_server: str
+) -> None:
+    last, handled = generation_completed(), Handled()
+    headers = b"NATS/1.0 503 odd\r\nNats-Msg-Id: \xff\r\n\xfe: x\r\n\r\n"
+    sizes = b"%d %d" % (len(headers), len(headers) + 2)
+    reader, writer = await asyncio.open_connection(*own_nats_server.removeprefix("nats://").split(":"))
+    writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+    writer.write(b"PUB generation.completed.keyed.\xff\xfe 2\r\nhi\r\n")
+    writer.write(b"PUB generation.completed.keyed.a\0b 2\r\nho\r\n")
+    writer.write(b"HPUB generation.completed " + sizes + b"\r\n" + headers + b"ha\r\n" + b"PING\r\n")
+    while not (await reader.readline()).startswith(b"PONG"):
+        pass
+    writer.close()
+    await publish(nats, last)
+    async with consuming(nats, handled):
+        await acknowledged(nats)
+    assert handled.ids == [last.id]
+    assert sorted(poison.body for poison in handled.poison) == [b"ha", b"hi", b"ho"]
