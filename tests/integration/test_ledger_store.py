@@ -17,7 +17,7 @@ from shared.database import Database, table_of
 from shared.errors import BadCall
 from shared.events import Event, SubscriptionChanged, encode, new_id
 from shared.plans import Plans
-from shared.quarantine import Poison, Quarantined, redrive
+from shared.quarantine import ANOTHER_BODY, Poison, Quarantined, redrive
 from tests.builders import (
     NOON,
     USER_IDS,
@@ -110,6 +110,72 @@ async def test_an_event_twice_in_one_batch_is_recorded_once(database: Database) 
     event = generation_completed()
     assert await record(database, event, event) == [event.id]
     assert [day.tokens_used for day in await history(database)] == [8_094]
+
+
+def altered(event: Event, **data: object) -> Event:
+    """The same id, another body."""
+    return event.model_copy(update={"data": event.data.model_copy(update=data)})
+
+
+SECOND_BODIES = [
+    {"tokens_used": 8_095, "output_tokens": 2_813},
+    {"model": "claude-opus-4-1"},
+    {"outcome": "interrupted"},
+    {"started_at": NOON + DAY},
+    {"completed_at": NOON + DAY},
+    {"metadata": {"conversation": "another"}},
+    {"provider_request_id": "req_2"},
+]
+
+
+@pytest.mark.parametrize("data", SECOND_BODIES)
+async def test_of_two_bodies_under_one_id_the_first_is_kept_and_the_second_is_told(
+    database: Database, data: dict[str, object]
+) -> None:
+    first = generation_completed(metadata={"a": [1.5, None, "ü"]})
+    second = altered(first, **data)
+    together, later = generation_completed(), generation_completed()
+
+    recorded = await database.write(store.record, [first, together, altered(together, **data), together])
+    assert (recorded.new, recorded.contradicting) == ([first, together], [altered(together, **data)])
+    recorded = await database.write(store.record, [second, later, first])
+    assert (recorded.new, recorded.contradicting) == ([later], [second])
+
+    kept = {record.id: record for record in await all_records(database)}
+    assert kept.keys() == {first.id, together.id, later.id}
+    assert (kept[first.id].tokens_used, kept[first.id].metadata) == (8_094, first.data.metadata)
+
+
+async def test_of_two_changes_under_one_id_the_first_is_kept_and_the_second_is_told(database: Database) -> None:
+    first = subscription_changed(tier="pro")
+    second = altered(first, tier="enterprise")
+    assert (await database.write(store.record, [first, first])).contradicting == []
+    assert (await database.write(store.record, [second])).contradicting == [second]
+    tiers = await database.read(lambda db: db.execute(select(store.subscription_changes.c.tier)).scalars().all())
+    assert tiers == ["pro"]
+
+
+async def test_what_contradicts_stays_in_quarantine_however_often_it_is_handed_over_again(database: Database) -> None:
+    first = generation_completed()
+    second = Poison("generation.completed", encode(altered(first, model="claude-opus-4-1")), "older words")
+    await database.write(store.record, [first], [second])
+
+    def apply(db: Connection, event: Event) -> list[Event]:
+        return store.record(db, [event]).contradicting
+
+    assert await database.write(redrive, apply) == 0
+    (left,) = await database.read(lambda db: db.execute(select(table_of(Quarantined))).all())
+    assert (bytes(left.body), left.reason) == (second.body, ANOTHER_BODY)
+
+
+@given(subject=st.text(), body=st.binary(), reason=st.text())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_any_subject_bytes_and_reason_can_be_put_into_quarantine(
+    database: Database, subject: str, body: bytes, reason: str
+) -> None:
+    await database.write(store.record, [], [Poison(subject, body, reason)])
+    bodies = select(table_of(Quarantined).c.body)
+    assert body in await database.read(lambda db: list(map(bytes, db.execute(bodies).scalars())))
 
 
 async def test_a_batch_is_recorded_whole_or_not_at_all(database: Database) -> None:

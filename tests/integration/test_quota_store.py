@@ -605,6 +605,68 @@ async def test_poison_is_kept_with_the_batch_it_came_in(quota: Quota, database: 
     assert (await quota.account()).tightest.used_tokens == 8_094
 
 
+def altered(event: Event, **data: object) -> Event:
+    """The same id, another body."""
+    return event.model_copy(update={"data": event.data.model_copy(update=data)})
+
+
+@pytest.mark.parametrize(
+    "data", [{"tokens_used": 1}, {"user_id": "user_2"}, {"model": "claude-haiku-4-5"}, {"started_at": NOON}]
+)
+async def test_of_two_bodies_under_one_id_the_first_is_counted_and_the_second_is_told(
+    quota: Quota, database: Database, data: dict[str, object]
+) -> None:
+    first, together = spent(8_000), spent(94)
+    second = altered(first, **data)
+
+    settled = await database.write(
+        store.settle, quota.plans, [first, together, altered(together, **data), first, together]
+    )
+    assert (settled.events, settled.contradicting) == (2, [altered(together, **data)])
+    settled = await database.write(store.settle, quota.plans, [second, first])
+    assert (settled.events, settled.contradicting) == (0, [second])
+
+    assert (await quota.account()).tightest.used_tokens == 8_094
+    assert (await quota.account("user_2")).tightest.used_tokens == 0
+
+
+async def test_of_two_changes_under_one_id_the_first_decides_and_the_second_is_told(
+    quota: Quota, database: Database
+) -> None:
+    first = subscription_changed(tier="daily")
+    second = altered(first, tier="unlimited")
+    settled = await database.write(store.settle, quota.plans, [first, second, first])
+    assert (settled.events, settled.contradicting) == (1, [second])
+    assert (await quota.account()).plan.tier == "daily"
+
+
+async def test_what_contradicts_releases_no_hold(quota: Quota, database: Database) -> None:
+    over, under_way = asking(), asking()
+    await quota.authorize(over, under_way)
+    await quota.settle(ending(over))
+    second = altered(ending(over), generation_id=under_way.generation_id, tokens_used=1, input_tokens=1)
+
+    settled = await database.write(store.settle, quota.plans, [second])
+
+    assert settled.contradicting == [second]
+    account = await quota.account()
+    assert (account.tightest.used_tokens, account.tightest.held_tokens) == (1_000, 2_000)
+
+
+async def test_a_late_generation_is_marked_when_it_is_settled_and_repeated_without_alarm(
+    quota: Quota, database: Database
+) -> None:
+    request = asking()
+    await quota.authorize(request)
+    await quota.let_expire(request.generation_id)
+    late = ending(request)
+    for new in (1, 0):
+        settled = await database.write(store.settle, quota.plans, [late])
+        assert (settled.events, settled.contradicting) == (new, [])
+    marks = await database.read(lambda db: db.execute(select(store.settlements.c.is_late)).scalars().all())
+    assert marks == [True]
+
+
 async def test_a_batch_is_settled_whole_or_not_at_all(quota: Quota) -> None:
     good = spent(1)
     unstorable = good.model_copy(update={"data": good.data.model_copy(update={"started_at": None})})
