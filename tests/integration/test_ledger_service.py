@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from datetime import date
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -25,7 +26,7 @@ from shared.calls import History, HistoryQuery, Logs, LogsQuery
 from shared.database import Database, table_of
 from shared.errors import BadCall
 from shared.events import decode, encode
-from shared.quarantine import Quarantined
+from shared.quarantine import ANOTHER_BODY, Poison, Quarantined
 from tests.builders import generation_completed, publish, publish_raw, subscription_changed, usage_adjusted
 from tests.fixtures import Postgres, eventually
 from tests.stack import environment, free_port
@@ -256,9 +257,9 @@ def _sample(metrics: str, name: str) -> float:
 
 
 @contextmanager
-def process(command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def process(*command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     running = subprocess.Popen(
-        [sys.executable, "-m", "services.ledger", command],
+        [sys.executable, "-m", "services.ledger", *command],
         env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -319,3 +320,36 @@ async def test_the_process_migrates_serves_and_ends_in_order(
     (told,) = [line for line in lines if line["event"] == "usage_recorded"]
     assert (told["received"], told["recorded"], told["service"]) == (1, 1, "ledger")
     assert (ledger.returncode, complaints) == (-signal.SIGTERM, "")
+
+
+async def test_a_quarantine_is_listed_and_handed_over_again_after_a_fix(
+    ledger: Starlette, nats: Client, database: Database, database_url: str
+) -> None:
+    first = generation_completed()
+    second = first.model_copy(update={"data": first.data.model_copy(update={"model": "another"})})
+    fixed = generation_completed()
+    await publish(nats, first)
+    await everything_is_acknowledged(nats)
+    await publish_raw(nats, encode(second))
+    await publish_raw(nats, b"not JSON")
+    await everything_is_acknowledged(nats)
+    await database.write(store.record, [], [Poison("generation.completed", encode(fixed), "a mistake of last week")])
+
+    with process("quarantine", "--redrive", CHATRAIL_LEDGER_DATABASE_URL=database_url) as listing:
+        said, complaints = await asyncio.to_thread(listing.communicate, timeout=30)
+
+    assert (listing.returncode, complaints) == (0, "")
+    assert "ledger: 1 messages are counted now" in said
+    assert "ledger: 2 messages in quarantine" in said
+    assert ANOTHER_BODY.split()[0] in said
+    assert "Invalid" in said
+    assert first.id not in said
+    assert sorted(await recorded_ids(database)) == sorted([first.id, fixed.id])
+
+
+def test_the_quarantine_of_a_folder_without_data_is_a_sentence_and_leaves_nothing_there(tmp_path: Path) -> None:
+    with process("quarantine", CHATRAIL_DATA=str(tmp_path / "data")) as listing:
+        _, sentence = listing.communicate(timeout=30)
+    assert listing.returncode == 1
+    assert sentence == f"ledger has no database yet at {tmp_path / 'data' / 'ledger.db'}\n"
+    assert list(tmp_path.iterdir()) == []
