@@ -160,6 +160,8 @@ class Generation:
             await (outbox.settle(intent) if may_be_held else outbox.forget([self.id]))
         except sqlite3.Error as error:
             log.error("outbox_cannot_withdraw", generation_id=self.id, error=str(error))
+            if not may_be_held:
+                self._parts.publisher.forget_soon([self.id])
         if may_be_held:
             self._parts.publisher.offer([intent])
 

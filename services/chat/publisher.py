@@ -128,7 +128,7 @@ class Publisher:
             self._on_sent(event)
             if awaited := self._awaited.get(event.id):
                 awaited.set()
-        self._forget_soon([event.id for event in sent])
+        self.forget_soon([event.id for event in sent])
         self._waiting[:0] = unsent
         if self._waiting:
             self._wake.set()
@@ -138,7 +138,8 @@ class Publisher:
             )
         return not unsent
 
-    def _forget_soon(self, event_ids: list[str]) -> None:
+    def forget_soon(self, event_ids: list[str]) -> None:
+        """What the outbox need not keep: now, or once its disk lets it."""
         self._sent_ids += event_ids
         if self._forgetting is None and self._sent_ids:
             self._forgetting = asyncio.create_task(self._forget())

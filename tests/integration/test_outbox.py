@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from multiprocessing.synchronize import Event as Signal
@@ -22,7 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import APIError
+from structlog.testing import capture_logs
 
+from services.chat import publisher as publishing
 from services.chat.outbox import Outbox
 from services.chat.publisher import GROUP_MAX, Publisher
 from shared import streams
@@ -390,3 +392,22 @@ async def test_what_was_published_but_not_forgotten_is_published_again_under_the
             assert await publisher.flush()
     assert sent == [event("1")] * 2
     assert await on_the_stream(own_nats.jetstream()) == [event("1")]
+
+
+async def test_what_the_disk_does_not_let_be_forgotten_is_forgotten_later(
+    own_nats: Client, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "RETRY_MAX_S", 0.01)
+    with opened(path) as outbox:
+        await outbox.intend(event("1"))
+        with closing(sqlite3.connect(path)) as disk:
+            disk.execute("ALTER TABLE outbox RENAME TO away")
+            with capture_logs() as logs:
+                Publisher(own_nats, outbox, on_sent=lambda _: None).forget_soon(["1"])
+
+                async def is_refused() -> bool:
+                    return any(line["event"] == "outbox_not_cleaned" for line in logs)
+
+                await eventually(is_refused)
+            disk.execute("ALTER TABLE away RENAME TO outbox")
+        await forgotten(path)
