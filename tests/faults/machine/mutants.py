@@ -146,10 +146,10 @@ def discard_old() -> None:
 
 MUTANTS = {
     "default ack policy": Mutant(
-        default_ack_policy, (Fault(1, 4, "lock", "ledger"),), "LOST: ledger does not have generation.completed"
+        default_ack_policy, (Fault(1, 6, "lock", "ledger"),), "LOST: ledger does not have generation.completed"
     ),
     "ack before commit": Mutant(
-        ack_before_commit, (Fault(1, 4, "lock", "ledger"),), "LOST: ledger does not have generation.completed"
+        ack_before_commit, (Fault(1, 6, "lock", "ledger"),), "LOST: ledger does not have generation.completed"
     ),
     "fire-and-forget publish": Mutant(
         fire_and_forget, (Fault(1.5, 4, "half-open", "chat->nats", "deaf"),), "and no event says so"
