@@ -8,6 +8,8 @@
 #              make mutations puts back classic mistakes, each of which it must find
 # make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
 # make audit   whether stream, ledger and totals agree, and what does not; USER= FROM= TO= to choose, ARGS=--json
+# make replay  ledger and totals anew from the stream, while the services run; ARGS=--dry-run shows what would change,
+#              UNTIL=time rebuilds the past (OUT=folder keeps it), WEIGHTS=plans.toml what usage would come to under it
 # make export  every record, to read elsewhere: FORMAT=csv|ndjson|parquet OUT=file, and USER= FROM= TO= to choose
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
 # make clean   everything that make made, except data/
@@ -15,7 +17,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run run-cluster test check bench bench-quota bench-ingest faults mutations quarantine audit export lock clean
+.PHONY: run run-cluster test check bench bench-quota bench-ingest faults mutations quarantine audit replay export lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -59,6 +61,12 @@ told = $(if $(filter command,$(origin $(1))),--$(2)="$$$(1)")
 # Ends with an error where something differs: 1 from the command itself, 2 from make.
 audit: .venv/installed-run
 	@exec $(bin)/python -m services.ledger audit $(call told,USER,user) $(call told,FROM,from) $(call told,TO,to) $(ARGS)
+
+replay: .venv/installed-run
+	@$(if $(WEIGHTS),:,$(bin)/python -m services.ledger replay $(replaying))
+	@exec $(bin)/python -m services.quota replay $(replaying) $(call told,WEIGHTS,weights)
+
+replaying = $(call told,UNTIL,until) $(call told,OUT,out) $(ARGS)
 
 export: .venv/installed-run
 	@exec $(bin)/python -m services.ledger export $(call told,FORMAT,format) $(call told,OUT,out) \

@@ -43,6 +43,8 @@ Result = TypeVar("Result")
 
 # No caller waits for longer; a batch of events comes again by itself.
 BUSY_TIMEOUT_S = 2
+# A command that works on whole tables does: its turn comes when those who answer people pause.
+PATIENCE_S = 30
 # No statement of ours takes a tenth of it. Longer, and the server ends it, or we give up a server that says nothing.
 SILENCE_S_MAX = 8
 # What libpq does about a link that is dead, unless the URL says otherwise.
@@ -220,7 +222,16 @@ def _postgres_engine(url: URL, *, connections: int) -> Engine:
     return engine
 
 
-def _sqlite_engine(url: URL, *, begin: str, connections: int) -> Engine:
+def patient_engine(url: str, *, begin: str = "BEGIN IMMEDIATE") -> Engine:
+    """For one command that works on whole tables: it waits for others, and its statements may take long."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        _make_folder(parsed.database)
+        return _sqlite_engine(parsed.set(drivername="sqlite"), begin=begin, connections=2, timeout_s=PATIENCE_S)
+    return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_reset_on_return=None)
+
+
+def _sqlite_engine(url: URL, *, begin: str, connections: int, timeout_s: float = BUSY_TIMEOUT_S) -> Engine:
     # The driver must not begin transactions by itself: its BEGIN is deferred, and two connections that then
     # both want to write would each grant the same tokens.
     engine = create_engine(
@@ -229,7 +240,7 @@ def _sqlite_engine(url: URL, *, begin: str, connections: int) -> Engine:
         max_overflow=0,
         poolclass=QueuePool,
         pool_reset_on_return=None,  # what is not committed is rolled back already
-        connect_args={"isolation_level": None, "check_same_thread": False, "timeout": BUSY_TIMEOUT_S},
+        connect_args={"isolation_level": None, "check_same_thread": False, "timeout": timeout_s},
     )
 
     @event.listens_for(engine, "connect")

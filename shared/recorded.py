@@ -38,13 +38,13 @@ class Recorded(NamedTuple):
     stored_at: datetime
 
 
-async def bounds(nc: Client) -> tuple[int, int]:
+async def bounds(nc: Client, *, stream: str = STREAM) -> tuple[int, int]:
     """The sequences of the first and the last message; of an empty stream the last is smaller than the first."""
-    state = (await nc.jetstream().stream_info(STREAM)).state
+    state = (await nc.jetstream().stream_info(stream)).state
     return max(1, state.first_seq), state.last_seq
 
 
-async def recorded(nc: Client, *, first: int, last: int) -> AsyncIterator[list[Recorded]]:
+async def recorded(nc: Client, *, first: int, last: int, stream: str = STREAM) -> AsyncIterator[list[Recorded]]:
     """All messages with sequences from `first` to `last`, in order, in batches of at most BATCH_SIZE.
 
     Sequences that the stream does not have are passed over. A broker that is away is waited for; raises Unavailable
@@ -52,7 +52,7 @@ async def recorded(nc: Client, *, first: int, last: int) -> AsyncIterator[list[R
     """
     sequence, heard_at = first, monotonic()
     while sequence <= last:
-        reader = _Reader(nc)
+        reader = _Reader(nc, stream)
         try:
             await reader.start(sequence)
             while sequence <= last:
@@ -75,8 +75,8 @@ class _Interrupted(Exception):
 class _Reader:
     """A pull consumer of its own, asked for the next batch while the one before is being worked on."""
 
-    def __init__(self, nc: Client) -> None:
-        self._nc, self._inbox = nc, nc.new_inbox()
+    def __init__(self, nc: Client, stream: str) -> None:
+        self._nc, self._stream, self._inbox = nc, stream, nc.new_inbox()
         self._arrived: list[Msg] = []
         self._is_over = asyncio.Event()
         self._delivered = 0
@@ -92,7 +92,7 @@ class _Reader:
             num_replicas=1,
         )
         try:
-            self._name = (await self._nc.jetstream().add_consumer(STREAM, config)).name
+            self._name = (await self._nc.jetstream().add_consumer(self._stream, config)).name
             await self._ask()
         except (NatsError, APIError, OSError) as error:
             raise _Interrupted from error
@@ -101,7 +101,7 @@ class _Reader:
         with suppress(*BROKER_GONE):
             await self._subscription.unsubscribe()
         with suppress(AttributeError, APIError, *BROKER_GONE):
-            await self._nc.jetstream().delete_consumer(STREAM, self._name)
+            await self._nc.jetstream().delete_consumer(self._stream, self._name)
 
     async def next_batch(self) -> list[Recorded]:
         try:
@@ -118,7 +118,7 @@ class _Reader:
 
     async def _ask(self) -> None:
         request = json.dumps({"batch": BATCH_SIZE, "no_wait": True}).encode()
-        await self._nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{self._name}", request, reply=self._inbox)
+        await self._nc.publish(f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._name}", request, reply=self._inbox)
 
     async def _heard(self, message: Msg) -> None:
         if message.reply:

@@ -18,10 +18,13 @@ from services.ledger import store
 from services.ledger.app import create_app
 from services.ledger.audit_command import audit
 from services.ledger.export import Format, Selection
+from services.ledger.replay import RebuiltLedger, show_past
 from services.ledger.settings import Settings
 from shared.database import Database, snapshot
 from shared.events import Event
 from shared.quarantine import command
+from shared.replay_command import DryRun, Out, Until, into_place, moment, without_a_change
+from shared.replay_command import run as run_command
 from shared.server import one_sentence
 from shared.server import serve as run
 
@@ -108,6 +111,19 @@ def _moment(text: str, option: str, read: Callable[[str], datetime]) -> datetime
         return read(text)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+@cli.command()
+def replay(*, is_dry: DryRun = False, until: Until = None, out: Out = None) -> None:
+    """Build every record anew from the stream, and switch to them in one transaction. Services may run."""
+    with one_sentence("ledger"):
+        settings, rebuilt = Settings(), RebuiltLedger()
+        if is_dry:
+            run_command(without_a_change(settings, settings.database_url, rebuilt))
+        elif until:
+            run_command(show_past(settings, moment(until), out=out))
+        else:
+            run_command(into_place(settings, settings.database_url, rebuilt))
 
 
 if __name__ == "__main__":

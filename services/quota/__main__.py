@@ -1,17 +1,22 @@
-"""Quota's commands: serve, migrate, quarantine."""
+"""Quota's commands: serve, migrate, quarantine, replay."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from sqlalchemy import Connection
 
 from services.quota import store
 from services.quota.app import create_app
+from services.quota.replay import RebuiltQuota
+from services.quota.replay_command import compare_weights, show_past
 from services.quota.settings import Settings
 from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
 from shared.quarantine import command
+from shared.replay_command import DryRun, Out, Until, into_place, moment, without_a_change
+from shared.replay_command import run as run_command
 from shared.server import one_sentence
 from shared.server import serve as run
 
@@ -43,6 +48,32 @@ def quarantine(*, redrive: bool = False) -> None:
             return store.settle(db, plans, [event]).contradicting
 
         command("quota", settings.database_url, apply, redriving=redrive)
+
+
+@cli.command()
+def replay(
+    *,
+    is_dry: DryRun = False,
+    until: Until = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="PLANS", help="What all usage would come to under this plans file.")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Build totals and plans anew from the stream, and switch to them in one transaction. Services may run."""
+    with one_sentence("quota"):
+        settings = Settings()
+        plans = Plans.load(settings.plans)
+        others = Plans.load(weights) if weights else None
+        rebuilt, at = RebuiltQuota(plans), moment(until) if until else None
+        if is_dry:
+            run_command(without_a_change(settings, settings.database_url, rebuilt))
+        elif others:
+            run_command(compare_weights(settings, plans, others, until=at, out=out))
+        elif at:
+            run_command(show_past(settings, plans, at, out=out))
+        else:
+            run_command(into_place(settings, settings.database_url, rebuilt))
 
 
 if __name__ == "__main__":

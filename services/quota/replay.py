@@ -1,0 +1,280 @@
+"""Quota's totals and plans, built anew from the stream, and what they would come to under other weights."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
+from decimal import Decimal
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from nats.aio.client import Client
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    MetaData,
+    Select,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    func,
+    insert,
+    literal,
+    select,
+    text,
+    union,
+)
+
+from services.quota import store
+from services.quota.domain import Account, Calendar, Change, Subscribed, Totals, subscribed
+from services.quota.store import SUMS, alerts, changes, settlements, subscriptions, totals
+from shared.bulk import insert_once, sorted_out
+from shared.database import UtcDateTime, insert_new, is_sqlite, now, patient_engine
+from shared.events import Event, SubscriptionChanged, ThresholdReached
+from shared.plans import FOR_EVER, Period, Plan, Plans
+from shared.recorded import bounds, recorded
+from shared.replaying import Message
+from shared.streams import ALERTS, QUOTA
+
+Item = TypeVar("Item")
+CHUNK = 1000
+HOUR = timedelta(hours=1)
+ALWAYS = Period.containing(FOR_EVER, "none")
+
+# Every period of which a total is kept. Those that are in use stay, also where nothing is in them.
+_periods = Table(
+    "replay_periods",
+    MetaData(),
+    Column("user_id", Text, primary_key=True),
+    Column("period_start", UtcDateTime, primary_key=True),
+    Column("period_end", UtcDateTime, primary_key=True),
+    Column("is_in_use", Boolean, nullable=False),
+    prefixes=["TEMPORARY"],
+)
+
+
+class RebuiltQuota:
+    """Settlements and plan changes follow from their events alone; totals and subscriptions from those."""
+
+    service = "quota"
+    durable = QUOTA
+    migrations = Path(__file__).with_name("migrations")
+    tables: tuple[Table, ...] = (changes, settlements, totals, subscriptions)
+    kept: tuple[Table, ...] = (changes, settlements)
+    optional: tuple[Table, ...] = (totals,)
+    indexes: tuple[str, ...] = ("plan_changes_by_user", "settlements_by_user")
+
+    def __init__(self, plans: Plans) -> None:
+        self._plans = plans
+
+    def load(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
+        events = [message.event for message in messages if message.event]
+        changed = [event for event in events if isinstance(event, SubscriptionChanged)]
+        used = [event for event in events if not isinstance(event, SubscriptionChanged)]
+        _, others = sorted_out(changed, insert_once(db, changes, [store.plan_change(event) for event in changed]))
+        _, contradicting = sorted_out(used, insert_once(db, settlements, [store.settlement(event) for event in used]))
+        return [*others, *contradicting]
+
+    def derive(self, db: Connection, live: str | None) -> None:
+        for chunk in _chunks(_subscribed(db)):
+            insert_new(db, subscriptions, [{"user_id": user_id, **come_to._asdict()} for user_id, come_to in chunk])
+        _periods.create(db)
+        if live:
+            in_use = totals.to_metadata(MetaData(), schema=live)
+            names = ("user_id", "period_start", "period_end")
+            db.execute(insert(_periods).from_select([*names, "is_in_use"], select(*in_use.c[names], literal(True))))
+        for of_users in _chunks(_periods_of_users(db, self._plans)):
+            insert_new(db, _periods, list(chain.from_iterable(of_users)))
+        for rows in _chunks(_totals(db)):
+            insert_new(db, totals, rows)
+        _periods.drop(db)
+
+    def add(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
+        events = [message.event for message in messages if message.event]
+        changed = [event for event in events if isinstance(event, SubscriptionChanged)]
+        used = [event for event in events if not isinstance(event, SubscriptionChanged)]
+        _, others = sorted_out(changed, store.change_subscriptions(db, changed))
+        rows = [store.settlement(event) for event in used]
+        outcomes = insert_once(db, settlements, rows)
+        new, _ = sorted_out(rows, outcomes)
+        store.add_to_totals(db, new)
+        standing = store.accounts(db, self._plans, {event.data.user_id for event in events}, at=now(db))
+        store.keep_totals(db, standing.values())
+        store.keep_totals_of_other_periods(db, self._plans, standing, new)
+        return [*others, *sorted_out(used, outcomes)[1]]
+
+    def adopt(self, db: Connection, old: Callable[[str], str]) -> None:
+        """Holds stay, but for those whose generation is settled by now; and what came too late stays late."""
+        late = f"event_id IN (SELECT event_id FROM {old('settlements')} WHERE is_late)"  # noqa: S608 - names of ours
+        db.execute(text(f"UPDATE settlements SET is_late = true WHERE {late}"))  # noqa: S608
+        db.execute(_EXPIRED, {"at": now(db)})
+        db.execute(_SETTLED)
+
+    async def restore(self, nc: Client, url: str) -> None:
+        """What was announced is not announced again, also by a database that has lost all memory of it."""
+        first, last = await bounds(nc, stream=ALERTS)
+        engine = patient_engine(url)
+        async for batch in recorded(nc, first=first, last=last, stream=ALERTS):
+            with engine.begin() as db:
+                insert_new(db, alerts, [_alert(message.body) for message in batch])
+        engine.dispose()
+
+
+_EXPIRED = text(
+    "UPDATE settlements SET is_late = true"
+    " WHERE event_id IN (SELECT generation_id FROM holds WHERE expires_at <= :at)"
+).bindparams(bindparam("at", type_=UtcDateTime))
+_SETTLED = text(
+    "DELETE FROM holds WHERE EXISTS (SELECT 1 FROM settlements WHERE settlements.event_id = holds.generation_id)"
+)
+
+
+def _alert(body: bytes) -> dict[str, Any]:
+    event = ThresholdReached.model_validate_json(body)
+    return {
+        "user_id": event.data.user_id,
+        "period_start": event.data.period_start or ALWAYS.start,
+        "period_end": event.data.resets_at or ALWAYS.bounds[1],
+        "percent": event.data.percent,
+        "event_id": event.id,
+        "event": body.decode(),
+        "is_published": True,
+    }
+
+
+class PeriodUsed(NamedTuple):
+    """A user's usage in one period, under the plan with which it ends: raw, and as a plan weighs and prices it."""
+
+    user_id: str
+    plan: Plan
+    period: Period
+    totals: Totals
+
+    def under(self, plan: Plan) -> tuple[int, Decimal]:
+        """What counts against a limit, and what it costs in dollars."""
+        used_tokens = max(0, self.totals.used_tokens(plan.weights))
+        return used_tokens, plan.cost_usd(used_tokens)
+
+
+def periods_used(db: Connection, plans: Plans) -> Iterator[PeriodUsed]:
+    """By user and time. A plan with several limits has a period for each kind."""
+    rows = db.execute(
+        select(totals).order_by(totals.c.user_id, totals.c.period_start, totals.c.period_end),
+        execution_options={"yield_per": CHUNK},
+    )
+    by_user = groupby(rows, lambda row: str(row.user_id))
+    for chunk in _chunks((user_id, list(of_user)) for user_id, of_user in by_user):
+        changed = store.changes_of(db, [user_id for user_id, _ in chunk])
+        for user_id, of_user in chunk:
+            for row in of_user:
+                then = subscribed(change for change in changed[user_id] if change.changed_at < row.period_end)
+                plan, calendar = _plan_and_calendar(plans, then)
+                periods = {calendar.period(row.period_start, plan, limit).bounds: limit for limit in plan.limits}
+                if limit := periods.get((row.period_start, row.period_end)):
+                    period = calendar.period(row.period_start, plan, limit)
+                    yield PeriodUsed(user_id, plan, period, store.totals_of(row))
+
+
+def standing_at(db: Connection, plans: Plans, at: datetime) -> Iterator[Account]:
+    """Every user that the database knows, as they stood at that moment."""
+    users = union(select(settlements.c.user_id), select(changes.c.user_id)).order_by("user_id")
+    for chunk in _chunks(db.execute(users, execution_options={"yield_per": CHUNK}).scalars()):
+        found = store.accounts(db, plans, set(chunk), at=at)
+        yield from (found[user_id] for user_id in chunk)
+
+
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    left = iter(items)
+    while chunk := list(islice(left, CHUNK)):
+        yield chunk
+
+
+def _subscribed(db: Connection) -> Iterator[tuple[str, Subscribed]]:
+    rows = db.execute(select(changes).order_by(changes.c.user_id), execution_options={"yield_per": CHUNK})
+    for user_id, of_user in groupby(rows, lambda row: row.user_id):
+        if come_to := subscribed(Change(row.changed_at, row.event_id, row.tier, row.time_zone) for row in of_user):
+            yield user_id, come_to
+
+
+def _periods_of_users(db: Connection, plans: Plans) -> Iterator[list[dict[str, Any]]]:
+    """A list for each user of the periods with settlements, under every plan that decides something about them."""
+    hours = db.execute(_hours(db), execution_options={"yield_per": CHUNK})
+    by_user = groupby(hours, lambda row: str(row.user_id))
+    for chunk in _chunks((user_id, [_hour(row.hour) for row in of_user]) for user_id, of_user in by_user):
+        changed = store.changes_of(db, [user_id for user_id, _ in chunk])
+        for user_id, moments in chunk:
+            found = {period for moment in moments for period in _deciding(plans, sorted(changed[user_id]), moment)}
+            yield [
+                {"user_id": user_id, "period_start": start, "period_end": end, "is_in_use": False}
+                for start, end in found
+            ]
+
+
+def _hours(db: Connection) -> Select[Any]:
+    """Each hour in which something of a user counts: far fewer than settlements, and no period is shorter."""
+    moment = settlements.c.started_at
+    hour = func.substr(cast(moment, Text), 1, 13) if is_sqlite(db) else func.date_trunc("hour", moment, "UTC")
+    return select(settlements.c.user_id, hour.label("hour")).distinct().order_by(settlements.c.user_id)
+
+
+def _hour(found: str | datetime) -> datetime:
+    return found if isinstance(found, datetime) else datetime.fromisoformat(f"{found}:00:00+00:00")
+
+
+def _deciding(plans: Plans, changed: Sequence[Change], hour: datetime) -> Iterator[tuple[datetime, datetime]]:
+    """The periods that the moments of this hour fall into: under the plan of then, that of now, and that with which
+    the period ends, which decides what is carried from it."""
+    come_to = [None, *(subscribed(changed[: nth + 1]) for nth in range(len(changed)))]
+    since = [change.changed_at for change in changed]
+    until = [*since, None]
+    for state, begun, ended in zip(come_to, [None, *since], until, strict=True):
+        plan, calendar = _plan_and_calendar(plans, state)
+        for limit in plan.limits:
+            # Zones begin their days on the quarter of an hour: an hour may have two.
+            for moment in (hour, hour + HOUR - timedelta(microseconds=1)):
+                period = calendar.period(moment, plan, limit)
+                start, end = period.bounds
+                is_of_then = (begun is None or begun <= hour + HOUR) and (ended is None or hour < ended)
+                is_of_the_end = (begun is None or begun < end) and (ended is None or end <= ended)
+                if ended is None or is_of_then or is_of_the_end:
+                    yield start, end
+
+
+def _plan_and_calendar(plans: Plans, state: Subscribed | None) -> tuple[Plan, Calendar]:
+    if state is None:
+        return plans.of(None), Calendar()
+    return plans.of(state.tier), Calendar(state.time_zone, state.subscribed_at)
+
+
+def _totals(db: Connection) -> Iterator[dict[str, Any]]:
+    rows = db.execute(_sums_of_periods(), execution_options={"yield_per": CHUNK})
+    for (user_id, start, end, is_in_use), of_period in groupby(rows, lambda row: tuple(row[:4])):
+        parts = [row for row in of_period if row.tokens_used is not None]
+        if not parts and not is_in_use:
+            continue
+        by_model = (store.of_model(row.model, *(int(getattr(row, name)) for name in SUMS)) for row in parts)
+        total = sum(by_model, start=Totals())
+        yield {
+            "user_id": user_id,
+            "period_start": start,
+            "period_end": end,
+            **dict(zip(SUMS, store.sums_of(total), strict=True)),
+            "models": store.models_text(total.models),
+        }
+
+
+def _sums_of_periods() -> Select[Any]:
+    covered = and_(
+        settlements.c.user_id == _periods.c.user_id,
+        settlements.c.started_at >= _periods.c.period_start,
+        settlements.c.started_at < _periods.c.period_end,
+    )
+    of_period = (*_periods.c, settlements.c.model)
+    return (
+        select(*of_period, *(func.sum(settlements.c[name]).label(name) for name in SUMS))
+        .select_from(_periods.outerjoin(settlements, covered))
+        .group_by(*of_period)
+        .order_by(*_periods.c)
+    )

@@ -1,0 +1,123 @@
+"""`replay`, the command of each service that has tables to replay: what it is asked, and what it says."""
+
+import asyncio
+import logging
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+from nats.errors import Error as NatsError
+from rich.console import Console
+
+from shared.bus_of_folder import bus_of_folder
+from shared.errors import Misconfigured, Unavailable
+from shared.replaying import Difference, Rebuilt, Told, dry_run, rebuild_into, replay
+from shared.server import ServiceSettings
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")]
+Until = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Rebuild what the stream had then (RFC 3339, or a day in UTC), to look at."),
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Where what is rebuilt to look at stays, as a SQLite database.")
+]
+
+
+def moment(given: str) -> datetime:
+    """A moment as RFC 3339 has it; without a zone it is UTC's, and a day alone is its beginning."""
+    try:
+        found = datetime.fromisoformat(given)
+    except ValueError:
+        raise typer.BadParameter(f"{given!r} is not a time such as 2026-11-30T18:00:00Z") from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Ends in order on Ctrl-C and on SIGTERM, with nothing left behind, and in a sentence where it cannot be done."""
+
+    async def stoppable() -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - this is one
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await work
+
+    # Standard output is the report's. What was set aside is told as it is found.
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    try:
+        asyncio.run(stoppable())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit("Stopped; what is in use has not changed.")
+    except Unavailable as problem:
+        sys.exit(problem.detail)
+    except (NatsError, OSError) as error:
+        raise Misconfigured(f"The broker cannot be used: {error!r}") from error
+
+
+async def into_place(settings: ServiceSettings, url: str, rebuilt: Rebuilt) -> None:
+    async with bus_of_folder(settings, name="replay") as nc:
+        told = await replay(nc, url, rebuilt)
+    waited = f"writers waited {told.locked_s * 1000:.0f} ms"
+    console().print(f"{rebuilt.service}: {told.messages:,} messages replayed; {waited}{_set_aside(told)}")
+
+
+async def without_a_change(settings: ServiceSettings, url: str, rebuilt: Rebuilt) -> None:
+    async with bus_of_folder(settings, name="replay") as nc:
+        told, differences = await dry_run(nc, url, rebuilt)
+    out = console()
+    found = [difference for difference in differences if difference.rows]
+    if absent := sum(difference.absent for difference in differences):
+        out.print(f"{rebuilt.service}: {absent:,} totals that are summed up when they are asked for would be kept")
+    if not found:
+        out.print(f"{rebuilt.service}: {told.messages:,} messages read; a replay would change nothing")
+    for difference in found:
+        out.print(f"{rebuilt.service}: a replay would change {difference.table}: {_counts(difference)}")
+        for example in difference.examples:
+            out.print(f"    {example}", markup=False)
+
+
+@asynccontextmanager
+async def as_of(
+    settings: ServiceSettings, rebuilt: Rebuilt, *, until: datetime | None, out: Path | None
+) -> AsyncIterator[Path]:
+    """A SQLite database with what the stream had at `until`; it is gone afterwards unless `out` names a folder."""
+    with tempfile.TemporaryDirectory("-chatrail-replay") as folder:
+        file = (out or Path(folder)).absolute() / f"{rebuilt.service}.db"
+        async with bus_of_folder(settings, name="replay") as nc:
+            told = await rebuild_into(nc, file, rebuilt, until=until)
+        when = f" up to {until.isoformat()}" if until else ""
+        kept = f"; kept in {file}" if out else ""
+        console(stderr=True).print(
+            f"{rebuilt.service}: {told.messages:,} messages read{when}{kept}{_set_aside(told)}"
+        )
+        yield file
+
+
+def console(*, stderr: bool = False) -> Console:
+    """As wide as what is written, where nobody looks at it on a terminal."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=None if stream.isatty() else 400)
+
+
+def _counts(difference: Difference) -> str:
+    named = {
+        "changed": difference.changed,
+        "missing": difference.missing,
+        "not on the stream": difference.unknown,
+    }
+    return ", ".join(f"{number:,} {what}" for what, number in named.items() if number)
+
+
+def _set_aside(told: Told) -> str:
+    parts = ((told.poison, "cannot be read"), (told.contradicting, "repeat an id with another body"))
+    return "".join(f"; {number:,} {what} (make quarantine)" for number, what in parts if number)

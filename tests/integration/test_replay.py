@@ -1,0 +1,641 @@
+"""Replaying the stream into both services' databases, on SQLite and on PostgreSQL."""
+
+import asyncio
+import json
+import signal
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nats.aio.client import Client
+from sqlalchemy import Connection, Table, make_url, select, text
+
+from services.ledger import store as ledger_store
+from services.ledger.replay import RebuiltLedger
+from services.quota import store as quota_store
+from services.quota.replay import RebuiltQuota, periods_used, standing_at
+from shared.calls import Authorize
+from shared.database import Database, patient_engine, table_of
+from shared.errors import Misconfigured
+from shared.events import Event, GenerationCompleted, encode, new_id
+from shared.plans import Plans
+from shared.quarantine import Quarantined
+from shared.recorded import BATCH_SIZE
+from shared.replaying import Rebuilt, dry_run, rebuild_into, replay
+from shared.shadows import open_shadow
+from shared.streams import ALERTS
+from tests.builders import (
+    NOON,
+    generation_completed,
+    publish,
+    publish_raw,
+    subscription_changed,
+    topped_up,
+    usage_adjusted,
+    usage_reported,
+)
+from tests.fixtures import eventually
+from tests.stack import PROJECT, environment
+
+DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+PLANS_FILE = """
+default = "free"
+[plans.free]
+limit_tokens = 108_000
+period = "month"
+[plans.pro]
+limit_tokens = 500_000
+period = "month"
+price_per_1k_usd = "0.01"
+[plans.daily]
+limit_tokens = 50_000
+period = "day"
+[plans.anchored]
+limit_tokens = 108_000
+period = "month"
+anchor = "subscription"
+[plans.team]
+limits = [{ limit_tokens = 40_000, period = "day" }, { limit_tokens = 108_000, period = "none" }]
+[plans.weighted]
+limit_tokens = 108_000
+period = "month"
+weights.models = { "claude-haiku" = "3" }
+"""
+DEARER_OUTPUT = PLANS_FILE.replace("[plans.daily]", 'weights = { output = "5" }\n[plans.daily]')
+TIERS = ["free", "pro", "daily", "anchored", "team", "weighted"]
+ZONES = [None, "Pacific/Auckland", "Asia/Kolkata", "America/New_York"]
+
+
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
+    return load_plans(tmp_path_factory.mktemp("plans"), PLANS_FILE)
+
+
+def load_plans(folder: Path, content: str) -> Plans:
+    path = folder / "plans.toml"
+    path.write_text(content)
+    return Plans.load(path)
+
+
+# Of each table, by primary key.
+Rows = dict[str, dict[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass
+class Service:
+    """A service's database, changed as the service does it."""
+
+    rebuilt: Rebuilt
+    url: str
+    database: Database
+    settle: Callable[[Connection, Sequence[Event]], Any]
+
+    async def handles(self, *events: Event) -> None:
+        await self.database.write(self.settle, events)
+
+    async def does(self, *statements: str) -> None:
+        """What no part of ChatRail does."""
+
+        def work(db: Connection) -> None:
+            for statement in statements:
+                db.execute(text(statement))
+
+        await self.database.write(work)
+
+    async def rows(self) -> Rows:
+        """Of the tables that are rebuilt."""
+
+        def read(db: Connection) -> Rows:
+            return {table.name: rows_of(db, table) for table in self.rebuilt.tables}
+
+        return await self.database.read(read)
+
+    async def has(self, before: Rows) -> bool:
+        """All that there was, and nothing else but totals that nobody has kept so far."""
+        rows = await self.rows()
+        kept = {name: of_table if name != "usage_totals" else {} for name, of_table in before.items()}
+        totals = before.get("usage_totals", {})
+        return totals.items() <= rows.get("usage_totals", {}).items() and kept == {
+            name: of_table if name != "usage_totals" else {} for name, of_table in rows.items()
+        }
+
+    async def replays(self, nats: Client) -> None:
+        await replay(nats, self.url, self.rebuilt)
+
+
+def rows_of(db: Connection, table: Table) -> dict[tuple[Any, ...], dict[str, Any]]:
+    found = {}
+    for row in db.execute(select(table)).mappings():
+        values = {name: json.loads(row[name]) if name == "models" else row[name] for name in row}
+        found[tuple(values[column.name] for column in table.primary_key)] = values
+    return found
+
+
+async def quota_on(url: str, plans: Plans) -> Service:
+    rebuilt, database = RebuiltQuota(plans), Database(url)
+    await asyncio.to_thread(database.migrate, rebuilt.migrations)
+    return Service(rebuilt, url, database, lambda db, events: quota_store.settle(db, plans, events))
+
+
+async def ledger_on(url: str) -> Service:
+    rebuilt, database = RebuiltLedger(), Database(url)
+    await asyncio.to_thread(database.migrate, rebuilt.migrations)
+    return Service(rebuilt, url, database, ledger_store.record)
+
+
+@pytest.fixture
+async def quota(database_url: str, plans: Plans) -> AsyncIterator[Service]:
+    service = await quota_on(database_url, plans)
+    yield service
+    await service.database.close()
+
+
+@pytest.fixture(params=["ledger", "quota"])
+async def service(request: pytest.FixtureRequest, database_url: str, plans: Plans) -> AsyncIterator[Service]:
+    service = await (ledger_on(database_url) if request.param == "ledger" else quota_on(database_url, plans))
+    yield service
+    await service.database.close()
+
+
+def one_of_each() -> list[Event]:
+    return [
+        generation_completed(metadata={"tags": ["a", None, 1.5], "wo": "überall 🛤"}),
+        usage_reported(),
+        usage_adjusted(),
+        topped_up(lasts=True),
+        subscription_changed(),
+        generation_completed("user_2", started_at=NOON - 30 * DAY),
+        subscription_changed("user_2", "daily", time_zone="Asia/Kolkata"),
+    ]
+
+
+def settled_generation(user_id: str = "user_1", **data: Any) -> GenerationCompleted:
+    """As chat makes them: the event has the id of its generation."""
+    event = generation_completed(user_id, **data)
+    return event.model_copy(update={"id": event.data.generation_id})
+
+
+def asking(generation_id: str) -> Authorize:
+    return Authorize(
+        generation_id=generation_id,
+        user_id="user_1",
+        input_tokens_max=10,
+        output_tokens_min=1,
+        output_tokens_max=100,
+    )
+
+
+async def test_a_replay_leaves_every_row_as_it_was(nats: Client, service: Service) -> None:
+    events = one_of_each()
+    await publish(nats, *events)
+    await service.handles(*events)
+    before = await service.rows()
+
+    await service.replays(nats)
+    assert await service.has(before)
+    again = await service.rows()
+    await service.replays(nats)
+    assert await service.rows() == again
+
+
+async def test_an_empty_database_gets_what_it_lost(nats: Client, service: Service) -> None:
+    events = one_of_each()
+    await publish(nats, *events)
+    await service.replays(nats)
+    rebuilt = await service.rows()
+    assert all(rebuilt.values())
+
+    await service.handles(*events)
+    assert await service.has(rebuilt)
+
+
+DAMAGE = {
+    "ledger": [
+        "UPDATE usage SET tokens_used = tokens_used + 1 WHERE user_id = 'user_2'",
+        "DELETE FROM usage WHERE event_type = 'usage.adjusted'",
+        "UPDATE subscription_changes SET tier = 'enterprise'",
+    ],
+    "quota": [
+        "UPDATE usage_totals SET tokens_used = tokens_used + 5",
+        "DELETE FROM settlements WHERE user_id = 'user_1'",
+        "UPDATE settlements SET tokens_used = 7",
+        "UPDATE subscriptions SET tier = 'enterprise'",
+        "DELETE FROM plan_changes WHERE user_id = 'user_2'",
+    ],
+}
+
+
+def damage(service: Service) -> list[str]:
+    """Where triggers stand in the way, somebody has taken them away and put them back."""
+    if service.rebuilt.service == "quota":
+        return DAMAGE["quota"]
+    if service.url.startswith("sqlite"):
+        (trigger,) = sqlite(service.url, "SELECT name FROM sqlite_master WHERE name = 'usage_refuses_update'")[0]
+        triggers = sqlite(service.url, "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
+        assert trigger
+        return [*(f"DROP TRIGGER {name}" for name, _ in triggers), *DAMAGE["ledger"], *(sql for _, sql in triggers)]
+    off = ["ALTER TABLE usage DISABLE TRIGGER USER", "ALTER TABLE subscription_changes DISABLE TRIGGER USER"]
+    return [*off, *DAMAGE["ledger"], *(statement.replace("DISABLE", "ENABLE") for statement in off)]
+
+
+def sqlite(url: str, query: str) -> list[tuple[Any, ...]]:
+    connection = sqlite3.connect(make_url(url).database or "")
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+async def test_what_was_changed_and_deleted_by_hand_is_as_it_was(nats: Client, service: Service) -> None:
+    events = one_of_each()
+    await publish(nats, *events)
+    await service.handles(*events)
+    before = await service.rows()
+    await service.does(*damage(service))
+    assert not await service.has(before)
+
+    await service.replays(nats)
+    assert await service.has(before)
+
+
+async def acknowledge(nats: Client, service: Service) -> None:
+    """As the service does, once it has committed."""
+    pulling = await nats.jetstream().pull_subscribe_bind(service.rebuilt.durable, "USAGE")
+    for message in await pulling.fetch(100):
+        await message.ack_sync()
+    await pulling.unsubscribe()
+
+
+async def test_a_dry_run_names_what_it_would_change_and_changes_nothing(nats: Client, service: Service) -> None:
+    events = one_of_each()
+    await publish(nats, *events)
+    await service.handles(*events)
+    await acknowledge(nats, service)
+    _, differences = await dry_run(nats, service.url, service.rebuilt)
+    assert [difference.rows for difference in differences] == [0] * len(service.rebuilt.tables)
+
+    await service.does(*damage(service))
+    before, schema = await service.rows(), schema_of(service.url)
+    _, differences = await dry_run(nats, service.url, service.rebuilt)
+
+    found = {each.table: (each.changed, each.missing, each.unknown) for each in differences}
+    if service.rebuilt.service == "ledger":
+        assert found == {"usage": (1, 2, 0), "subscription_changes": (2, 0, 0)}
+        assert any("user_2" in line and "tokens_used 8095 becomes 8094" in line for line in differences[0].examples)
+    else:
+        assert found["settlements"] == (1, 4, 0)
+        assert found["subscriptions"] == (2, 0, 0)
+        assert found["plan_changes"] == (0, 1, 0)
+        assert found["usage_totals"][0] == len(before["usage_totals"])
+    assert await service.rows() == before
+    assert schema_of(service.url) == schema
+
+
+async def test_a_dry_run_forgives_what_there_was_no_time_for(nats: Client, service: Service) -> None:
+    known, handled, waiting = usage_reported(), usage_reported(), usage_reported()
+    await publish(nats, known)
+    await service.handles(known)
+    await acknowledge(nats, service)
+    await publish(nats, waiting, handled)
+    await service.handles(handled)
+
+    _, differences = await dry_run(nats, service.url, service.rebuilt)
+    assert [difference.rows for difference in differences] == [0] * len(service.rebuilt.tables)
+
+    await service.handles(usage_reported())  # which is on no stream
+    _, differences = await dry_run(nats, service.url, service.rebuilt)
+    assert sum(difference.unknown for difference in differences) == 1
+
+
+def schema_of(url: str) -> set[tuple[Any, ...]]:
+    """Every table, column, index, constraint, trigger and right, by name and definition."""
+    if url.startswith("sqlite"):
+        return set(sqlite(url, "SELECT type, name, tbl_name, sql FROM sqlite_master"))
+    with psycopg.connect(url) as postgres:
+        queries = (
+            "SELECT relname, relkind::text, relacl::text, relowner FROM pg_class"
+            " WHERE relnamespace = 'public'::regnamespace",
+            "SELECT attrelid::regclass::text, attnum, attname, format_type(atttypid, atttypmod), attnotnull"
+            " FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid"
+            " WHERE relnamespace = 'public'::regnamespace AND attnum > 0",
+            "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint"
+            " WHERE connamespace = 'public'::regnamespace",
+            "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'",
+            "SELECT pg_get_triggerdef(oid) FROM pg_trigger",
+            "SELECT table_name, column_name, column_default FROM information_schema.columns"
+            " WHERE table_schema = 'public'",
+            "SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_'",
+        )
+        return {row for query in queries for row in postgres.execute(query)}
+
+
+async def test_after_a_replay_the_schema_is_what_the_migrations_made(nats: Client, service: Service) -> None:
+    if service.url.startswith("postgresql"):
+        table = service.rebuilt.tables[0].name
+        await service.does(f"GRANT SELECT ON {table} TO PUBLIC", f"REVOKE DELETE ON {table} FROM CURRENT_USER")
+    before = schema_of(service.url)
+    await publish(nats, *one_of_each())
+    await service.replays(nats)
+    assert schema_of(service.url) == before
+    await service.replays(nats)
+    assert schema_of(service.url) == before
+    if service.url.startswith("sqlite"):
+        assert sqlite(service.url, "PRAGMA integrity_check") == [("ok",)]
+
+
+async def test_connections_that_knew_the_tables_before_know_them_afterwards(nats: Client, service: Service) -> None:
+    for _ in range(10):  # often enough that the driver prepares the statements
+        await service.handles(usage_reported())
+        await service.rows()
+    first, second = usage_reported(), usage_reported()
+    await publish(nats, first)
+    await service.replays(nats)
+
+    await service.handles(first, second)
+
+    kept = service.rebuilt.kept[-1] if service.rebuilt.service == "quota" else service.rebuilt.kept[0]
+    assert set((await service.rows())[kept.name]) == {(first.id,), (second.id,)}
+
+
+async def test_of_two_bodies_under_one_id_the_first_counts_and_the_other_is_in_quarantine(
+    nats: Client, service: Service
+) -> None:
+    first = usage_reported(tokens_used=1)
+    second = usage_reported(tokens_used=2).model_copy(update={"id": first.id})
+    for event in (first, first, second, first):
+        await publish_raw(nats, encode(event), subject=event.type)
+    await publish_raw(nats, b"no event")
+
+    await service.replays(nats)
+
+    kept = await service.rows()
+    assert [row["tokens_used"] for row in (kept.get("usage") or kept["settlements"]).values()] == [1]
+    found = await service.database.read(lambda db: db.execute(select(table_of(Quarantined))).all())
+    assert {bytes(row.body) for row in found} == {encode(second), b"no event"}
+
+
+async def test_several_batches_are_replayed_in_order(nats: Client, service: Service) -> None:
+    first = usage_reported(tokens_used=1)
+    others = [usage_reported(f"user_{nth % 7}", tokens_used=nth) for nth in range(BATCH_SIZE + 100)]
+    last = usage_reported(tokens_used=2).model_copy(update={"id": first.id})
+    await publish(nats, first, *others)
+    await publish_raw(nats, encode(last), subject=last.type)
+
+    await service.replays(nats)
+
+    kept = await service.rows()
+    rows = kept.get("usage") or kept["settlements"]
+    assert len(rows) == len(others) + 1
+    assert rows[(first.id,)]["tokens_used"] == 1
+
+
+async def test_a_second_replay_says_that_there_is_one(nats: Client, service: Service) -> None:
+    await publish(nats, usage_reported())
+    with (
+        open_shadow(service.url, service.rebuilt.tables, service.rebuilt.migrations),
+        pytest.raises(Misconfigured, match="Another replay"),
+    ):
+        await service.replays(nats)
+    await service.replays(nats)
+
+
+async def test_an_empty_stream_takes_nothing_away(nats: Client, service: Service) -> None:
+    await service.handles(usage_reported())
+    before = await service.rows()
+    with pytest.raises(Misconfigured, match="stream is empty"):
+        await service.replays(nats)
+    assert await service.rows() == before
+
+
+async def test_a_replay_that_is_killed_has_changed_nothing_and_the_next_one_ends_the_same(
+    nats: Client, own_nats_server: str, service: Service
+) -> None:
+    events = [generation_completed(f"user_{nth % 50}", output_tokens=nth) for nth in range(3 * BATCH_SIZE)]
+    await asyncio.gather(*(publish(nats, event) for event in events))
+    await service.handles(*events)
+    before, schema = await service.rows(), schema_of(service.url)
+    await service.does(*damage(service))
+    damaged = await service.rows()
+
+    name = service.rebuilt.service
+    variables = {f"CHATRAIL_{name.upper()}_DATABASE_URL": service.url, "CHATRAIL_NATS_URL": own_nats_server}
+    command = [sys.executable, "-m", f"services.{name}", "replay"]
+    # At every step a little later, until one is through before it is killed.
+    for nth in range(100):
+        process = await asyncio.create_subprocess_exec(*command, cwd=PROJECT, env=environment(**variables))
+        try:
+            async with asyncio.timeout(0.7 + 0.1 * nth):
+                assert await process.wait() == 0
+            break
+        except TimeoutError:
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+        if await service.has(before):
+            break  # killed after the switch, with something left to clean
+        assert await service.rows() == damaged
+    assert nth > 0
+    await service.replays(nats)
+    assert await service.has(before)
+    assert schema_of(service.url) == schema
+
+
+async def test_holds_stay_but_for_generations_that_are_settled(nats: Client, quota: Service, plans: Plans) -> None:
+    ids = [new_id() for _ in range(3)]
+    asked = [asking(each) for each in ids]
+    await quota.database.write(quota_store.authorize, plans, asked)
+    settled, waiting = (settled_generation(generation_id=each) for each in ids[:2])
+    await publish(nats, settled, waiting)
+    await quota.handles(settled)
+
+    await quota.replays(nats)
+
+    left = await quota.database.read(lambda db: set(db.execute(select(quota_store.holds.c.generation_id)).scalars()))
+    assert left == {ids[2]}
+    before = await quota.rows()
+    await quota.handles(waiting)  # delivered after all
+    assert await quota.rows() == before
+
+
+async def test_what_came_too_late_stays_late(nats: Client, quota: Service, plans: Plans) -> None:
+    ids = [new_id() for _ in range(3)]
+    asked = [asking(each) for each in ids]
+    await quota.database.write(quota_store.authorize, plans, asked)
+    in_time, late, later = (settled_generation(generation_id=each) for each in ids)
+    await quota.handles(in_time)
+    await quota.does("UPDATE holds SET expires_at = started_at")
+    await quota.handles(late)
+    await publish(nats, in_time, late, later)  # the last one has not been handled yet
+
+    await quota.replays(nats)
+
+    rows = (await quota.rows())["settlements"]
+    assert {ids.index(key) for (key,), row in rows.items() if row["is_late"]} == {1, 2}
+
+
+async def test_what_was_announced_is_not_announced_again_by_a_database_that_was_lost(
+    nats: Client, quota: Service, plans: Plans
+) -> None:
+    spent = [usage_reported(tokens_used=90_000, started_at=datetime.now(UTC)) for _ in range(2)]
+    await publish(nats, *spent)
+    await quota.handles(*spent)
+    announced = await quota.database.read(quota_store.alerts_to_publish)
+    assert len(announced) == 2
+    for _, body in announced:
+        await publish_raw(nats, body, subject="quota.threshold.reached")
+    await quota.does(
+        *(
+            f"DELETE FROM {table}"  # noqa: S608
+            for table in ("alerts", "settlements", "usage_totals")
+        )
+    )
+
+    await quota.replays(nats)
+    more = usage_reported(tokens_used=1, started_at=datetime.now(UTC))
+    await quota.handles(more)
+
+    assert await quota.database.read(quota_store.alerts_to_publish) == []
+    assert (await nats.jetstream().stream_info(ALERTS)).state.messages == 2
+
+
+@st.composite
+def happenings(draw: st.DrawFn) -> tuple[list[Event], list[list[Event]]]:
+    """Events of two users in the order of the stream, some of them twice, and batches in which they were handled."""
+    users = [f"user_{new_id()}" for _ in range(2)]  # nobody that an earlier example has used
+    moments = st.integers(0, 75 * 24 * 60).map(lambda minutes: NOON - 60 * DAY + timedelta(minutes=minutes))
+    who, few = st.sampled_from(users), st.integers(0, 60_000)
+    event = st.one_of(
+        st.builds(generation_completed, who, input_tokens=few, started_at=moments),
+        st.builds(usage_reported, who, tokens_used=few, started_at=moments),
+        st.builds(usage_adjusted, who, st.integers(-9_000, 9_000), effective_at=moments),
+        st.builds(topped_up, who, st.integers(1, 9_000), lasts=st.booleans(), effective_at=moments),
+        st.builds(
+            subscription_changed,
+            who,
+            st.sampled_from(TIERS),
+            changed_at=moments,
+            time_zone=st.sampled_from(ZONES),
+        ),
+    )
+    events = draw(st.lists(event, min_size=1, max_size=12))
+    again = draw(st.lists(st.sampled_from(events), max_size=4))
+    order = draw(st.permutations(events + again))
+    cuts = sorted(draw(st.lists(st.integers(0, len(order)), max_size=4)))
+    batches = [order[start:end] for start, end in zip([0, *cuts], [*cuts, len(order)], strict=True)]
+    return draw(st.permutations(events + again)), batches
+
+
+@given(happened=happenings())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_whatever_happened_in_whatever_order_a_replay_comes_to_the_same(
+    nats: Client, service: Service, happened: tuple[list[Event], list[list[Event]]]
+) -> None:
+    stream, batches = happened
+    for event in stream:
+        await publish_raw(nats, encode(event), subject=event.type)
+    for batch in batches:
+        await service.handles(*batch)
+    before = await service.rows()
+
+    await service.replays(nats)
+
+    assert await service.has(before)
+    after = await service.rows()
+    for (user_id, start, end), row in after.get("usage_totals", {}).items():
+        covered = [
+            settled
+            for settled in after["settlements"].values()
+            if settled["user_id"] == user_id and start <= settled["started_at"] < end
+        ]
+        assert all(row[name] == sum(settled[name] for settled in covered) for name in quota_store.SUMS)
+
+
+@given(happened=happenings())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_everybody_stands_as_before_in_a_database_that_was_lost(
+    nats: Client, quota: Service, plans: Plans, happened: tuple[list[Event], list[list[Event]]]
+) -> None:
+    stream, batches = happened
+    users = {event.subject for event in stream}
+    for event in stream:
+        await publish_raw(nats, encode(event), subject=event.type)
+    for batch in batches:
+        await quota.handles(*batch)
+    moments = [NOON + days * DAY for days in (-60, -31, 0, 5, 12)]
+
+    async def standing() -> list[Any]:
+        return [
+            await quota.database.read(lambda db, at=at: quota_store.accounts(db, plans, users, at=at))  # type: ignore[misc]
+            for at in moments
+        ]
+
+    before = await standing()
+    await quota.does(
+        *(
+            f"DELETE FROM {table.name}"  # noqa: S608
+            for table in quota.rebuilt.tables
+        )
+    )
+    await quota.replays(nats)
+    assert await standing() == before
+
+
+async def test_the_past_is_what_the_stream_had_then(nats: Client, tmp_path: Path, plans: Plans) -> None:
+    await publish(nats, usage_reported(tokens_used=100), usage_reported("user_2", tokens_used=7))
+    await eventually(lambda: _time_has_passed(nats))
+    then = datetime.now(UTC)
+    await publish(nats, usage_reported(tokens_used=100), subscription_changed())
+
+    file = tmp_path / "then.db"
+    await rebuild_into(nats, file, RebuiltQuota(plans), until=then)
+
+    engine = patient_engine(f"sqlite:///{file}", begin="BEGIN")
+    with engine.begin() as db:
+        used = {user.user_id: (user.plan.tier, user.tightest.used_tokens) for user in standing_at(db, plans, NOON)}
+    engine.dispose()
+    assert used == {"user_1": ("free", 100), "user_2": ("free", 7)}
+    with pytest.raises(Misconfigured, match="exists"):
+        await rebuild_into(nats, file, RebuiltQuota(plans), until=then)
+    # It is a database like any other: what happened since can be counted on it.
+    await (later := Database(f"sqlite:///{file}")).write(quota_store.settle, plans, [usage_reported(tokens_used=1)])
+    await later.close()
+
+
+async def _time_has_passed(nats: Client) -> bool:
+    """The stream's clock is this machine's: what is published from now on is stored later."""
+    last = (await nats.jetstream().get_last_msg("USAGE", "generation.completed")).time
+    return last is not None and datetime.now(UTC) > last
+
+
+async def test_other_weights_are_compared_period_by_period(nats: Client, tmp_path: Path, plans: Plans) -> None:
+    october, november = NOON - 30 * DAY, NOON
+    await publish(
+        nats,
+        generation_completed(input_tokens=1_000, output_tokens=100, started_at=october),
+        subscription_changed(changed_at=NOON - HOUR),
+        generation_completed(input_tokens=1_000, output_tokens=100, started_at=november),
+        usage_reported(tokens_used=400, started_at=november),
+    )
+    file = tmp_path / "all.db"
+    await rebuild_into(nats, file, RebuiltQuota(plans))
+
+    others = load_plans(tmp_path, DEARER_OUTPUT)
+    engine = patient_engine(f"sqlite:///{file}", begin="BEGIN")
+    with engine.begin() as db:
+        used = [
+            (each.period.start.month, each.plan.tier, *map(str, each.under(each.plan)), *map(str, each.under(other)))
+            for each in periods_used(db, plans)
+            for other in [others.of(each.plan.tier)]
+        ]
+    engine.dispose()
+    assert used == [
+        (10, "free", "1100", "0.00", "1100", "0.00"),
+        (11, "pro", "1500", "0.02", "1900", "0.02"),
+    ]
