@@ -8,7 +8,7 @@ import pytest
 
 from shared.events import Event, GenerationCompleted, SubscriptionChanged
 from tests.builders import NOON, generation_completed, subscription_changed, usage_adjusted, usage_reported
-from tests.faults.machine.checker import check, summary
+from tests.faults.machine.checker import check, recoveries, summary
 from tests.faults.machine.evidence import Counted, Evidence, Given, Hold, Total
 from tests.faults.machine.log import Line
 
@@ -42,7 +42,7 @@ CHANGE = subscription_changed("carla", "pro")
 EVENTS: list[Event] = [FINISHED, LEFT, KILLED, REPORT, CREDIT, CHANGE]
 LOG: list[Line] = [
     {"what": "limited", "user": "anna", "limit_tokens": 300},
-    {"what": "fault begins", "fault": "kill", "target": "chat", "detail": ""},
+    {"t": 1.0, "what": "fault begins", "fault": "kill", "target": "chat", "detail": ""},
     *chat(
         "op-1",
         "anna",
@@ -240,7 +240,7 @@ def test_a_hold_that_nobody_released_is_told_of() -> None:
 def test_spending_beyond_the_limit_is_told_of_unless_quota_was_put_back() -> None:
     log = [{**line, "limit_tokens": 279} if line["what"] == "limited" else line for line in LOG]
     assert found(log=log) == ["WRONG: anna used 280 of 279 (1 tokens)"]
-    restored: Line = {"what": "fault begins", "fault": "restore", "target": "quota"}
+    restored: Line = {"t": 2.0, "what": "fault begins", "fault": "restore", "target": "quota"}
     assert found(log=[*log, restored]) == []
 
 
@@ -277,3 +277,23 @@ def test_the_last_lines_say_what_happened_and_what_is_lost_and_doubled() -> None
     assert "accepted reports 1, adjustments 1, plan changes 1" in lines
     assert "tokens given 412, counted 380, reported 1000" in lines
     assert lines[-1] == "lost 1 (1000 tokens), doubled 0 (0 tokens), wrong 0 (0 tokens)"
+
+
+def fault(kind: str, begun: float, ended: float) -> list[Line]:
+    told = {"fault": kind, "target": "quota", "detail": ""}
+    return [{"t": begun, "what": "fault begins", **told}, {"t": ended, "what": "fault ends", **told}]
+
+
+def test_how_soon_all_was_ready_again_is_told_of_faults_that_were_alone() -> None:
+    readiness: list[Line] = [
+        {"t": moment, "what": "readiness", "absent": absent}
+        for moment, absent in [(0, []), (1.2, ["quota"]), (4.5, []), (20.5, ["quota"]), (24, []), (31, ["quota"])]
+    ]
+    log = [
+        *fault("kill", 1, 1),
+        *fault("slow", 10, 12),
+        *fault("cut", 20, 22),
+        *fault("stop", 21, 23),  # not alone, nor is the cut
+        *fault("restore", 30, 40),  # never seen to be over
+    ]
+    assert recoveries([*readiness, *log]) == {"kill": [3.5], "slow": [0.0]}

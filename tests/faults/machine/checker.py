@@ -7,13 +7,14 @@ not counted; doubled, those that are counted more than once or that nobody gave.
 """
 
 import logging
+import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import structlog
 
@@ -329,6 +330,45 @@ CHECKS: tuple[Callable[[Evidence], Iterator[Violation]], ...] = (
 )
 
 
+class _Happened(NamedTuple):
+    kind: str
+    begun: float
+    ended: float
+
+
+def _faults(log: Sequence[Line]) -> list[_Happened]:
+    """In the order of their ends."""
+    begun: dict[tuple[str, str], float] = {}
+    faults = []
+    for line in log:
+        if line["what"] == "fault begins":
+            begun[line["fault"], line["target"]] = line["t"]
+        elif line["what"] == "fault ends":
+            faults.append(_Happened(line["fault"], begun[line["fault"], line["target"]], line["t"]))
+    return faults
+
+
+def recoveries(log: Sequence[Line]) -> dict[str, list[float]]:
+    """By kind of fault, how many seconds after its end everybody was ready again.
+
+    Told of faults that were alone: while they lasted, and until all was well.
+    """
+    faults, found = _faults(log), defaultdict(list)
+    looks = [(line["t"], not line["absent"]) for line in log if line["what"] == "readiness"]
+    for fault in faults:
+        others = [other for other in faults if other is not fault and other.ended >= fault.begun]
+        if any(other.begun <= fault.ended for other in others):
+            continue
+        until = min((other.begun for other in others), default=math.inf)
+        before = [is_ready for moment, is_ready in looks if moment <= fault.ended]
+        after = [(moment, is_ready) for moment, is_ready in looks if fault.ended < moment < until]
+        if after and after[-1][1]:
+            found[fault.kind].append(round(after[-1][0] - fault.ended, 1))
+        elif not after and before and before[-1]:
+            found[fault.kind].append(0.0)
+    return dict(found)
+
+
 def summary(evidence: Evidence, violations: Iterable[Violation]) -> list[str]:
     """The last lines: faults by kind, generations, tokens, lost, doubled."""
     faults = Counter(line["fault"] for line in evidence.log if line["what"] == "fault begins")
@@ -351,6 +391,8 @@ def summary(evidence: Evidence, violations: Iterable[Violation]) -> list[str]:
         f"counted {sum(event.data.tokens_used for event in made if event.data.usage_source != 'reported')}, "
         f"reported {sum(event.data.tokens_used for event in made if event.data.usage_source == 'reported')}",
         *(f"ready {line['after_s']} s after the last fault" for line in ready),
+        "everybody ready again after "
+        + ", ".join(f"{kind} {max(took):.1f} s" for kind, took in sorted(recoveries(evidence.log).items())),
         ", ".join(f"{kind} {count} ({tokens[kind]} tokens)" for kind, count in by_kind.items()),
     ]
 

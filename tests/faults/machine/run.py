@@ -24,6 +24,7 @@ READY_WITHIN_S = 30.0
 QUIET_WITHIN_S = 60.0
 # A little more load once all are ready: a service that says so must also work.
 AFTERWARDS_S = 3.0
+WATCH_EVERY_S = 0.5
 OPERATOR_PATIENCE_S = 40.0
 
 
@@ -39,11 +40,23 @@ class Run:
         await load.prepare()
         load.start()
         self._begun = time.monotonic()
+        watching = asyncio.create_task(self._watch_readiness())
         await asyncio.gather(*(self._inflict(fault) for fault in faults))
         await self._await("ready", self.system.ready, READY_WITHIN_S)
         await asyncio.sleep(AFTERWARDS_S)
+        watching.cancel()
         await load.stop()
         await self._await("quiet", self.system.quiet, QUIET_WITHIN_S)
+
+    async def _watch_readiness(self) -> None:
+        """A line in the log for each change, by which it is told what a fault did and for how long."""
+        known: list[str] | None = None
+        while True:
+            absent = sorted(await self.system.not_ready())
+            if absent != known:
+                self.log.write("readiness", absent=absent)
+            known = absent
+            await asyncio.sleep(WATCH_EVERY_S)
 
     async def _await(self, what: str, wait: Any, within_s: float) -> None:
         begun = time.monotonic()

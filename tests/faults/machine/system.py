@@ -284,12 +284,17 @@ class System:
 
     async def ready(self, within_s: float) -> None:
         """Every service says that it is ready. Raises NotInTime with the answers of those that do not."""
-        await _until(self._not_ready, within_s=within_s)
 
-    async def _not_ready(self) -> str:
+        async def missing() -> str:
+            return "; ".join(f"{name}: {words}" for name, words in (await self.not_ready()).items())
+
+        await _until(missing, within_s=within_s)
+
+    async def not_ready(self) -> dict[str, str]:
+        """What the services say that are not, or that they say nothing."""
         async with aiohttp.ClientSession(trust_env=False) as http:
             said = await asyncio.gather(*(_ask(http, f"{url}/readyz") for url in self.urls.values()))
-        return "; ".join(f"{name}: {words}" for name, words in zip(self.urls, said, strict=True) if words)
+        return {name: words for name, words in zip(self.urls, said, strict=True) if words}
 
     async def quiet(self, within_s: float) -> None:
         """The outbox is empty, and both durables have acknowledged all of the stream. Raises NotInTime."""
