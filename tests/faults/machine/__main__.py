@@ -7,9 +7,10 @@ import shutil
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import structlog
 
@@ -20,6 +21,7 @@ from tests.faults.machine.schedule import KINDS, Fault, Shape, schedule
 from tests.faults.machine.system import System, can_mount
 
 SEED_MAX = 1_000_000
+STOPPED = 130
 # A mistake is found with the load that exposes it soonest.
 MUTANT_PAUSE_S, PAUSE_S = 0.05, 0.15
 
@@ -31,10 +33,10 @@ def main() -> int:
     folder = Path(mkdtemp(prefix="chatrail-faults-", dir="/tmp"))
     folder.chmod(0o755)
     if told.mutant:
-        return _tidied(folder, asyncio.run(_find(told.mutant, told.seed or 0, folder)), told)
+        return _tidied(folder, _status(_find(told.mutant, told.seed or 0, folder)), told)
     seed = random.randrange(SEED_MAX) if told.seed is None else told.seed  # noqa: S311 - no secret
-    status = _tidied(folder, asyncio.run(_prove(seed, told, folder)), told)
-    if status:
+    status = _tidied(folder, _status(_prove(seed, told, folder)), told)
+    if status == 1:
         _say(f"seed {seed} FAILED; the same schedule again: make faults SEED={seed} MINUTES={told.minutes:g}")
     return status
 
@@ -90,9 +92,17 @@ async def _carried_out(system: System, faults: Sequence[Fault], *, seed: int, pa
         return await (await checking).wait()
 
 
+def _status(running: Coroutine[Any, Any, int]) -> int:
+    """Of the whole run. One that is told to stop ends what it has started, and says nothing about the product."""
+    try:
+        return asyncio.run(running)
+    except asyncio.CancelledError:
+        return STOPPED
+
+
 def _tidied(folder: Path, status: int, told: Namespace) -> int:
     """The folder stays where something is to be looked up in it."""
-    if (status or told.keep) and not told.discard:
+    if (status == 1 or told.keep) and not told.discard:
         _say(f"what it left is in {folder}")
     else:
         shutil.rmtree(folder)
