@@ -91,6 +91,14 @@ def load_keys(path: Path | None) -> Keys:
     return Keys(signing, believed)
 
 
+def signing_keys(path: Path | None) -> Keys:
+    """As `load_keys`; a file that holds no private key is refused, too."""
+    keys = load_keys(path)
+    if path and keys.signing is None:
+        raise Misconfigured(f"CHATRAIL_SEAL_KEY_FILE {path} holds no private key to seal with.")
+    return keys
+
+
 def _blocks(path: Path) -> list[bytes]:
     try:
         content = path.read_bytes()

@@ -4,7 +4,8 @@ Leaf i of the tree (RFC 9162) is the body of the message with stream sequence i 
 reads it from its beginning, to a `SealCheck`, and is told what is not as it was sealed:
 
     check = seal_check(snapshot.rows, known_up_to=floors[LEDGER], keys=load_keys(path), seals_file=path)
-    async for batch in recorded(nc, first=1, last=max(last, check.last_sequence)):
+    first, last = await bounds(nc)
+    async for batch in recorded(nc, first=first, last=last):
         check.take(batch)
     result = check.end()
 """
@@ -124,12 +125,12 @@ def seal_check(
     """Of a ledger's database. Raises Misconfigured when the file outside cannot be read.
 
     `known_up_to` is a sequence that the stream had before the database was read: seals on it up to there are known.
+    To where the stream is read is to be asked after that: all that has a leaf is on it by then.
     """
     ((leaves,),) = rows("SELECT coalesce(max(stream_sequence), 0) FROM leaves")
     ((sealed,),) = rows("SELECT coalesce(max(tree_size), 0) FROM seals")
     return SealCheck(
         leaves=_leaves(rows, max(leaves, sealed)),
-        last_sequence=max(leaves, sealed),
         seals=_seals(rows),
         outside=read_outside(seals_file) if seals_file else (),
         keys=keys,
@@ -210,14 +211,11 @@ class SealCheck:
         self,
         *,
         leaves: Iterator[Leaf],
-        last_sequence: int,
         seals: Iterable[Sealed],
         outside: Iterable[Checkpoint | str] = (),
         keys: Keys | None = None,
         known_up_to: int,
     ) -> None:
-        # The stream is to be read at least so far: the ledger has leaves up to here.
-        self.last_sequence = last_sequence
         self._found = _Found()
         self._tree = _Tree(iter(seals), iter(outside), keys or Keys(None, {}), self._found)
         self._announced = _Announced(self._tree, known_up_to, self._found)

@@ -58,7 +58,6 @@ class Record:
         last = max([*(leaf.sequence for leaf in self.leaves), self.last_sealed])
         check = SealCheck(
             leaves=with_holes(self.leaves, last),
-            last_sequence=last,
             seals=self.seals,
             outside=outside,
             keys=keys,

@@ -1,0 +1,374 @@
+"""Seals the record: a leaf for each message that the ledger has handled, now and then a head of the tree over them.
+
+Nothing is sealed on top of a record that is not what was sealed before: that is for an audit to tell.
+"""
+
+import asyncio
+import base64
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import structlog
+from nats.aio.client import Client
+from nats.js.errors import APIError, NotFoundError
+from prometheus_client import Counter, Gauge
+from sqlalchemy import Connection, Row, func, insert, select
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from services.ledger.checkpoint import Keys, Signature, checkpoint
+from services.ledger.merkle import Frontier, Head, leaf_hash
+from services.ledger.models import Leaf as LeafRow
+from services.ledger.models import Seal as SealRow
+from services.ledger.seals import Leaf, Sealed, event_id, signature_of, split
+from services.ledger.verify_record import notes_in, read_checkpoint
+from shared.broker import BROKER_GONE
+from shared.database import Database, iso, now, table_of
+from shared.errors import Misconfigured, PoisonMessage, Unavailable
+from shared.events import CONTENT_TYPE, LedgerSealed, Seal, decode_seal, encode
+from shared.recorded import Recorded, recorded
+from shared.streams import LEDGER, LEDGER_SEALED, STREAM, WRONG_LAST_SEQUENCE
+
+log = structlog.get_logger()
+
+leaves, seals = table_of(LeafRow), table_of(SealRow)
+
+# A transaction of so many takes some hundredths of a second, which the ledger's own may have to wait.
+LEAVES_AT_ONCE = 2_000
+SEALS_AT_ONCE = 500
+START_AFTER_S = 3.0
+TAIL_BYTES = 4096
+
+COVERED = Gauge("chatrail_ledger_sealed_messages", "Messages that the newest seal covers")
+NOT_SEALED = Counter("chatrail_ledger_not_sealed", "Rounds in which nothing could be sealed")
+
+
+class Damaged(Exception):
+    """The record is not what was sealed."""
+
+
+class _Base(NamedTuple):
+    """Where to go on: the tree over all leaves, the hash of the last of them, and the newest seal."""
+
+    frontier: Frontier
+    last: bytes | None
+    newest: Sealed | None
+    # Of the newest seal.
+    age_s: float
+
+    @property
+    def sealed(self) -> int:
+        return self.newest.head.size if self.newest else 0
+
+
+class Sealer:
+    """One a replica. Of several that are at it at once the tables' keys let one go on."""
+
+    def __init__(
+        self, nc: Client, database: Database, *, keys: Keys, seals_file: Path | None = None, every_s: float
+    ) -> None:
+        self._nc, self._database, self._keys, self._every_s = nc, database, keys, every_s
+        self._file = _Outside(seals_file) if seals_file else None
+
+    async def run(self) -> None:
+        pause_s = min(START_AFTER_S, self._every_s)
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = self._every_s
+            try:
+                pause_s = await self.seal()
+            except Damaged as damage:
+                NOT_SEALED.inc()
+                log.error("not_sealed", reason=str(damage), to_do="make audit tells what was changed")
+            except (Unavailable, SQLAlchemyError, *BROKER_GONE) as error:
+                NOT_SEALED.inc()
+                log.warning("not_sealed_yet", error=repr(error))
+
+    async def seal(self) -> float:
+        """One round: seal what is new, if it is time, and tell of all seals. The seconds to the next round.
+
+        Seals alone are not sealed, so that an idle stream comes to rest; but a new key is heard of at once. Raises
+        Damaged.
+        """
+        handled, last = await self._reached()
+        base = await self._database.read(_base)
+        if last < base.frontier.size:
+            raise Damaged(f"the stream ends at {last}, and had {base.frontier.size} messages")
+        has_new_key = base.newest is not None and self._keys.key_id not in (None, _key_of(base.newest))
+        if base.newest and base.age_s < self._every_s and not has_new_key:
+            await self._tell()
+            return self._every_s - max(0.0, base.age_s)
+        _, told = await self._last_told()
+        is_grown = await self._grow(base, handled, is_due=has_new_key or base.frontier.size > base.sealed)
+        # What the stream has a seal of that this database lacks is sealed: it comes with what is handled next.
+        if is_grown and base.frontier.size > told:
+            head = Head(base.frontier.size, base.frontier.root)
+            if await self._database.write(_add_seal, head, base.frontier.subtrees, self._keys.sign(head)):
+                log.info("sealed", messages=head.size, root_hash=head.root.hex(), signed_by=self._keys.key_id)
+        await self._tell()
+        return self._every_s
+
+    async def _reached(self) -> tuple[int, int]:
+        """Up to where the ledger has handled all of the stream, and where the stream ends."""
+        js = self._nc.jetstream()
+        floor = (await js.consumer_info(STREAM, LEDGER)).ack_floor
+        last = (await js.stream_info(STREAM)).state.last_seq
+        return min(floor.stream_seq, last) if floor else 0, last
+
+    async def _grow(self, base: _Base, handled: int, *, is_due: bool) -> bool:
+        """Add the leaves of what is handled, if it is due or more than seals. Whether the tree is to be sealed.
+
+        A database that is older than the stream's own seals, or new, gets them back.
+        """
+        told, waiting = list[LedgerSealed](), list[Recorded]()
+        async for batch in self._since(base, handled):
+            waiting += batch
+            told += [seal for message in batch if (seal := _seal_in(message)) and seal.data.tree_size > base.sealed]
+            is_due = is_due or any(message.subject != LEDGER_SEALED for message in batch)
+            if is_due and len(waiting) >= LEAVES_AT_ONCE:
+                await self._append(base.frontier, waiting)
+                waiting = []
+        if is_due and waiting:
+            await self._append(base.frontier, waiting)
+        if is_due and told:
+            await self._database.write(_restore, base.newest, told)
+        return is_due and base.frontier.size > base.sealed
+
+    async def _since(self, base: _Base, handled: int) -> AsyncIterator[list[Recorded]]:
+        """What comes behind the last leaf, whose message must still be what it was."""
+        joint = base.frontier.size
+        if handled <= joint:
+            return
+        async for batch in recorded(self._nc, first=max(1, joint), last=handled):
+            if joint:
+                before, *batch = batch  # noqa: PLW2901 - the rest of it
+                if before.sequence != joint or leaf_hash(before.body) != base.last:
+                    raise Damaged(f"message {joint} of the stream is not what it was")
+                joint = 0
+            if batch:
+                yield batch
+
+    async def _append(self, frontier: Frontier, messages: list[Recorded]) -> None:
+        new = [Leaf(message.sequence, event_id(message.body), leaf_hash(message.body)) for message in messages]
+        if new[0].sequence != frontier.size + 1 or new[-1].sequence != frontier.size + len(new):
+            raise Damaged(f"the stream lacks messages behind {frontier.size}")
+        try:
+            is_ours = await self._database.write(_add_leaves, new)
+        except IntegrityError:
+            is_ours = False
+        if not is_ours:
+            raise Unavailable("Another replica is sealing.")
+        for leaf in new:
+            frontier.append(leaf.hash or b"")
+
+    async def _tell(self) -> None:
+        """Publish the seals that the stream does not have, in their order, and write down those that the file lacks.
+
+        Each is published once, by whoever does: the stream takes it only behind the one before.
+        """
+        COVERED.set(await self._database.read(_newest_size))
+        js = self._nc.jetstream()
+        sequence, size = await self._last_told()
+        while found := await self._database.read(_after, size):
+            for seal in found:
+                headers = {
+                    "Content-Type": CONTENT_TYPE,
+                    "Nats-Expected-Last-Subject-Sequence": str(sequence),
+                }
+                try:
+                    told = await js.publish(LEDGER_SEALED, encode(_event(seal)), stream=STREAM, headers=headers)
+                except APIError as error:
+                    if error.err_code == WRONG_LAST_SEQUENCE:
+                        return
+                    raise
+                sequence, size = told.seq, seal.head.size
+        if self._file:
+            await self._write_down(self._file)
+
+    async def _last_told(self) -> tuple[int, int]:
+        """Where the stream has its last seal, and what that one covers."""
+        try:
+            message = await self._nc.jetstream().get_last_msg(STREAM, LEDGER_SEALED)
+        except NotFoundError:
+            return 0, 0
+        try:
+            return message.seq or 0, decode_seal(message.data or b"").data.tree_size
+        except PoisonMessage:
+            # Somebody else's. Of our own, only the newest can be new.
+            size = await self._database.read(_newest_size)
+            return message.seq or 0, size - 1
+
+    async def _write_down(self, file: "_Outside") -> None:
+        while found := await self._database.read(_after, await asyncio.to_thread(file.last_size)):
+            await asyncio.to_thread(file.append, found)
+
+
+class _Outside:
+    """The file outside: each head once, in order, on disk before the next round."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._last_size = path, -1
+        try:
+            with path.open("ab"):
+                pass
+        except OSError as error:
+            raise Misconfigured(f"CHATRAIL_SEALS_FILE {path} cannot be written: {error.strerror}.") from error
+
+    def last_size(self) -> int:
+        if self._last_size < 0:
+            self._last_size = max(
+                (size for note in notes_in(self._tail().splitlines(keepends=True)) if (size := _size_of(note))),
+                default=0,
+            )
+        return self._last_size
+
+    def append(self, found: Sequence[Sealed]) -> None:
+        notes = "".join(f"{checkpoint(seal.head, seal.signature)}\n" for seal in found)
+        # What a crash cut off stays, on its own.
+        is_cut = not f"\n\n{self._tail()}".endswith("\n\n")
+        with self._path.open("ab") as file:
+            file.write(("\n\n" * is_cut + notes).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._last_size = found[-1].head.size
+
+    def _tail(self) -> str:
+        with self._path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+
+
+def _size_of(note: str) -> int:
+    try:
+        return read_checkpoint(note).tree_size
+    except ValueError:
+        return 0
+
+
+def _seal_in(message: Recorded) -> LedgerSealed | None:
+    if message.subject != LEDGER_SEALED:
+        return None
+    try:
+        return decode_seal(message.body)
+    except PoisonMessage:
+        return None
+
+
+def _event(seal: Sealed) -> LedgerSealed:
+    signature = seal.signature
+    return LedgerSealed(
+        data=Seal(
+            tree_size=seal.head.size,
+            root_hash=seal.head.root.hex(),
+            sealed_at=datetime.fromisoformat(seal.sealed_at),
+            signature=base64.b64encode(signature.signature).decode() if signature else None,
+            key_id=signature.key_id if signature else None,
+        )
+    )
+
+
+def _key_of(seal: Sealed) -> str | None:
+    return seal.signature.key_id if seal.signature else None
+
+
+def _base(db: Connection) -> _Base:
+    """Raises Damaged."""
+    newest = _newest(db)
+    frontier = newest.frontier if newest else Frontier()
+    if frontier is None:
+        raise Damaged("the newest seal contradicts itself")
+    sealed, last = frontier.size, None
+    for sequence, digest in _leaves_from(db, max(1, sealed)):
+        if sequence > sealed:
+            if sequence != frontier.size + 1:
+                raise Damaged(f"leaf {frontier.size + 1} is missing")
+            frontier.append(digest)
+        last = digest
+    if sealed and last is None:
+        raise Damaged("the leaves end before the newest seal")
+    age_s = (now(db) - datetime.fromisoformat(newest.sealed_at)).total_seconds() if newest else 0.0
+    return _Base(frontier, last, newest, age_s)
+
+
+def _leaves_from(db: Connection, first: int) -> Iterator[tuple[int, bytes]]:
+    statement = (
+        select(leaves.c.stream_sequence, leaves.c.leaf_hash)
+        .where(leaves.c.stream_sequence >= first)
+        .order_by(leaves.c.stream_sequence)
+    )
+    found = db.execute(statement, execution_options={"yield_per": LEAVES_AT_ONCE})
+    yield from ((row.stream_sequence, row.leaf_hash) for row in found)
+
+
+def _newest(db: Connection) -> Sealed | None:
+    row = db.execute(select(seals).order_by(seals.c.tree_size.desc()).limit(1)).one_or_none()
+    return _sealed(row) if row else None
+
+
+def _newest_size(db: Connection) -> int:
+    return int(db.execute(select(func.coalesce(func.max(seals.c.tree_size), 0))).scalar_one())
+
+
+def _after(db: Connection, size: int) -> list[Sealed]:
+    """The next seals in their order."""
+    statement = select(seals).where(seals.c.tree_size > size).order_by(seals.c.tree_size).limit(SEALS_AT_ONCE)
+    return [_sealed(row) for row in db.execute(statement)]
+
+
+def _sealed(row: Row[Any]) -> Sealed:
+    signature = Signature(row.key_id, row.signature) if row.signature is not None else None
+    return Sealed(Head(row.tree_size, row.root_hash), split(row.subtrees), iso(row.sealed_at), signature)
+
+
+def _add_leaves(db: Connection, new: Sequence[Leaf]) -> bool:
+    """Whether these are the next ones."""
+    last = db.execute(select(func.coalesce(func.max(leaves.c.stream_sequence), 0))).scalar_one()
+    if last != new[0].sequence - 1:
+        return False
+    rows = [{"stream_sequence": leaf.sequence, "event_id": leaf.event_id, "leaf_hash": leaf.hash} for leaf in new]
+    db.execute(insert(leaves), rows)
+    return True
+
+
+def _add_seal(db: Connection, head: Head, subtrees: Sequence[bytes], signature: Signature | None) -> bool:
+    """Whether it is the newest now."""
+    if _newest_size(db) >= head.size:
+        return False
+    db.execute(insert(seals), [_row(Sealed(head, tuple(subtrees), iso(now(db)), signature))])
+    return True
+
+
+def _row(seal: Sealed) -> dict[str, Any]:
+    return {
+        "tree_size": seal.head.size,
+        "root_hash": seal.head.root,
+        "subtrees": b"".join(seal.subtrees),
+        "sealed_at": datetime.fromisoformat(seal.sealed_at),
+        "signature": seal.signature.signature if seal.signature else None,
+        "key_id": seal.signature.key_id if seal.signature else None,
+    }
+
+
+def _restore(db: Connection, newest: Sealed | None, told: Iterable[LedgerSealed]) -> None:
+    """Seals that the stream tells of and this database does not have, as far as they fit its leaves."""
+    wanted = {seal.data.tree_size: seal.data for seal in told}
+    known = set(
+        db.execute(select(seals.c.tree_size).where(seals.c.tree_size > (newest.head.size if newest else 0))).scalars()
+    )
+    frontier = (newest.frontier if newest else None) or Frontier()
+    rows = []
+    for sequence, digest in _leaves_from(db, frontier.size + 1):
+        frontier.append(digest)
+        seal = wanted.get(sequence)
+        if seal is None or sequence in known:
+            continue
+        if seal.root_hash == frontier.root.hex():
+            head = Head(sequence, frontier.root)
+            rows.append(_row(Sealed(head, tuple(frontier.subtrees), iso(seal.sealed_at), signature_of(seal))))
+        else:
+            log.error("seal_not_restored", messages=sequence, to_do="make audit tells what was changed")
+    if rows:
+        db.execute(insert(seals), rows)
+        log.info("seals_restored", seals=len(rows))

@@ -1,0 +1,428 @@
+"""The tamper evidence on real parts: sealed, told, written down, signed, proven, and found to be right or wrong."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from nats.aio.client import Client
+from sqlalchemy import Connection, make_url, select, text
+
+from services.ledger.__main__ import MIGRATIONS
+from services.ledger.app import create_app
+from services.ledger.checkpoint import Keys, load_keys
+from services.ledger.merkle import Frontier, leaf_hash
+from services.ledger.sealer import Damaged, Sealer, leaves, seals
+from services.ledger.seals import Kind, Result, event_id, read_outside, seal_check
+from services.ledger.settings import Settings
+from services.quota.app import create_app as create_quota
+from services.quota.settings import Settings as QuotaSettings
+from shared import streams
+from shared.broker import connect
+from shared.database import Database, sqlite_url, table_of
+from shared.errors import Unavailable
+from shared.events import Event, decode_seal, encode
+from shared.quarantine import Quarantined
+from shared.recorded import Recorded, bounds, recorded
+from tests.builders import generation_completed, publish, publish_raw
+from tests.fixtures import MIB, broker_in, eventually
+
+OFTEN_S = 0.05
+SELDOM_S = 3600.0
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url)
+    database.migrate(MIGRATIONS)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    return new_key(tmp_path / "seal.pem")
+
+
+def new_key(path: Path) -> Path:
+    key = Ed25519PrivateKey.generate()
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return path
+
+
+def public_key(key_file: Path) -> Path:
+    signing = load_keys(key_file).signing
+    assert signing
+    path = key_file.with_suffix(".pub")
+    path.write_bytes(signing.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return path
+
+
+@pytest.fixture
+def settings(own_nats_server: str, database_url: str, tmp_path: Path, key_file: Path) -> Settings:
+    return Settings(
+        nats_url=own_nats_server,
+        ledger_database_url=database_url,
+        seal_every_s=OFTEN_S,
+        seal_key_file=key_file,
+        seals_file=tmp_path / "seals.txt",
+    )
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[None]:
+    app = create_app(settings)
+    async with app.router.lifespan_context(app):
+        yield
+
+
+async def handled(nats: Client, *, durable: str = streams.LEDGER) -> None:
+    """As if the ledger had: every message that there is is acknowledged."""
+    pulling = await nats.jetstream().pull_subscribe_bind(durable, streams.STREAM)
+    while (await nats.jetstream().consumer_info(streams.STREAM, durable)).num_pending:
+        for message in await pulling.fetch(500, timeout=5):
+            await message.ack_sync()
+    await pulling.unsubscribe()
+
+
+def sealer(nats: Client, database: Database, **changed: Any) -> Sealer:
+    return Sealer(nats, database, **{"keys": Keys(None, {}), "every_s": 1e-9, **changed})
+
+
+async def sealed(nats: Client, database: Database, *events: Event, **changed: Any) -> None:
+    """One round of the sealer, after these events were handled."""
+    await publish(nats, *events)
+    await handled(nats)
+    await sealer(nats, database, **changed).seal()
+
+
+async def stored(nats: Client) -> list[Recorded]:
+    first, last = await bounds(nats)
+    return [message async for batch in recorded(nats, first=first, last=last) for message in batch]
+
+
+async def announced(nats: Client) -> list[tuple[int, int]]:
+    """Where on the stream which size was sealed."""
+    messages = [message for message in await stored(nats) if message.subject == streams.LEDGER_SEALED]
+    return [(message.sequence, decode_seal(message.body).data.tree_size) for message in messages]
+
+
+async def kept(database: Database) -> list[int]:
+    return list(
+        await database.read(lambda db: db.execute(select(seals.c.tree_size).order_by("tree_size")).scalars().all())
+    )
+
+
+async def audited(nats: Client, url: str, **more: Any) -> Result:
+    """As `make audit` does it: the database as it is, beside the whole stream."""
+    _, known = await bounds(nats)
+    with rows_of(url) as rows:
+        check = seal_check(rows, known_up_to=known, **more)
+        first, last = await bounds(nats)
+        async for batch in recorded(nats, first=first, last=last):
+            check.take(batch)
+        return check.end()
+
+
+@contextmanager
+def rows_of(url: str) -> Iterator[Callable[..., Any]]:
+    if url.startswith("sqlite"):
+        lite = sqlite3.connect(make_url(url).database or "")
+        try:
+            yield lambda statement, *values: lite.execute(statement, values)
+        finally:
+            lite.close()
+    else:
+        with psycopg.connect(url) as connection:
+            yield lambda statement, *values: connection.execute(statement.replace("?", "%s"), values)
+
+
+def named(result: Result) -> list[tuple[Kind, int]]:
+    return [(difference.kind, difference.sequence) for difference in result.differences]
+
+
+async def test_a_running_ledger_seals_tells_and_writes_down_and_all_of_it_fits(
+    settings: Settings, nats: Client, database: Database, database_url: str, key_file: Path
+) -> None:
+    events = [generation_completed(f"user_{n}") for n in range(20)]
+    await publish(nats, *events)
+
+    async def all_told() -> list[tuple[int, int]] | None:
+        told = await announced(nats)
+        return told if told and told[-1][1] >= 20 else None
+
+    async with serving(settings):
+        told = await eventually(all_told)
+        last = told[-1][0]
+
+        async def written() -> bool:
+            assert settings.seals_file
+            return len(list(read_outside(settings.seals_file))) == len(told)
+
+        await eventually(written)
+
+    result = await audited(nats, database_url, keys=load_keys(key_file), seals_file=settings.seals_file)
+    assert result.differences == []
+    assert (result.seals, result.signed, result.outside) == (len(told),) * 3
+    frontier = Frontier()
+    for message in (await stored(nats))[: told[-1][1]]:
+        frontier.append(leaf_hash(message.body))
+    last_seal = decode_seal((await stored(nats))[last - 1].body)
+    assert last_seal.data.root_hash == frontier.root.hex()
+    assert result.leaves == told[-1][1]
+
+
+async def test_consumers_pass_a_seal_over(
+    settings: Settings, nats: Client, database: Database, tmp_path: Path
+) -> None:
+    quota_settings = QuotaSettings(nats_url=settings.nats_url, quota_database_url=sqlite_url(tmp_path, "quota.db"))
+    quota_database = Database(quota_settings.database_url)
+    quota_database.migrate(Path(create_quota.__code__.co_filename).with_name("migrations"))
+    await publish(nats, generation_completed())
+    quota = create_quota(quota_settings)
+    async with serving(settings), quota.router.lifespan_context(quota):
+        for durable in (streams.LEDGER, streams.QUOTA):
+
+            async def seal_is_acknowledged(durable: str = durable) -> bool:
+                floor = (await nats.jetstream().consumer_info(streams.STREAM, durable)).ack_floor
+                return bool(floor and floor.stream_seq == 2)
+
+            await eventually(seal_is_acknowledged)
+    for each in (database, quota_database):
+        assert await each.read(lambda db: db.execute(select(table_of(Quarantined))).all()) == []
+    await quota_database.close()
+
+
+async def test_an_idle_stream_comes_to_rest_and_the_next_event_seals_the_last_seal_too(
+    nats: Client, database: Database
+) -> None:
+    await sealed(nats, database, generation_completed())
+    for _ in range(3):
+        await sealed(nats, database)
+    assert await announced(nats) == [(2, 1)]
+    await sealed(nats, database, generation_completed())
+    assert await announced(nats) == [(2, 1), (4, 3)]
+
+
+async def test_nothing_is_sealed_before_its_time_or_before_the_ledger_has_handled_it(
+    nats: Client, database: Database
+) -> None:
+    await sealed(nats, database, generation_completed(), every_s=SELDOM_S)
+    pause_s = await sealer(nats, database, every_s=SELDOM_S).seal()
+    assert SELDOM_S - 60 < pause_s <= SELDOM_S
+    await publish(nats, generation_completed())
+    await sealer(nats, database).seal()
+    assert await kept(database) == [1]
+    await sealed(nats, database)
+    assert await kept(database) == [1, 3]
+
+
+async def test_replicas_seal_everything_once(nats: Client, database: Database) -> None:
+    replicas = [sealer(nats, database) for _ in range(4)]
+    for _ in range(5):
+        await publish(nats, *(generation_completed() for _ in range(30)))
+        await handled(nats)
+        done = await asyncio.gather(*(replica.seal() for replica in replicas), return_exceptions=True)
+        assert all(isinstance(each, float | Unavailable) for each in done)
+        await replicas[0].seal()
+    told = [size for _, size in await announced(nats)]
+    assert told == await kept(database)
+    assert len(set(told)) == len(told)
+
+
+async def test_a_seal_that_was_not_told_when_the_process_died_is_told_by_the_next_once(
+    nats: Client, database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dies(_self: Sealer) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sealer, "_tell", dies)
+        with pytest.raises(ConnectionError):
+            await sealed(nats, database, generation_completed())
+    assert (await announced(nats), await kept(database)) == ([], [1])
+    await asyncio.gather(*(sealer(nats, database).seal() for _ in range(3)))
+    assert await announced(nats) == [(2, 1)]
+    assert (await audited(nats, database_url)).differences == []
+
+
+async def test_a_ledger_that_was_lost_gets_leaves_and_seals_back_from_the_stream(
+    nats: Client, database: Database, database_url: str, tmp_path: Path, key_file: Path
+) -> None:
+    keys = load_keys(key_file)
+    for _ in range(4):
+        await sealed(nats, database, *(generation_completed() for _ in range(5)), keys=keys)
+    before = await database.read(lambda db: db.execute(select(seals).order_by("tree_size")).all())
+
+    anew = Database(sqlite_url(tmp_path, "anew.db"))
+    anew.migrate(MIGRATIONS)
+    for _ in range(2):  # the stream's last seal is behind what was handled, at first
+        await sealer(nats, anew, keys=keys).seal()
+        await handled(nats)
+    after = await anew.read(lambda db: db.execute(select(seals).order_by("tree_size")).all())
+    assert after[: len(before)] == before
+    assert (await audited(nats, sqlite_url(tmp_path, "anew.db"), keys=keys)).differences == []
+    await anew.close()
+
+
+def run(db: Connection, statement: str) -> None:
+    db.execute(text(statement))
+
+
+def both_tables(db: Connection) -> list[Any]:
+    return [*db.execute(select(leaves)), *db.execute(select(seals))]
+
+
+async def test_both_tables_refuse_changes(nats: Client, database: Database) -> None:
+    await sealed(nats, database, generation_completed(), generation_completed())
+    before = await database.read(both_tables)
+    for statement in (
+        "UPDATE leaves SET event_id = 'another'",
+        "DELETE FROM leaves WHERE stream_sequence = 1",
+        "UPDATE seals SET key_id = 'another'",
+        "DELETE FROM seals",
+        "INSERT OR REPLACE INTO leaves SELECT stream_sequence, 'another', leaf_hash FROM leaves",
+    ):
+        with pytest.raises(Exception, match=r"append-only|syntax"):
+            await database.write(run, statement)
+    assert await database.read(both_tables) == before
+
+
+async def unlocked(database: Database, *statements: str) -> None:
+    """What somebody does who has all rights: the triggers go first."""
+
+    def change(db: Connection) -> None:
+        for table in ("leaves", "seals"):
+            if db.dialect.name == "sqlite":
+                for verb in ("update", "delete", "replace"):
+                    db.execute(text(f"DROP TRIGGER IF EXISTS {table}_refuses_{verb}"))
+            else:
+                db.execute(text(f"ALTER TABLE {table} DISABLE TRIGGER USER"))
+        for statement in statements:
+            db.execute(text(statement))
+
+    await database.write(change)
+
+
+@asynccontextmanager
+async def another_stream(folder: Path, messages: list[tuple[str, bytes]]) -> AsyncIterator[Client]:
+    """The stream as somebody who has the broker's store would write it anew."""
+    folder.mkdir()  # noqa: ASYNC240 - of a moment
+    with broker_in(folder) as url:
+        client = await connect(url, name="test")
+        await streams.create(client.jetstream(), max_bytes=64 * MIB)
+        for subject, body in messages:
+            await publish_raw(client, body, subject=subject)
+        yield client
+        await client.close()
+
+
+Change = Callable[[list[tuple[str, bytes]]], object]
+
+
+def edit(messages: list[tuple[str, bytes]]) -> None:
+    messages[3] = (messages[3][0], messages[3][1].replace(b"5282", b"5283"))
+
+
+def insert_one(messages: list[tuple[str, bytes]]) -> None:
+    messages.insert(3, (streams.GENERATION_COMPLETED, encode(generation_completed("somebody"))))
+
+
+def delete(messages: list[tuple[str, bytes]]) -> None:
+    del messages[3]
+
+
+def swap(messages: list[tuple[str, bytes]]) -> None:
+    messages[3], messages[4] = messages[4], messages[3]
+
+
+def cut_three(messages: list[tuple[str, bytes]]) -> None:
+    del messages[-3:]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (edit, [(Kind.EDITED, 4)]),
+        (insert_one, [(Kind.INSERTED, 4)]),
+        (delete, [(Kind.DELETED, 4)]),
+        (swap, [(Kind.MOVED, 4)]),
+        (cut_three, [(Kind.CUT, 11), (Kind.CUT, 12), (Kind.CUT, 13)]),
+    ],
+)
+async def test_a_stream_that_was_written_anew_is_found_out_message_by_message(  # noqa: PLR0917 - fixtures
+    change: Change,
+    expected: list[tuple[Kind, int]],
+    nats: Client,
+    database: Database,
+    database_url: str,
+    tmp_path: Path,
+) -> None:
+    for _ in range(2):
+        await sealed(nats, database, *(generation_completed() for _ in range(6)))
+    await sealed(nats, database)
+    ids = [event_id(message.body) for message in await stored(nats)]
+    messages = [(message.subject, message.body) for message in (await stored(nats))[:13]]
+    change(messages)
+    async with another_stream(tmp_path / "another", messages) as other:
+        result = await audited(other, database_url)
+        assert named(result) == expected
+        if change is not insert_one:
+            assert [each.event_id for each in result.differences] == [ids[sequence - 1] for _, sequence in expected]
+
+
+async def test_nothing_is_sealed_on_top_of_a_stream_that_was_written_anew(
+    nats: Client, database: Database, tmp_path: Path
+) -> None:
+    await sealed(nats, database, *(generation_completed() for _ in range(3)))
+    messages = [(message.subject, message.body) for message in await stored(nats)]
+    edited = [*messages[:2], (messages[2][0], encode(generation_completed("somebody"))), *messages[2:]]
+    for name, written in (("shorter", messages[:2]), ("edited", edited)):
+        async with another_stream(tmp_path / name, written) as other:
+            await handled(other)
+            with pytest.raises(Damaged, match=r"ends at 2, and had 3|message 3 of the stream is not what it was"):
+                await sealer(other, database).seal()
+    assert await kept(database) == [3]
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected", "damage"),
+    [
+        ("UPDATE leaves SET leaf_hash = {} WHERE stream_sequence = 2", [(Kind.LEAF_EDITED, 2)], None),
+        ("DELETE FROM leaves WHERE stream_sequence = 2", [(Kind.LEAF_DELETED, 2)], None),
+        (
+            "DELETE FROM leaves WHERE stream_sequence > 5",
+            [(Kind.LEAF_DELETED, n) for n in (6, 7, 8, 9)],
+            "leaves end",
+        ),
+        ("UPDATE seals SET root_hash = {} WHERE tree_size = 4", [(Kind.SEAL_EDITED, 4), (Kind.SEAL_OTHER, 4)], None),
+        (
+            "UPDATE seals SET root_hash = {} WHERE tree_size = 9",
+            [(Kind.SEAL_EDITED, 9), (Kind.SEAL_OTHER, 9)],
+            "itself",
+        ),
+        ("DELETE FROM seals WHERE tree_size = 4", [(Kind.SEAL_UNKNOWN, 4)], None),
+    ],
+)
+async def test_leaves_and_seals_that_were_changed_are_found_and_not_built_upon(  # noqa: PLR0917 - fixtures
+    statement: str,
+    expected: list[tuple[Kind, int]],
+    damage: str | None,
+    nats: Client,
+    database: Database,
+    database_url: str,
+) -> None:
+    for _ in range(2):
+        await sealed(nats, database, *(generation_completed() for _ in range(4)))
+    another = "zeroblob(32)" if database_url.startswith("sqlite") else "decode(repeat('00', 32), 'hex')"
+    await unlocked(database, statement.format(another))
+    assert sorted(named(await audited(nats, database_url))) == sorted(expected)
+    if damage:
+        with pytest.raises(Damaged, match=damage):
+            await sealer(nats, database).seal()
