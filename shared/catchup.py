@@ -142,6 +142,8 @@ def _note(db: Connection, durable: str, created: datetime, acknowledged: int, *,
     notes = kept.notes if kept else 0
     if notes < at_least:
         raise Restored
-    row = {"durable": durable, "stream_created": created, "acknowledged": acknowledged, "notes": notes + 1}
-    upsert(db, _table, [row])
+    row = {"durable": durable, "stream_created": created, "acknowledged": acknowledged}
+    if kept and row == kept.model_dump(exclude={"notes"}):
+        return notes  # nobody used anything: nor need the disk
+    upsert(db, _table, [{**row, "notes": notes + 1}])
     return notes + 1
