@@ -33,7 +33,7 @@ from shared.errors import Misconfigured, PoisonMessage, Unavailable
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted, decode
 from shared.plans import COUNTS
 from shared.recorded import Recorded, bounds, recorded
-from shared.streams import LEDGER, QUOTA, STREAM
+from shared.streams import LEDGER, LEDGER_SEALED, QUOTA, STREAM
 
 # Beside services under load the durables are a fraction of a second behind; one that does not move is not waited for.
 FLOOR_WITHIN_S = 5.0
@@ -119,10 +119,10 @@ async def audit(
 def _tell_of_seals(result: Result, tally: "Tally", scratch: Scratch) -> None:
     tally.compared |= {"ledger.leaves": result.leaves, "ledger.seals": result.seals}
     for found in result.differences:
-        expected = {"what": found.kind.value, "sequence": found.sequence, "expected": found.expected}
-        scratch.add(Difference("evidence", "broken", found.event_id, None, expected, {"found": found.found}))
+        where, expected = f"evidence, {found.kind}", {"sequence": found.sequence, "was": found.expected}
+        scratch.add(Difference(where, "broken", found.event_id, None, expected, {"is": found.found}))
     if result.more:
-        scratch.add(Difference("evidence", "broken", None, None, {"what": f"and {result.more} more"}, None))
+        scratch.add(Difference("evidence", "broken", None, None, {"and more": result.more}, None))
 
 
 async def _floors(nc: Client) -> dict[str, int]:
@@ -183,6 +183,8 @@ class _Comparison:
         changes: list[tuple[Recorded, SubscriptionChanged]] = []
         unreadable = []
         for message in batch:
+            if message.subject == LEDGER_SEALED:
+                continue  # the tamper evidence is about these
             try:
                 event = decode(message.body)
             except PoisonMessage:

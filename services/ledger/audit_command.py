@@ -63,9 +63,8 @@ async def _audit(settings: Settings, scope: Scope, *, as_document: bool) -> bool
             for part in as_json(report):
                 sys.stdout.write(part)
         else:
-            console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-            for said in in_words(report):
-                console.print(said, markup=False)
+            for line in in_words(report):
+                typer.echo(line)
         return report.agrees
 
 

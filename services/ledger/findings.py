@@ -1,14 +1,12 @@
 """What an audit found, and how people and programs are told."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
-from rich.table import Table
-
-LINES_MAX = 20
+SHOWN_MAX = 20
 VALUE_CHARS_MAX = 60
 
 REBUILD = "make replay rebuilds it from the stream."
@@ -86,8 +84,8 @@ class Report:
         return not self.found.groups()
 
 
-def in_words(report: Report) -> Iterator[str | Table]:
-    """For people: what was compared, then each group of differences with what to do."""
+def in_words(report: Report) -> Iterator[str]:
+    """For people, line by line: what was compared, then each group of differences with what to do."""
     read = report.read
     yield (
         f"Read {_number(read.messages, 'message')} of the stream ({read.first:,} to {read.last:,})"
@@ -110,9 +108,10 @@ def in_words(report: Report) -> Iterator[str | Table]:
     for group in groups:
         what, advice = KINDS[group.kind]
         yield f"{group.where}: {group.number:,} {what}"
-        yield _table(islice(report.found.differences(group.where, group.kind), LINES_MAX))
-        if group.number > LINES_MAX:
-            yield f"  and {group.number - LINES_MAX:,} more (--json has all)"
+        for difference in islice(report.found.differences(group.where, group.kind), SHOWN_MAX):
+            yield from _lines(difference)
+        if group.number > SHOWN_MAX:
+            yield f"  and {group.number - SHOWN_MAX:,} more (--json has all)"
         yield f"  {advice}"
         yield ""
     yield f"{_number(sum(group.number for group in groups), 'difference')}."
@@ -139,22 +138,17 @@ def as_json(report: Report) -> Iterator[str]:
     yield "]}\n"
 
 
-def _table(differences: Iterable[Difference]) -> Table:
-    table = Table("id", "user", "expected", "found", box=None, pad_edge=True, padding=(0, 1))
-    for column in table.columns:
-        column.overflow = "fold"
-    for difference in differences:
-        table.add_row(
-            difference.id or "-", difference.user_id or "-", _told(difference.expected), _told(difference.found)
-        )
-    return table
-
-
-def _told(values: Mapping[str, Any] | None) -> str:
-    """What is there, and says something."""
-    if values is None:
-        return "-"
-    return ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+def _lines(difference: Difference) -> Iterator[str]:
+    yield "  " + ", ".join(name for name in (difference.id, difference.user_id) if name)
+    for what, values in (("expected", difference.expected), ("found", difference.found)):
+        # Of a whole record, what says something, and was not said yet.
+        is_whole = difference.expected is None or difference.found is None
+        told = [
+            f"{name} {_short(value)}"
+            for name, value in (values or {}).items()
+            if not (is_whole and (value is None or value in (difference.id, difference.user_id)))
+        ]
+        yield f"    {what:8}  {', '.join(told) or 'nothing'}"
 
 
 def _short(value: Any) -> str:

@@ -4,13 +4,11 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from nats.aio.client import Client
-from rich.console import Console
 from sqlalchemy import Connection, Table, text
 
 from services.ledger import __main__ as ledger_service
@@ -96,11 +94,9 @@ class System:
         differences = [
             d for group in report.found.groups() for d in report.found.differences(group.where, group.kind)
         ]
-        console = Console(file=StringIO(), width=200)
-        for part in in_words(report):
-            console.print(part, highlight=False)
+        words = "\n".join(in_words(report))
         document = json.loads("".join(as_json(report)))
-        return Found(report, report.agrees, differences, console.file.getvalue(), document)  # type: ignore[attr-defined]
+        return Found(report, report.agrees, differences, words, document)
 
     async def ledger_does(self, statement: str) -> None:
         await self.ledger.write(_without_triggers(statement))
