@@ -1,12 +1,16 @@
 """The embedded broker: one node, or three that replicate their streams, each with a store of its own."""
 
 import secrets
+import shutil
 from pathlib import Path
 
 from deploy.claims import NodePorts
 from deploy.settings import LOOPBACK
-from deploy.supervised import Program
+from deploy.supervised import Program, health
 from shared.errors import Misconfigured
+
+# With less than this a store that begins anew would soon be full again.
+ROOM_BYTES = 16 * 1024 * 1024
 
 
 def programs(nodes: tuple[NodePorts, ...], data: Path) -> list[Program]:
@@ -27,6 +31,18 @@ def programs(nodes: tuple[NodePorts, ...], data: Path) -> list[Program]:
         _node(f"broker-{number}", f"-c deploy/nats/cluster.conf -n broker-{number}", ports, store)
         for number, (ports, store) in enumerate(zip(nodes, cluster, strict=True), start=1)
     ]
+
+
+def is_frozen(node: Program) -> bool:
+    """Its disk was full, and since then its store takes nothing, room or not, until it is started again.
+
+    Nobody but the node itself knows: it answers everything else as if all were well.
+    """
+    return node.ready_url is not None and "write error" in health(node.ready_url)[1]
+
+
+def has_room(data: Path) -> bool:
+    return shutil.disk_usage(data).free >= ROOM_BYTES
 
 
 def environment(nodes: tuple[NodePorts, ...]) -> dict[str, str]:

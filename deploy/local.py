@@ -3,7 +3,6 @@
 Broker, stand-in for Claude, migrations and services run under supervisor, which starts again what dies.
 """
 
-import http.client
 import json
 import os
 import re
@@ -13,15 +12,14 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
-from urllib.parse import urlsplit
 
 from deploy import brokers
 from deploy.claims import Ports, free_ports, locked
 from deploy.settings import LOOPBACK, Settings
-from deploy.supervised import Program, Supervisor, SupervisorDied
+from deploy.supervised import Program, Supervisor, SupervisorDied, health
 from shared.errors import Misconfigured
 from shared.plans import Plans
 
@@ -29,6 +27,7 @@ CLAUDE_URL = "https://api.anthropic.com"
 
 TICK_S = 0.1
 TEND_EVERY_S = 0.5
+REVIVE_EVERY_S = 3
 READY_TIMEOUT_S = 60
 STARTS_MAX = 3
 # Creates what the bus lacks, and is safe to repeat.
@@ -93,7 +92,8 @@ def run(settings: Settings, patience: Patience) -> NoReturn:
             Plans.load(settings.plans)
         ports = free_ports(settings.host, settings.port, nodes=settings.nodes)
         endpoints = locate(settings, ports)
-        phases = plan(settings, ports, brokers.programs(ports.nodes, data))
+        nodes = brokers.programs(ports.nodes, data)
+        phases = plan(settings, ports, nodes)
         with (
             published(endpoints, data / "endpoints.json"),
             Supervisor(
@@ -108,18 +108,31 @@ def run(settings: Settings, patience: Patience) -> NoReturn:
             for phase in phases:
                 bring_up(phase, supervisor, patience)
             say(f"ChatRail is ready at {settings.url}")
-            tend(supervisor, [program.name for program in phases[-1]], patience)
+            tend(supervisor, nodes, [program.name for program in phases[-1]], data, patience)
 
 
-def tend(supervisor: Supervisor, services: list[str], patience: Patience) -> NoReturn:
+def tend(
+    supervisor: Supervisor, nodes: list[Program], services: list[str], data: Path, patience: Patience
+) -> NoReturn:
     """Keep what runs running. A service that begins anew may have ended because the bus lacks something."""
-    known = supervisor.tend()
+    known, look_again_at = supervisor.tend(), 0.0
     while True:
         patience.wait(TEND_EVERY_S)
+        if time.monotonic() >= look_again_at:
+            revive_brokers(supervisor, nodes, data)
+            look_again_at = time.monotonic() + REVIVE_EVERY_S
         started = supervisor.tend()
         if any(started[name] != known[name] for name in services):
             supervisor.start(BUS_STEP)
         known = started
+
+
+def revive_brokers(supervisor: Supervisor, nodes: list[Program], data: Path) -> None:
+    """Start those again whose disk was full, once there is room."""
+    for node in nodes:
+        if brokers.is_frozen(node) and brokers.has_room(data):
+            say(f"Starting {node.name} again: its disk was full")
+            supervisor.restart(node.name)
 
 
 def locate(settings: Settings, ports: Ports) -> Endpoints:
@@ -220,7 +233,7 @@ def _await_up(program: Program, supervisor: Supervisor, patience: Patience) -> N
 
 def _is_up(program: Program, supervisor: Supervisor) -> bool:
     if program.ready_url:
-        return _answers(program.ready_url)
+        return health(program.ready_url)[0] == 200
     info = supervisor.info(program.name)
     if info["statename"] == "EXITED" and info["exitstatus"] != 0:
         raise _failure(program, "failed", supervisor)
@@ -229,16 +242,6 @@ def _is_up(program: Program, supervisor: Supervisor) -> bool:
 
 def _failure(program: Program, what: str, supervisor: Supervisor) -> StartFailed:
     return StartFailed(f"ChatRail cannot start: {program.name} {what}. {supervisor.log_end(program.name)}")
-
-
-def _answers(url: str) -> bool:
-    address = urlsplit(url)
-    with closing(http.client.HTTPConnection(address.hostname or "", address.port, timeout=2)) as connection:
-        try:
-            connection.request("GET", address.path)
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
 
 
 if __name__ == "__main__":

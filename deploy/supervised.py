@@ -7,18 +7,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 from xmlrpc.client import Fault, ServerProxy
 
 from supervisor.xmlrpc import SupervisorTransport
 
 PROJECT = Path(__file__).parent.parent
 LOG_LINES_SHOWN = 15
+HEALTH_TIMEOUT_S = 2
 
 # No path is written into it: supervisord runs in the data folder, and programs find theirs in the environment.
 # So one with spaces, quotes, % or # needs no escaping, for which this format has no means.
@@ -150,6 +152,11 @@ class Supervisor:
                 self.start(info["name"])
         return {info["name"]: info["start"] for info in programs}
 
+    def restart(self, name: str) -> None:
+        """Told to end, it is started again like anything that ends by itself."""
+        with suppress(Fault):  # it has ended already
+            self._call("signalProcess", name, "TERM")
+
     def log_end(self, name: str) -> str:
         """The last lines of the program's log, under its path."""
         log = self._data / "logs" / f"{name}.log"
@@ -166,3 +173,15 @@ class Supervisor:
     def _check_alive(self) -> None:
         if self._process.poll() is not None:
             raise SupervisorDied(f"The supervisor ended with status {self._process.returncode}.")
+
+
+def health(url: str) -> tuple[int, str]:
+    """The status and the body that a program answers with; (0, "") when it does not."""
+    address = urlsplit(url)
+    with closing(HTTPConnection(address.hostname or "", address.port, timeout=HEALTH_TIMEOUT_S)) as connection:
+        try:
+            connection.request("GET", address.path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(errors="replace")
+        except (OSError, HTTPException):
+            return 0, ""

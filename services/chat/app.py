@@ -89,7 +89,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     generations = Generations(Parts(claude, quota, outbox, publisher, policies))
     watchers = Watchers(nc, quota)
     app.state.nc, app.state.quota, app.state.generations, app.state.watchers = nc, quota, generations, watchers
-    app.state.events, app.state.outbox = events, outbox
+    app.state.events, app.state.outbox, app.state.publisher = events, outbox, publisher
     app.state.reports = Reports(events, outbox, publisher, quota)
     app.state.adjustments = Adjustments(events)
     app.state.subscriptions = Subscriptions(events)
@@ -150,9 +150,15 @@ async def _missing(app: FastAPI) -> Missing:
         "nats": bus_missing(app.state.events),
         "quota": _missing_when(app.state.quota.usage("readiness")),
         "outbox": _missing_when(app.state.outbox.admit()),
+        "stream": _stream_missing(app.state.publisher),
     }
     reasons = await asyncio.gather(*absent.values())
     return {part: reason for part, reason in zip(absent, reasons, strict=True) if reason}
+
+
+async def _stream_missing(publisher: Publisher) -> str | None:
+    """A broker whose disk was full answers all but this."""
+    return f"takes no events; {publisher.backlog} wait for it" if publisher.is_refused else None
 
 
 async def _missing_when(asking: Awaitable[object]) -> str | None:

@@ -74,6 +74,8 @@ class Publisher:
         self._sent_ids: list[str] = []
         self._forgetting: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        # Since its last group the stream has taken nothing.
+        self.is_refused = False
 
     @property
     def backlog(self) -> int:
@@ -130,6 +132,7 @@ class Publisher:
                 awaited.set()
         self.forget_soon([event.id for event in sent])
         self._waiting[:0] = unsent
+        self.is_refused = bool(unsent)
         if self._waiting:
             self._wake.set()
         if unsent:

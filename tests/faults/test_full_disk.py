@@ -4,7 +4,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -40,14 +40,14 @@ class SmallDisk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def fill(self, _pid: int) -> None:
+    def fill(self, _pid: int = 0) -> None:
         with (self.folder / "filler").open("ab", buffering=0) as file, suppress(OSError):
             for size in (MIB, 4096, 1):
                 with suppress(OSError):
                     while True:
                         file.write(b"x" * size)
 
-    def free(self, _pid: int) -> None:
+    def free(self, _pid: int = 0) -> None:
         (self.folder / "filler").unlink()
 
 
@@ -64,20 +64,25 @@ class SizeLimit:
         psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
 
 
-@pytest.fixture(params=["small disk", "size limit"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
-    if request.param == "size limit":
-        yield SizeLimit(tmp_path)
-        return
-    folder = tmp_path / "disk"
+@contextmanager
+def _mounted(folder: Path, *, size: str) -> Iterator[SmallDisk]:
     folder.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=8m", "chatrail-test", str(folder)]
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={size}", "chatrail-test", str(folder)]
     if os.geteuid() or subprocess.run(mounting, capture_output=True, check=False).returncode:
         left_out("no file system can be mounted here, so no disk can be filled")
     try:
         yield SmallDisk(folder)
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(params=["small disk", "size limit"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
+    if request.param == "size limit":
+        yield SizeLimit(tmp_path)
+    else:
+        with _mounted(tmp_path / "disk", size="8m") as small:
+            yield small
 
 
 def _recorded(stack: Stack, user: str) -> int:
@@ -139,6 +144,40 @@ async def test_a_full_disk_refuses_what_is_new_counts_what_is_under_way_and_goes
         await eventually(all_are_recorded)
     usage = await stack.usage_reaches(user, _recorded(stack, user))
     assert usage["tokensHeld"] == 0
+
+
+async def test_a_disk_that_is_full_for_all_parts_at_once_costs_no_token_and_nobody_needs_to_start_anything(
+    tmp_path: Path,
+) -> None:
+    variables = {"CHATRAIL_STREAM_BYTES_MAX": str(32 * MIB)}
+    with _mounted(tmp_path / "disk", size="256m") as disk, Stack(disk.folder / "data", **variables) as stack:
+        async with client_of(stack) as client:
+            body = {"userId": "user_1", "messages": [{"role": "user", "content": "Hello"}]}
+            question = "Hello [slow 100ms] [deltas 20]"
+            under_way = [asyncio.create_task(ask(client, "user_1", question)) for _ in range(10)]
+
+            async def are_asked() -> bool:
+                return await asked(stack) == 10
+
+            await eventually(are_asked)
+            disk.fill()
+            # The broker has its store on it, too: neither disk nor stream takes what is settled now.
+            answers = await asyncio.gather(*under_way)
+            assert {(answer.last, answer.data.get("title")) for answer in answers} <= {
+                ("done", None),
+                ("error", "Not counted yet"),
+            }
+            assert (await client.post("/api/chat", json=body)).status_code == 503
+            assert await asked(stack) == 10
+            assert (await client.get("/readyz")).status_code == 503
+            disk.free()
+            await stack.answers("/readyz", timeout_s=60)
+            assert (await client.post("/api/chat", json=body)).is_success
+
+        async def all_agree() -> bool:
+            return recorded(stack) == totalled(stack) == (await given(stack))["tokens"] and not open_holds(stack)
+
+        await eventually(all_agree)
 
 
 async def test_a_full_stream_fills_the_outbox_and_then_what_is_new_is_refused_until_there_is_room(
