@@ -192,6 +192,19 @@ async def test_an_empty_ledger_is_a_file_without_records(
         assert out.read_text() == f"{','.join(COLUMNS)}\n"
 
 
+async def test_metadata_that_stands_on_several_lines_is_one_line_of_ndjson(
+    database: Database, database_url: str
+) -> None:
+    await record(database, generation_completed())
+    values = ", ".join({"id": "'by hand'", "metadata": "'{\n\"a\"\\: 1}'"}.get(name, name) for name in COLUMNS)
+    await database.write(do(f"INSERT INTO usage ({', '.join(COLUMNS)}) SELECT {values} FROM usage"))  # noqa: S608
+
+    records = exported(database_url, Format.NDJSON, Selection())
+
+    assert records == await ledger(database)
+    assert [row["metadata"] for row in records if row["id"] == "by hand"] == [{"a": 1}]
+
+
 async def test_parquet_has_the_types_that_the_table_has(
     database: Database, database_url: str, tmp_path: Path
 ) -> None:
