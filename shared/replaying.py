@@ -35,7 +35,7 @@ from shared.events import Event, decode
 from shared.quarantine import ANOTHER_BODY, Poison, alarm, quarantine
 from shared.recorded import Recorded, bounds, recorded
 from shared.shadows import Shadow, is_busy, open_file, open_shadow
-from shared.streams import STREAM
+from shared.streams import LEDGER_SEALED, STREAM
 
 # What is left for the switch to add, while others wait: a tenth of a millisecond each.
 TAIL_MAX = 300
@@ -238,7 +238,8 @@ async def _load(
 
 async def _messages(nc: Client, first: int, last: int, told: Told) -> AsyncIterator[list[Message]]:
     async for batch in recorded(nc, first=first, last=last):
-        yield [Message(each, _event(each)) for each in batch]
+        # Seals say something of the record, and are no part of what it says.
+        yield [Message(each, _event(each)) for each in batch if each.subject != LEDGER_SEALED]
         told.messages += len(batch)
 
 

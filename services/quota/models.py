@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, Index, Text
+from sqlalchemy import BigInteger, Index, Text, text
 from sqlmodel import Field, SQLModel
 
 from shared.database import UtcDateTime
@@ -57,7 +57,10 @@ class Settlement(SQLModel, table=True):
     """An event that has been counted. Its primary key is what makes counting happen once, for ever."""
 
     __tablename__ = "settlements"
-    __table_args__ = (Index("settlements_by_user", "user_id", "started_at"),)
+    __table_args__ = (
+        Index("settlements_by_user", "user_id", "started_at"),
+        Index("late_settlements", "event_id", sqlite_where=text("is_late"), postgresql_where=text("is_late")),
+    )
 
     event_id: str = Field(primary_key=True, sa_type=Text)
     user_id: str = Field(sa_type=Text)

@@ -31,7 +31,7 @@ from shared.quarantine import Quarantined
 from shared.recorded import BATCH_SIZE
 from shared.replaying import Rebuilt, dry_run, rebuild_into, replay
 from shared.shadows import open_shadow
-from shared.streams import ALERTS
+from shared.streams import ALERTS, LEDGER_SEALED
 from tests.builders import (
     NOON,
     generation_completed,
@@ -373,6 +373,7 @@ async def test_of_two_bodies_under_one_id_the_first_counts_and_the_other_is_in_q
     for event in (first, first, second, first):
         await publish_raw(nats, encode(event), subject=event.type)
     await publish_raw(nats, b"no event")
+    await publish_raw(nats, b"a seal", subject=LEDGER_SEALED)  # tells of the record, and is none
 
     await service.replays(nats)
 

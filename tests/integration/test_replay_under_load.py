@@ -1,0 +1,112 @@
+"""Quota replayed while it answers: nobody is refused or waits too long, and no figure is wrong in between."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.broker import TIMEOUT_S, connect
+from shared.calls import Authorize, Granted
+from shared.events import GenerationCompleted, new_id, utc_now
+from tests.builders import generation_completed, publish
+from tests.quota_process import (
+    Quota,
+    Replica,
+    authorize_once,
+    create_stream,
+    everything_is_acknowledged,
+    new_database,
+    started,
+    usage_of,
+)
+from tests.stack import PROJECT, environment
+
+USERS, REPLAYS = 6, 3
+PLANS = """
+default = "roomy"
+[plans.roomy]
+limit_tokens = 1_000_000_000
+period = "month"
+"""
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def quota(request: pytest.FixtureRequest, own_nats_server: str, tmp_path: Path) -> Iterator[Quota]:
+    """On PostgreSQL two replicas share the work."""
+    plans = tmp_path / "plans.toml"
+    plans.write_text(PLANS)
+    asyncio.run(create_stream(own_nats_server))
+    with new_database(request, tmp_path) as url:
+        settings = {
+            "CHATRAIL_NATS_URL": own_nats_server,
+            "CHATRAIL_PLANS": str(plans),
+            "CHATRAIL_QUOTA_DATABASE_URL": url,
+        }
+        replicas = [Replica(settings, tmp_path / f"quota{nth}.log") for nth in range(1 + (request.param != "sqlite"))]
+        with started(replicas):
+            yield Quota(replicas, url)
+
+
+async def replay(settings: dict[str, str]) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.quota", "replay"),
+        cwd=PROJECT,
+        env=environment(**settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+
+
+async def test_while_quota_is_replayed_everybody_is_answered_in_time_and_rightly(
+    quota: Quota, own_nats_server: str
+) -> None:
+    nats = await connect(own_nats_server, name="test")
+    is_busy, published = True, dict.fromkeys((f"user_{nth}" for nth in range(USERS)), 0)
+
+    async def generate(user_id: str) -> None:
+        while is_busy:
+            asked = Authorize(
+                generation_id=new_id(),
+                user_id=user_id,
+                input_tokens_max=10,
+                output_tokens_min=1,
+                output_tokens_max=100,
+            )
+            granted = await authorize_once(nats, asked, timeout_s=TIMEOUT_S)
+            assert isinstance(granted, Granted)
+            event = _settled(asked.generation_id, user_id)
+            await publish(nats, event)
+            published[user_id] += event.data.tokens_used
+
+    async def watch(user_id: str) -> None:
+        used = 0
+        while is_busy:
+            now = (await usage_of(nats, user_id, timeout_s=TIMEOUT_S)).tokens_used
+            assert used <= now
+            used = now
+
+    async with asyncio.TaskGroup() as people:
+        for user_id in published:
+            people.create_task(generate(user_id))
+            people.create_task(watch(user_id))
+        for _ in range(REPLAYS):
+            await replay(quota.replicas[0].settings)
+        is_busy = False
+
+    await everything_is_acknowledged(nats)
+    assert min(published.values()) > 0
+    assert {user_id: (await usage_of(nats, user_id)).tokens_used for user_id in published} == published
+    assert {(await usage_of(nats, user_id)).tokens_held for user_id in published} == {0}
+    await nats.close()
+
+
+def _settled(generation_id: str, user_id: str) -> GenerationCompleted:
+    event = generation_completed(
+        user_id, generation_id=generation_id, input_tokens=7, output_tokens=3, started_at=utc_now()
+    )
+    return event.model_copy(update={"id": generation_id})
