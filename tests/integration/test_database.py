@@ -125,31 +125,55 @@ async def test_the_server_lets_go_of_the_locks_of_a_client_that_it_does_not_hear
         await writing
 
 
-async def test_nothing_is_committed_to_a_sqlite_file_that_was_deleted_and_a_restored_one_is_used(
-    tmp_path: Path,
-) -> None:
+def add(db: Connection) -> None:
+    db.execute(text("INSERT INTO t VALUES (1)"))
+
+
+def in_file(file: Path) -> list[tuple[int]]:
+    connection = sqlite3.connect(file)
+    try:
+        return connection.execute("SELECT count(*) FROM t").fetchall()
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+async def with_copy(tmp_path: Path) -> AsyncIterator[tuple[Database, Path, Path]]:
+    """A database with a row, its file, and a copy of that."""
     database = Database(sqlite_url(tmp_path, "test.db"))
     file, copy = tmp_path / "test.db", tmp_path / "copy.db"
-
-    def add(db: Connection) -> int:
-        db.execute(text("INSERT INTO t VALUES (1)"))
-        return int(db.execute(text("SELECT count(*) FROM t")).scalar_one())
-
     await database.write(lambda db: db.execute(text("CREATE TABLE t (a)")))
-    assert await database.write(add) == 1
+    await database.write(add)
     with sqlite3.connect(file) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
     shutil.copy(file, copy)
+    yield database, file, copy
+    await database.close()
+
+
+async def test_nothing_is_committed_to_a_sqlite_file_that_was_deleted_and_a_restored_one_is_used(
+    with_copy: tuple[Database, Path, Path],
+) -> None:
+    database, file, copy = with_copy
     file.unlink()
     for use in (database.write, database.read):
         with pytest.raises((OSError, OperationalError)):
             await use(add)
-    for leftover in ("test.db", "test.db-wal", "test.db-shm"):
-        (tmp_path / leftover).unlink(missing_ok=True)
+    for leftover in (file, file.with_name("test.db-wal"), file.with_name("test.db-shm")):
+        leftover.unlink(missing_ok=True)
     copy.rename(file)
-    assert await database.write(add) == 2
-    await database.close()
+    await database.write(add)
+    assert in_file(file) == [(2,)]
+
+
+async def test_a_sqlite_file_that_was_replaced_is_used_from_then_on(with_copy: tuple[Database, Path, Path]) -> None:
+    database, file, copy = with_copy
+    for leftover in (file.with_name("test.db-wal"), file.with_name("test.db-shm")):
+        leftover.unlink()
+    copy.rename(file)
+    await database.write(add)
+    assert in_file(file) == [(2,)]
 
 
 async def test_a_sqlite_file_that_another_process_keeps_locked_costs_two_seconds_and_an_error(tmp_path: Path) -> None:
