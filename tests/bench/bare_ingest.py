@@ -26,7 +26,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from sqlalchemy import make_url
 
-from shared.streams import STREAM
+from shared.streams import GENERATION_COMPLETED, STREAM
 
 DURABLE = "bare"
 BATCH_SIZE = 500
@@ -71,7 +71,12 @@ Row = tuple[Any, ...]
 _event = msgspec.json.Decoder(Event)
 
 
-def row(body: bytes) -> Row:
+def rows(messages: Sequence[Msg]) -> list[Row]:
+    """What the ledger itself has published meanwhile is left out."""
+    return [_row(message.data) for message in messages if message.subject == GENERATION_COMPLETED]
+
+
+def _row(body: bytes) -> Row:
     event = _event.decode(body)
     return (event.id, *msgspec.structs.astuple(event.data)[:-1], bytes(event.data.metadata).decode())
 
@@ -150,13 +155,13 @@ async def main(what: str, nats_url: str, number: int, database_url: str = "") ->
     settle: Settle | None = None
     if what == "pipeline":
         insert = inserting(database_url)
-        settle = lambda messages: insert([row(message.data) for message in messages])  # noqa: E731
+        settle = lambda messages: insert(rows(messages))  # noqa: E731
     elif what == "insert":
         copy = copying(database_url)
-        await pull(events, number, lambda messages: kept.extend(row(message.data) for message in messages))
+        await pull(events, number, lambda messages: kept.extend(rows(messages)))
     begun, cpu_begun = perf_counter(), process_time()
     if what == "insert":
-        for first in range(0, number, BATCH_SIZE):
+        for first in range(0, len(kept), BATCH_SIZE):
             copy(kept[first : first + BATCH_SIZE])
     else:
         await pull(events, number, settle)

@@ -137,7 +137,7 @@ class Bench:
     async def _bare(self, name: str, *what: str) -> None:
         await self._new_durable(bare_ingest.DURABLE)
         step, *database_url = what
-        number = self._published
+        number = await self._last()
         command = python("tests.bench.bare_ingest", step, self._nats_url, str(number), *database_url)
         with self._cores.measuring():
             process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
@@ -147,7 +147,7 @@ class Bench:
         self.figures.add(name, number, **json.loads(said))
 
     async def _service(self, service: str, database: str, *, alone: int) -> None:
-        name, number = f"{service}, {database}", self._published
+        name, number = f"{service}, {database}", await self._last()
         await self._new_durable(service, pause_until=FAR_OFF)
         with self._serving(service, self._new_database(database)) as process:
             begun, cpu_before_s = perf_counter(), cpu_s(process)
@@ -195,11 +195,15 @@ class Bench:
 
     async def _acknowledged(self, durable: str) -> None:
         """Returns once the broker has heard of every event that it is settled."""
-        settled = 0
-        while settled < self._published:
+        settled, last = 0, await self._last()
+        while settled < last:
             await asyncio.sleep(LOOK_EVERY_S)
             floor = (await self._nc.jetstream().consumer_info(streams.STREAM, durable)).ack_floor
             settled = floor.stream_seq if floor else 0
+
+    async def _last(self) -> int:
+        """How many events the stream has: what was published here, and what the ledger says of itself."""
+        return int((await self._nc.jetstream().stream_info(streams.STREAM)).state.last_seq)
 
     async def _visible_s(self, service: str) -> float:
         """From the publication of an event until the service's answer includes it."""
