@@ -11,13 +11,14 @@
 # make replay  ledger and totals anew from the stream, while the services run; ARGS=--dry-run shows what would change,
 #              UNTIL=time rebuilds the past (OUT=folder keeps it), WEIGHTS=plans.toml what usage would come to under it
 # make export  every record, to read elsewhere: FORMAT=csv|ndjson|parquet OUT=file, and USER= FROM= TO= to choose
+# make prove   a user's own records with what proves that they are in the ledger as they were sealed: USER= OUT=file
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
 # make clean   everything that make made, except data/
 
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run run-cluster test check bench bench-quota bench-ingest faults mutations quarantine audit replay export lock clean
+.PHONY: run run-cluster test check bench bench-quota bench-ingest faults mutations quarantine audit replay export prove lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -67,6 +68,9 @@ replay: .venv/installed-run
 	@exec $(bin)/python -m services.quota replay $(replaying) $(call told,WEIGHTS,weights)
 
 replaying = $(call told,UNTIL,until) $(call told,OUT,out) $(ARGS)
+
+prove: .venv/installed-run
+	@exec $(bin)/python -m services.ledger prove $(call told,USER,user) $(call told,OUT,out) $(ARGS)
 
 export: .venv/installed-run
 	@exec $(bin)/python -m services.ledger export $(call told,FORMAT,format) $(call told,OUT,out) \

@@ -1,4 +1,4 @@
-"""The ledger's commands: serve, migrate, quarantine, audit, export."""
+"""The ledger's commands: serve, migrate, quarantine, audit, prove, export."""
 
 import signal
 import sys
@@ -18,6 +18,7 @@ from services.ledger import store
 from services.ledger.app import create_app
 from services.ledger.audit_command import audit
 from services.ledger.export import Format, Selection
+from services.ledger.prove import prove
 from services.ledger.replay import RebuiltLedger, show_past
 from services.ledger.settings import Settings
 from shared.database import Database, snapshot
@@ -32,6 +33,7 @@ cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=F
 MIGRATIONS = Path(__file__).with_name("migrations")
 
 cli.command()(audit)
+cli.command()(prove)
 
 
 @cli.command()

@@ -5,13 +5,15 @@ A proof is a list of the roots of subtrees. Which ones, as ranges of leaves, is 
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
 from services.ledger.verify_record import leaf_hash, node_hash, verify_inclusion
 
 __all__ = ["Frontier", "consistency", "inclusion", "leaf_hash", "roots_of", "verify_consistency", "verify_inclusion"]
 
+_NONE: frozenset[range] = frozenset()
 _OF_NOTHING = hashlib.sha256(b"").digest()
 
 
@@ -70,20 +72,40 @@ def consistency(older: int, newer: int) -> list[range]:
 
 
 def roots_of(subtrees: Sequence[range], leaves: Iterable[bytes]) -> list[bytes]:
-    """The root of each subtree, in one pass over all leaves' hashes. The subtrees do not overlap."""
+    """The root of each subtree, in one pass over all leaves' hashes: of one path, or of many at once."""
+    due: defaultdict[int, set[range]] = defaultdict(set)
+    for subtree in subtrees:
+        due[subtree.stop].add(subtree)
     roots: dict[range, bytes] = {}
-    waiting = sorted(subtrees, key=lambda subtree: subtree.start, reverse=True)
-    frontier = Frontier()
+    # The full subtrees so far, largest first: where each begins, and its root.
+    full: list[tuple[int, bytes]] = []
     for index, leaf in enumerate(leaves):
-        if not waiting:
+        if not due:
             break
-        if index >= waiting[-1].start:
-            frontier.append(leaf)
-        if index + 1 == waiting[-1].stop:
-            roots[waiting.pop()], frontier = frontier.root, Frontier()
-    if waiting:
-        raise ValueError(f"there are no leaves {waiting[-1].start} to {waiting[-1].stop}")
+        ending = due.pop(index + 1, _NONE)
+        start, root, size = index, leaf, index + 1
+        while size % 2 == 0:
+            if ending and range(start, index + 1) in ending:
+                roots[range(start, index + 1)] = root
+            start, left = full.pop()
+            root, size = node_hash(left, root), size // 2
+        full.append((start, root))
+        if ending:
+            roots |= _ending(full, index + 1, ending)
+    if due:
+        raise ValueError(f"there are no leaves up to {max(due)}")
     return [roots[subtree] for subtree in subtrees]
+
+
+def _ending(full: list[tuple[int, bytes]], stop: int, subtrees: Set[range]) -> dict[range, bytes]:
+    """Of the subtrees that end here, those that begin where one of the full ones does: the right edge of a tree."""
+    found: dict[range, bytes] = {}
+    root = None
+    for start, left in reversed(full):
+        root = left if root is None else node_hash(left, root)
+        if range(start, stop) in subtrees:
+            found[range(start, stop)] = root
+    return found
 
 
 class Head(NamedTuple):

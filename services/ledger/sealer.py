@@ -275,12 +275,12 @@ def _key_of(seal: Sealed) -> str | None:
 
 def _base(db: Connection) -> _Base:
     """Raises Damaged."""
-    newest = _newest(db)
+    newest = newest_seal(db)
     frontier = newest.frontier if newest else Frontier()
     if frontier is None:
         raise Damaged("the newest seal contradicts itself")
     sealed, last = frontier.size, None
-    for sequence, digest in _leaves_from(db, max(1, sealed)):
+    for sequence, digest in leaves_from(db, max(1, sealed)):
         if sequence > sealed:
             if sequence != frontier.size + 1:
                 raise Damaged(f"leaf {frontier.size + 1} is missing")
@@ -292,7 +292,8 @@ def _base(db: Connection) -> _Base:
     return _Base(frontier, last, newest, age_s)
 
 
-def _leaves_from(db: Connection, first: int) -> Iterator[tuple[int, bytes]]:
+def leaves_from(db: Connection, first: int) -> Iterator[tuple[int, bytes]]:
+    """Sequence and hash of each, in order."""
     statement = (
         select(leaves.c.stream_sequence, leaves.c.leaf_hash)
         .where(leaves.c.stream_sequence >= first)
@@ -302,7 +303,8 @@ def _leaves_from(db: Connection, first: int) -> Iterator[tuple[int, bytes]]:
     yield from ((row.stream_sequence, row.leaf_hash) for row in found)
 
 
-def _newest(db: Connection) -> Sealed | None:
+def newest_seal(db: Connection) -> Sealed | None:
+    """What covers most."""
     row = db.execute(select(seals).order_by(seals.c.tree_size.desc()).limit(1)).one_or_none()
     return _sealed(row) if row else None
 
@@ -359,7 +361,7 @@ def _restore(db: Connection, newest: Sealed | None, told: Iterable[LedgerSealed]
     )
     frontier = (newest.frontier if newest else None) or Frontier()
     rows = []
-    for sequence, digest in _leaves_from(db, frontier.size + 1):
+    for sequence, digest in leaves_from(db, frontier.size + 1):
         frontier.append(digest)
         seal = wanted.get(sequence)
         if seal is None or sequence in known:

@@ -14,6 +14,7 @@ import argparse
 import base64
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -149,8 +150,10 @@ def check_listed(checkpoint: Checkpoint, seals: Iterable[str]) -> None:
         raise Unproven("the checkpoint IS NOT the one of this size that the file of checkpoints has")
 
 
-def check_signature(checkpoint: Checkpoint, pem: str) -> str | None:
+def check_signature(checkpoint: Checkpoint, key_file: str) -> str | None:
     """Raises Unproven unless the key has signed it. Without the package `cryptography`: how to find out."""
+    with open(key_file, encoding="utf-8") as file:
+        pem = file.read()
     signature = dict(checkpoint.signatures).get(key_id(public_key_in(pem)))
     if signature is None:
         raise Unproven("the checkpoint IS NOT signed by this key")
@@ -161,7 +164,8 @@ def check_signature(checkpoint: Checkpoint, pem: str) -> str | None:
         text, made = (base64.b64encode(part).decode() for part in (checkpoint.text.encode(), signature))
         return (
             f"echo {text} | base64 -d > checkpoint.bin; echo {made} | base64 -d > signature.bin\n"
-            "openssl pkeyutl -verify -pubin -inkey PUBLIC.PEM -rawin -in checkpoint.bin -sigfile signature.bin"
+            f"openssl pkeyutl -verify -pubin -inkey {shlex.quote(key_file)}"
+            " -rawin -in checkpoint.bin -sigfile signature.bin"
         )
     try:
         Ed25519PublicKey.from_public_bytes(public_key_in(pem)).verify(signature, checkpoint.text.encode())
@@ -174,6 +178,8 @@ def check(arguments: argparse.Namespace) -> int:
     """The exit status, after all that is proven was said. Raises Unproven."""
     with open(arguments.proof, encoding="utf-8") as file:
         proof = json.load(file)
+    if proof["format"] != FORMAT:
+        raise ValueError("it has another format")
     checkpoint = read_checkpoint(proof["checkpoint"])
     told = check_records(proof, checkpoint)
     compared, to_do = [], None
@@ -182,8 +188,7 @@ def check(arguments: argparse.Namespace) -> int:
             check_listed(checkpoint, file)
         compared.append("the file of checkpoints has it")
     if arguments.key:
-        with open(arguments.key, encoding="utf-8") as file:
-            to_do = check_signature(checkpoint, file.read())
+        to_do = check_signature(checkpoint, arguments.key)
         compared += [] if to_do else ["the key has signed it"]
     say(*told, f"{len(told)} records are as they were sealed, under this checkpoint:", "", checkpoint.text)
     if to_do:

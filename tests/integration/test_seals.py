@@ -1,7 +1,10 @@
 """The tamper evidence on real parts: sealed, told, written down, signed, proven, and found to be right or wrong."""
 
 import asyncio
+import json
+import shutil
 import sqlite3
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -14,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from nats.aio.client import Client
 from sqlalchemy import Connection, make_url, select, text
 
+from services.ledger import store, verify_record
 from services.ledger.__main__ import MIGRATIONS
 from services.ledger.app import create_app
 from services.ledger.checkpoint import Keys, load_keys
@@ -26,12 +30,13 @@ from services.quota.settings import Settings as QuotaSettings
 from shared import streams
 from shared.broker import connect
 from shared.database import Database, sqlite_url, table_of
-from shared.errors import Unavailable
+from shared.errors import Misconfigured, Unavailable
 from shared.events import Event, decode_seal, encode
 from shared.quarantine import Quarantined
 from shared.recorded import Recorded, bounds, recorded
-from tests.builders import generation_completed, publish, publish_raw
+from tests.builders import generation_completed, publish, publish_raw, subscription_changed
 from tests.fixtures import MIB, broker_in, eventually
+from tests.stack import environment
 
 OFTEN_S = 0.05
 SELDOM_S = 3600.0
@@ -426,3 +431,196 @@ async def test_leaves_and_seals_that_were_changed_are_found_and_not_built_upon( 
     if damage:
         with pytest.raises(Damaged, match=damage):
             await sealer(nats, database).seal()
+
+
+@pytest.fixture
+async def proven(settings: Settings, nats: Client, database: Database, tmp_path: Path) -> dict[str, Any]:
+    """What `prove` writes of a user with three records among others, one of them not sealed yet."""
+    more = {"keys": load_keys(settings.seal_key_file), "seals_file": settings.seals_file}
+    mine: list[Event] = [generation_completed("me"), generation_completed("me"), subscription_changed("me")]
+    others: list[Event] = [generation_completed(f"user_{n}") for n in range(8)]
+    late = generation_completed("me")
+    for event in (*mine, late):
+        await database.write(store.record, [event])
+    await sealed(nats, database, *others[:2], mine[0], mine[1], *others[2:], mine[2], **more)
+    await publish(nats, late)
+    status, said = await ledger(settings, "prove", "--user", "me", "--out", str(tmp_path / "proof.json"))
+    assert (status, "Wrote 3 records" in said, "1 are not sealed yet" in said) == (0, True, True), said
+    written: dict[str, Any] = json.loads((tmp_path / "proof.json").read_text())
+    assert [record["record"].encode() for record in written["records"]] == [encode(event) for event in mine]
+    return written
+
+
+async def ledger(settings: Settings, *arguments: str) -> tuple[int | None, str]:
+    variables = {"CHATRAIL_NATS_URL": settings.nats_url, "CHATRAIL_LEDGER_DATABASE_URL": settings.database_url}
+    return await finished(sys.executable, "-m", "services.ledger", *arguments, env=environment(**variables))
+
+
+async def finished(*command: str, **more: Any) -> tuple[int | None, str]:
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, **more
+    )
+    said, _ = await process.communicate()
+    return process.returncode, said.decode()
+
+
+async def verified(document: Any, folder: Path, *arguments: str | Path, bare: bool = True) -> tuple[int | None, str]:
+    """By a copy of the program, alone in a folder, without any package unless told."""
+    shutil.copy(verify_record.__file__, folder / "verify_record.py")
+    (folder / "given.json").write_text(document if isinstance(document, str) else json.dumps(document))
+    flags = ["-I", "-S"] if bare else ["-I"]
+    return await finished(sys.executable, *flags, "verify_record.py", "given.json", *map(str, arguments), cwd=folder)
+
+
+async def test_anybody_can_check_a_users_records_with_one_file_and_python_alone(
+    proven: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    status, said = await verified(proven, tmp_path)
+    assert (status, "3 records are as they were sealed" in said, "compared with nothing" in said) == (0, True, True)
+    assert settings.seals_file
+    assert settings.seal_key_file
+    status, said = await verified(proven, tmp_path, "--seals", settings.seals_file)
+    assert (status, "the file of checkpoints has it" in said) == (0, True)
+    status, said = await verified(proven, tmp_path, "--key", public_key(settings.seal_key_file), bare=False)
+    assert (status, "the key has signed it" in said) == (0, True)
+
+
+async def test_the_signature_is_checked_by_openssl_where_the_package_is_missing(
+    proven: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    assert settings.seal_key_file
+    key = public_key(settings.seal_key_file)
+    status, said = await verified(proven, tmp_path, "--key", key)
+    assert status == 2
+    commands = "\n".join(said.splitlines()[-2:])
+    assert await finished("sh", "-c", commands, cwd=tmp_path) == (0, "Signature Verified Successfully\n")
+
+
+def change_record(proof: dict[str, Any]) -> None:
+    proof["records"][1]["record"] = proof["records"][1]["record"].replace("5282", "5283")
+
+
+def change_index(proof: dict[str, Any]) -> None:
+    proof["records"][1]["leafIndex"] -= 1
+
+
+def change_path(proof: dict[str, Any]) -> None:
+    proof["records"][0]["path"][1] = "00" * 32
+
+
+def shorten_path(proof: dict[str, Any]) -> None:
+    proof["records"][0]["path"].pop()
+
+
+def change_root(proof: dict[str, Any]) -> None:
+    origin, size, _, *rest = proof["checkpoint"].split("\n")
+    proof["checkpoint"] = "\n".join([origin, size, "A" * 43 + "=", *rest])
+
+
+def change_user(proof: dict[str, Any]) -> None:
+    proof["userId"] = "somebody"
+
+
+def leave_out_the_path(proof: dict[str, Any]) -> None:
+    del proof["records"][0]["path"]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    "change",
+    [change_record, change_index, change_path, shorten_path, change_root, change_user, leave_out_the_path],
+)
+async def test_a_proof_that_was_changed_proves_nothing(
+    change: Callable[[dict[str, Any]], None], proven: dict[str, Any], tmp_path: Path
+) -> None:
+    change(proven)
+    status, said = await verified(proven, tmp_path)
+    assert (status, said.startswith("NOT PROVEN"), "Traceback" in said) == (1, True, False), said
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_checkpoint_that_is_not_the_operators_proves_nothing(
+    proven: dict[str, Any], settings: Settings, tmp_path: Path
+) -> None:
+    assert settings.seals_file
+    assert settings.seal_key_file
+    key, another = public_key(settings.seal_key_file), public_key(new_key(tmp_path / "another.pem"))
+    origin, _, root, *rest = proven["checkpoint"].split("\n")
+    resized = proven | {"checkpoint": "\n".join([origin, "12", root, *rest])}
+    unsigned = proven | {"checkpoint": proven["checkpoint"].partition("\n\n")[0] + "\n"}
+    for document, arguments in (
+        (resized, ("--seals", settings.seals_file)),
+        (resized, ("--key", key)),
+        (unsigned, ("--key", key)),
+        (proven, ("--key", another)),
+        ("{", ()),
+        ("[]", ()),
+    ):
+        status, said = await verified(document, tmp_path, *arguments, bare=False)
+        assert (status, said.startswith("NOT PROVEN")) == (1, True), said
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_what_cannot_be_proven_is_said_in_a_sentence(
+    settings: Settings, nats: Client, database: Database, tmp_path: Path
+) -> None:
+    out = ["--out", str(tmp_path / "proof.json")]
+    assert (await ledger(settings, "prove", "--user", "me", *out))[1].startswith("Nothing is sealed yet")
+    await database.write(store.record, [event := generation_completed("me")])
+    await sealed(nats, database, event)
+    for arguments in (["--user", "you"], ["--user", "me", "--id", "none"]):
+        status, said = await ledger(settings, "prove", *arguments, *out)
+        assert (status, said.count("\n"), "has no" in said) == (1, 1, True), said
+    await unlocked(database, "UPDATE leaves SET leaf_hash = zeroblob(32)")
+    status, said = await ledger(settings, "prove", "--user", "me", *out)
+    assert (status, "Message 1 is not what was sealed" in said) == (1, True)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("content", [None, b"", b"-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n"])
+async def test_a_key_that_cannot_be_used_stops_the_start_with_a_sentence_that_does_not_repeat_it(
+    content: bytes | None, settings: Settings, tmp_path: Path
+) -> None:
+    (file := tmp_path / "bad.pem").write_bytes(content or b"")
+    if content is None:
+        file.unlink()
+    with pytest.raises(Misconfigured, match="CHATRAIL_SEAL_KEY_FILE") as problem:
+        create_app(settings.model_copy(update={"seal_key_file": file}))
+    assert "secret" not in str(problem.value)
+    assert settings.seal_key_file
+    with pytest.raises(Misconfigured, match="no private key"):
+        create_app(settings.model_copy(update={"seal_key_file": public_key(settings.seal_key_file)}))
+    with pytest.raises(Misconfigured, match="CHATRAIL_SEALS_FILE"):
+        create_app(settings.model_copy(update={"seals_file": tmp_path / "missing" / "seals.txt"}))
+
+
+async def test_a_new_key_seals_at_once_and_the_one_before_is_still_believed(
+    nats: Client, database: Database, database_url: str, key_file: Path, tmp_path: Path
+) -> None:
+    await sealed(nats, database, generation_completed(), keys=load_keys(key_file))
+    await handled(nats)
+    newer = new_key(tmp_path / "newer.pem")
+    newer.write_bytes(newer.read_bytes() + public_key(key_file).read_bytes())
+    keys = load_keys(newer)
+    for _ in range(3):
+        await sealer(nats, database, keys=keys, every_s=SELDOM_S).seal()
+        await handled(nats)
+    assert await kept(database) == [1, 2]
+    result = await audited(nats, database_url, keys=keys)
+    assert (result.differences, result.signed) == ([], 2)
+    lonely = await audited(nats, database_url, keys=load_keys(new_key(tmp_path / "newest.pem")))
+    assert [kind for kind, _ in named(lonely)] == [Kind.SIGNATURE, Kind.SIGNATURE]
+
+
+async def test_what_the_file_outside_lacks_is_written_behind_what_a_crash_left(
+    nats: Client, database: Database, database_url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "seals.txt"
+    for _ in range(3):
+        await sealed(nats, database, generation_completed(), seals_file=file)
+    whole = file.read_text()
+    for left in (0, 20, len(whole) // 2, len(whole) - 1, len(whole)):
+        file.write_text(whole[:left])
+        await sealed(nats, database, seals_file=file)
+        result = await audited(nats, database_url, seals_file=file)
+        assert (result.differences, result.outside) == ([], 3)

@@ -82,6 +82,14 @@ def test_the_proofs_are_those_of_the_rfcs_example() -> None:
     assert consistency(6, 7) == [i, j, k]
 
 
+@given(SIZES)
+def test_the_paths_of_all_leaves_are_found_in_one_pass(size: int) -> None:
+    of = leaves(size)
+    paths = [inclusion(index, size) for index in range(size)]
+    roots = roots_of([subtree for path in paths for subtree in path], of)
+    assert roots == [by_definition([of[n] for n in subtree]) for path in paths for subtree in path]
+
+
 @given(SIZES, st.data())
 def test_every_leaf_is_proved_and_nothing_else(size: int, data: st.DataObject) -> None:
     of = leaves(size)
@@ -126,5 +134,5 @@ def test_what_is_not_in_the_tree_has_no_proof() -> None:
         inclusion(3, 3)
     with pytest.raises(ValueError, match="is not the beginning"):
         consistency(4, 3)
-    with pytest.raises(ValueError, match="there are no leaves 4 to 7"):
+    with pytest.raises(ValueError, match="there are no leaves up to 7"):
         roots_of([range(4, 7)], leaves(4))

@@ -1,0 +1,162 @@
+"""`prove`, the command: a user's own records with what proves each to be in the ledger as it was sealed.
+
+What it writes is checked by services/ledger/verify_record.py alone, anywhere.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice, pairwise
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from sqlalchemy import Connection, select, union_all
+
+from services.ledger import sealer, store
+from services.ledger.checkpoint import checkpoint
+from services.ledger.merkle import inclusion, leaf_hash, roots_of
+from services.ledger.seals import Sealed
+from services.ledger.settings import Settings
+from services.ledger.verify_record import FORMAT
+from shared.bus_of_folder import bus_of_folder
+from shared.database import snapshot
+from shared.errors import Misconfigured
+from shared.server import one_sentence
+from shared.streams import STREAM
+
+VERIFIER = Path(__file__).with_name("verify_record.py")
+# Messages that are asked for at once.
+ASKED_MAX = 64
+
+
+class Place(NamedTuple):
+    """Where a record is among all, what was sealed of it, and what leads from it to the root."""
+
+    leaf_index: int
+    hash: bytes
+    path: list[bytes]
+
+
+class Proven(NamedTuple):
+    """Of `records` those that the seal covers have a place."""
+
+    seal: Sealed
+    places: list[Place]
+    records: int
+
+
+def prove(
+    *,
+    user: Annotated[str, typer.Option(help="Whose records.")],
+    out: Annotated[Path, typer.Option(help="The file to write, JSON.")],
+    record: Annotated[str | None, typer.Option("--id", help="This record alone.")] = None,
+) -> None:
+    """Write a user's own records with the proof of each, for anybody to check without ChatRail."""
+    with one_sentence("The proof"):
+        settings = Settings()
+        with snapshot(
+            settings.database_url, store.usage, store.subscription_changes, sealer.leaves, sealer.seals
+        ) as db:
+            proven = places(db, user, record)
+        bodies = asyncio.run(_bodies(settings, proven.places))
+        document = proof(user, proven, bodies)
+        try:
+            out.write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise Misconfigured(f"{out} cannot be written: {error.strerror}.") from error
+    left = proven.records - len(proven.places)
+    typer.echo(
+        f"Wrote {len(proven.places):,} records to {out}, under the seal of {proven.seal.head.size:,} messages."
+        + (f" {left:,} are not sealed yet." if left else "")
+    )
+    typer.echo(f"Check it anywhere: python3 {VERIFIER.name} {out}, with a copy of {VERIFIER}")
+
+
+def places(db: Connection, user_id: str, record_id: str | None = None) -> Proven:
+    """Raises Misconfigured when there is nothing to prove, or what is there is damaged."""
+    seal = sealer.newest_seal(db)
+    if seal is None:
+        raise Misconfigured("Nothing is sealed yet: the ledger seals a minute after the first event.")
+    ids = _ids(db, user_id, record_id)
+    if not ids:
+        raise Misconfigured(f"{user_id} has no such record." if record_id else f"{user_id} has no records.")
+    found = list(_found(db, ids, seal.head.size))
+    paths = [inclusion(index, seal.head.size) for index, _ in found]
+    try:
+        roots = roots_of([subtree for path in paths for subtree in path], _hashes(db, seal.head.size))
+    except ValueError as error:
+        raise Misconfigured(f"The ledger lacks leaves ({error}). make audit tells what was changed.") from error
+    cuts = pairwise(accumulate((len(path) for path in paths), initial=0))
+    told = [Place(*leaf, roots[start:stop]) for leaf, (start, stop) in zip(found, cuts, strict=True)]
+    return Proven(seal, told, len(ids))
+
+
+def _ids(db: Connection, user_id: str, record_id: str | None) -> set[str]:
+    changes = store.subscription_changes
+    every = union_all(
+        select(store.usage.c.id).where(store.usage.c.user_id == user_id),
+        select(changes.c.event_id).where(changes.c.user_id == user_id),
+    )
+    ids = set(db.execute(every).scalars())
+    return ids if record_id is None else ids & {record_id}
+
+
+def _found(db: Connection, ids: set[str], size: int) -> Iterator[tuple[int, bytes]]:
+    """Index and hash of the user's leaves. All leaves are read once more for the paths: an index would not help."""
+    leaves = sealer.leaves
+    statement = select(leaves).where(leaves.c.stream_sequence <= size).order_by(leaves.c.stream_sequence)
+    known = set[str]()
+    for row in db.execute(statement, execution_options={"yield_per": sealer.LEAVES_AT_ONCE}):
+        # The first of two with one id is the one that counts.
+        if row.event_id in ids and row.event_id not in known:
+            known.add(row.event_id)
+            yield row.stream_sequence - 1, row.leaf_hash
+
+
+def _hashes(db: Connection, size: int) -> Iterator[bytes]:
+    for place, (sequence, digest) in enumerate(islice(sealer.leaves_from(db, 1), size), 1):
+        if sequence != place:
+            raise ValueError(f"there is no leaf {place}")
+        yield digest
+
+
+def proof(user_id: str, proven: Proven, bodies: Sequence[bytes]) -> dict[str, Any]:
+    """The document. Raises Misconfigured when a message is not what was sealed."""
+    seal = proven.seal
+    records = []
+    for place, body in zip(proven.places, bodies, strict=True):
+        if leaf_hash(body) != place.hash:
+            raise Misconfigured(
+                f"Message {place.leaf_index + 1} is not what was sealed: it cannot be proven. "
+                "make audit tells what was changed."
+            )
+        path = [step.hex() for step in place.path]
+        records.append({"leafIndex": place.leaf_index, "record": body.decode(), "path": path})
+    return {
+        "format": FORMAT,
+        "userId": user_id,
+        "checkpoint": checkpoint(seal.head, seal.signature),
+        "sealedAt": seal.sealed_at,
+        "records": records,
+    }
+
+
+async def _bodies(settings: Settings, found: Sequence[Place]) -> list[bytes]:
+    """As the stream has them."""
+    async with bus_of_folder(settings, name="prove") as nc:
+        bodies: list[bytes] = []
+        for start in range(0, len(found), ASKED_MAX):
+            bodies += await _some(nc, found[start : start + ASKED_MAX])
+        return bodies
+
+
+async def _some(nc: Client, found: Sequence[Place]) -> list[bytes]:
+    js = nc.jetstream()
+    try:
+        messages = await asyncio.gather(*(js.get_msg(STREAM, place.leaf_index + 1) for place in found))
+    except (NatsError, OSError) as error:
+        raise Misconfigured(f"A record cannot be read from the stream: {error!r}") from error
+    return [message.data or b"" for message in messages]
