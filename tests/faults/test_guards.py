@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import httpx2
 import psutil
@@ -18,7 +19,7 @@ from shared import guards, telemetry
 from shared.telemetry import Missing
 from tests.fixtures import eventually
 from tests.people import client_of, given, recorded, rows
-from tests.stack import PROJECT, Stack
+from tests.stack import PROJECT, Stack, environment, free_port
 
 # Ten beats of a tenth of a second; the loop is kept for as long as the test wants.
 PROGRAM = """
@@ -37,6 +38,32 @@ async def main():
 
 configure_logging("test")
 asyncio.run(main())
+"""
+
+
+# A service like any other, with a route that keeps the loop.
+SERVICE = """
+import sys, time
+from starlette.applications import Starlette
+from starlette.routing import Route
+from shared import guards
+from shared.server import ServiceSettings, serve
+from shared.telemetry import install_probes
+
+guards.BEAT_EVERY_S = 0.1
+
+async def block(request):
+    time.sleep(60)
+
+async def ready():
+    return {}
+
+def create_app(settings):
+    app = Starlette(routes=[Route("/block", block)])
+    install_probes(app, ready)
+    return app
+
+serve("test", ServiceSettings, create_app)
 """
 
 
@@ -60,6 +87,51 @@ def test_a_process_whose_event_loop_is_stuck_says_where_and_ends() -> None:
     assert process.returncode == 1
     assert [json.loads(line)["event"] for line in output.splitlines()][-1] == "event_loop_blocked"
     assert "in main" in errors
+
+
+async def test_whatever_is_served_ends_when_its_event_loop_is_stuck(tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        command, settings = [sys.executable, "-c", SERVICE], environment(CHATRAIL_PORT=str(port))
+        process = await asyncio.create_subprocess_exec(*command, cwd=PROJECT, env=settings, stdout=output)
+    try:
+        async with httpx2.AsyncClient(trust_env=False) as client:
+
+            async def is_ready() -> bool:
+                with suppress(httpx2.TransportError):
+                    return (await client.get(f"{url}/readyz")).status_code == 200
+                return False
+
+            await eventually(is_ready)
+            with pytest.raises(httpx2.TransportError):
+                await client.get(f"{url}/block", timeout=30)
+        async with asyncio.timeout(10):
+            assert await process.wait() == 1
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+    assert "event_loop_blocked" in log.read_text()
+
+
+@pytest.mark.parametrize("service", ["ledger", "quota"])
+async def test_a_service_that_waits_for_its_broker_can_be_told_to_stop(tmp_path: Path, service: str) -> None:
+    settings = environment(CHATRAIL_DATA=str(tmp_path), CHATRAIL_NATS_URL=f"nats://127.0.0.1:{free_port()}")
+    command = [sys.executable, "-m", f"services.{service}", "serve"]
+    process = await asyncio.create_subprocess_exec(*command, cwd=PROJECT, env=settings, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout
+        async with asyncio.timeout(30):
+            while b"nats_error" not in await process.stdout.readline():
+                pass
+        process.terminate()
+        async with asyncio.timeout(10):
+            await process.communicate()
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("blocked_s", [0, 0.5])
