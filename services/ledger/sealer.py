@@ -25,7 +25,7 @@ from services.ledger.models import Seal as SealRow
 from services.ledger.seals import Leaf, Sealed, event_id, signature_of, split
 from services.ledger.verify_record import notes_in, read_checkpoint
 from shared.broker import BROKER_GONE
-from shared.database import Database, iso, now, table_of
+from shared.database import Database, is_sqlite, iso, now, table_of
 from shared.errors import Misconfigured, PoisonMessage, Unavailable
 from shared.events import CONTENT_TYPE, LedgerSealed, Seal, decode_seal, encode
 from shared.recorded import Recorded, recorded
@@ -329,8 +329,15 @@ def _add_leaves(db: Connection, new: Sequence[Leaf]) -> bool:
     last = db.execute(select(func.coalesce(func.max(leaves.c.stream_sequence), 0))).scalar_one()
     if last != new[0].sequence - 1:
         return False
-    rows = [{"stream_sequence": leaf.sequence, "event_id": leaf.event_id, "leaf_hash": leaf.hash} for leaf in new]
-    db.execute(insert(leaves), rows)
+    # In the driver's own terms: bound by name they would cost three times as much.
+    if is_sqlite(db):
+        db.exec_driver_sql("INSERT INTO leaves (stream_sequence, event_id, leaf_hash) VALUES (?, ?, ?)", list(new))
+    else:
+        db.exec_driver_sql(
+            "INSERT INTO leaves (stream_sequence, event_id, leaf_hash)"
+            " SELECT * FROM unnest(CAST(%s AS bigint[]), CAST(%s AS text[]), CAST(%s AS bytea[]))",
+            tuple(map(list, zip(*new, strict=True))),
+        )
     return True
 
 
