@@ -4,11 +4,13 @@ import asyncio
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import httpx2
 import psutil
+import pytest
 
 from tests.faults.beside import Chat, chat_beside
 from tests.fixtures import eventually
@@ -16,6 +18,13 @@ from tests.people import Answer, ask, asked, given, rows
 from tests.stack import Stack
 
 GRACE_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One of its own: what is cut off is estimated, and no sum of what the provider gave."""
+    with Stack(tmp_path_factory.mktemp("stopped") / "data") as running:
+        yield running
 
 
 async def _asking(stack: Stack, chat: Chat, user: str, *questions: str) -> list[asyncio.Task[Answer]]:
