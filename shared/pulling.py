@@ -16,7 +16,7 @@ from shared.streams import STREAM
 
 log = structlog.get_logger()
 
-BATCH_SIZE = 500
+BATCH_SIZE = 1000
 # The first message is taken at once, those that come within BATCH_AGE_S of it share its transaction.
 BATCH_AGE_S = 0.04
 # A request that was under way when the broker died is lost; the next one is made after this long.
