@@ -3,10 +3,11 @@
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 
-from shared.events import Event, GenerationCompleted, SubscriptionChanged
+from shared.events import Event, GenerationCompleted, SubscriptionChanged, new_id
 from tests.builders import NOON, generation_completed, subscription_changed, usage_adjusted, usage_reported
 from tests.faults.machine.checker import check, recoveries, summary
 from tests.faults.machine.evidence import Counted, Evidence, Given, Hold, Total
@@ -232,9 +233,31 @@ def test_usage_that_no_total_covers_is_lost() -> None:
 
 
 def test_a_hold_that_nobody_released_is_told_of() -> None:
-    hold = Hold("g", "anna", 90, NOON + timedelta(minutes=9))
-    assert found(holds=[hold]) == ["WRONG: g of anna is held although all is settled (90 tokens)"]
+    hold = Hold(new_id(), "anna", 90, NOON + timedelta(minutes=9))
+    assert found(holds=[hold]) == [f"WRONG: {hold.generation_id} of anna is held although all is settled (90 tokens)"]
     assert "beyond its expiry" in found(holds=[hold._replace(expires_at=NOON)])[0]
+
+
+def test_a_hold_that_died_with_chat_before_anything_was_written_may_expire() -> None:
+    hold = Hold(new_id(), "anna", 90, NOON + timedelta(minutes=9))
+    asked_at = (UUID(hold.generation_id).int >> 80) / 1000
+
+    def ended(part: str, after_s: float) -> list[Line]:
+        return [*LOG, {"t": asked_at + after_s, "what": "ended", "part": part, "status": -9}]
+
+    assert found(holds=[hold], log=ended("chat", 0.2)) == []
+    for log in (ended("chat", -0.2), ended("chat", 20), ended("quota", 0.2)):
+        assert len(found(holds=[hold], log=log)) == 1
+    assert len(found(holds=[hold._replace(expires_at=NOON)], log=ended("chat", 0.2))) == 1
+
+
+def test_a_hold_of_a_generation_that_is_settled_never_stays() -> None:
+    same = FINISHED.model_copy(update={"data": FINISHED.data.model_copy(update={"generation_id": new_id()})})
+    died_at = (UUID(same.data.generation_id).int >> 80) / 1000 + 0.1
+    log: list[Line] = [*LOG, {"t": died_at, "what": "ended", "part": "chat", "status": -9}]
+    hold = Hold(same.data.generation_id, "anna", 90, NOON + timedelta(minutes=9))
+    (said,) = found(events=[same, *without(EVENTS, FINISHED)], holds=[hold], log=log)
+    assert said.endswith("is held although all is settled (90 tokens)")
 
 
 def test_spending_beyond_the_limit_is_told_of_unless_quota_was_put_back() -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -17,7 +17,7 @@ import structlog
 from tests.faults.machine.log import OperationLog
 from tests.faults.machine.mutants import MUTANTS, SQLITE, Mutant
 from tests.faults.machine.run import Run
-from tests.faults.machine.schedule import KINDS, Fault, Shape, schedule
+from tests.faults.machine.schedule import KINDS, Shape, schedule
 from tests.faults.machine.system import System, can_mount
 
 SEED_MAX = 1_000_000
@@ -66,36 +66,42 @@ async def _prove(seed: int, told: Namespace, folder: Path) -> int:
         kinds = tuple(kind for kind in kinds if kind != "full disk")
     faults = schedule(seed, told.minutes * 60, shape, kinds)
     log = OperationLog(folder / "operations.ndjson")
-    return await _carried_out(System(shape, folder, log), faults, seed=seed, pause_s=PAUSE_S)
+    async with System(shape, folder, log) as system:
+        await Run(system, seed=seed, pause_s=PAUSE_S).carry_out(faults)
+        found = await system.audit(), await _checked(system)
+        return int(any(found))
 
 
 async def _find(name: str, seed: int, folder: Path) -> int:
     """A run with a mistake in the services, and the faults that expose it."""
     mutant: Mutant = MUTANTS[name]
     log = OperationLog(folder / "operations.ndjson")
-    system = System(SQLITE, folder, log, mutant=name, stream_bytes_max=mutant.stream_bytes_max)
-    return await _carried_out(system, mutant.faults, seed=seed, pause_s=MUTANT_PAUSE_S)
+    async with System(SQLITE, folder, log, mutant=name, stream_bytes_max=mutant.stream_bytes_max) as system:
+        await Run(system, seed=seed, pause_s=MUTANT_PAUSE_S).carry_out(mutant.faults)
+        return await _checked(system)
 
 
-async def _carried_out(system: System, faults: Sequence[Fault], *, seed: int, pause_s: float) -> int:
+async def _checked(system: System) -> int:
     """The checker's exit status: it is a process of its own, and reads while the system is still up."""
-    this = asyncio.current_task()
-    assert this
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, this.cancel)
-    async with system:
-        await Run(system, seed=seed, pause_s=pause_s).carry_out(faults)
-        system.places.save(system.folder)
-        checking = asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.faults.machine.checker", str(system.folder)
-        )
-        return await (await checking).wait()
+    system.places.save(system.folder)
+    checking = asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.faults.machine.checker", str(system.folder)
+    )
+    return await (await checking).wait()
 
 
 def _status(running: Coroutine[Any, Any, int]) -> int:
     """Of the whole run. One that is told to stop ends what it has started, and says nothing about the product."""
+
+    async def stoppable() -> int:
+        this = asyncio.current_task()
+        assert this
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, this.cancel)
+        return await running
+
     try:
-        return asyncio.run(running)
+        return asyncio.run(stoppable())
     except asyncio.CancelledError:
         return STOPPED
 

@@ -27,7 +27,7 @@ from tests.faults.machine.parts import Part, is_root, python, step
 from tests.faults.machine.places import Places
 from tests.faults.machine.schedule import Shape
 from tests.proxy import Proxy
-from tests.stack import free_port
+from tests.stack import PROJECT, environment, free_port
 
 Service = Literal["ledger", "quota"]
 SERVICES: tuple[Service, ...] = ("ledger", "quota")
@@ -214,8 +214,23 @@ class System:
         finally:
             await client.close()
 
+    async def audit(self) -> int:
+        """What the product says of itself in the end, to whoever runs it: the status of its own audit."""
+        auditing = await asyncio.create_subprocess_exec(
+            *python("services.ledger", "audit"),
+            cwd=PROJECT,
+            env=environment(
+                CHATRAIL_NATS_URL=self.nats_url,
+                CHATRAIL_LEDGER_DATABASE_URL=self._database_url("ledger", linked=False),
+                CHATRAIL_QUOTA_DATABASE_URL=self._database_url("quota", linked=False),
+                CHATRAIL_PLANS=str(self.folder / "plans.toml"),
+                CHATRAIL_DATA=str(self.folder),
+            ),
+        )
+        return await auditing.wait()
+
     async def _connected(self) -> Client:
-        return await nats.connect(self.nats_url, max_reconnect_attempts=2, connect_timeout=2)
+        return await nats.connect(self.nats_url, max_reconnect_attempts=2, connect_timeout=2, error_cb=_unheard)
 
     async def copy_database(self, name: Service) -> None:
         """As it is now, with its service stopped."""
@@ -363,6 +378,10 @@ async def _ask(http: aiohttp.ClientSession, url: str) -> str:
             return "" if answer.status == 200 else (await answer.text())[:300]
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         return type(error).__name__
+
+
+async def _unheard(_error: Exception) -> None:
+    """What goes wrong with the broker is what the run is about."""
 
 
 def _locked(database: sqlite3.Connection) -> None:
