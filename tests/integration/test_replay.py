@@ -234,16 +234,21 @@ DAMAGE = {
 
 
 def damage(service: Service) -> list[str]:
-    """Where triggers stand in the way, somebody has taken them away and put them back."""
-    if service.rebuilt.service == "quota":
-        return DAMAGE["quota"]
+    return by_hand(service, *DAMAGE[service.rebuilt.service])
+
+
+def by_hand(service: Service, *statements: str) -> list[str]:
+    """Where triggers stand in the way, somebody takes them away and puts them back."""
     if service.url.startswith("sqlite"):
-        (trigger,) = sqlite(service.url, "SELECT name FROM sqlite_master WHERE name = 'usage_refuses_update'")[0]
         triggers = sqlite(service.url, "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
-        assert trigger
-        return [*(f"DROP TRIGGER {name}" for name, _ in triggers), *DAMAGE["ledger"], *(sql for _, sql in triggers)]
-    off = ["ALTER TABLE usage DISABLE TRIGGER USER", "ALTER TABLE subscription_changes DISABLE TRIGGER USER"]
-    return [*off, *DAMAGE["ledger"], *(statement.replace("DISABLE", "ENABLE") for statement in off)]
+        return [*(f"DROP TRIGGER {name}" for name, _ in triggers), *statements, *(sql for _, sql in triggers)]
+    tables = [table.name for table in service.rebuilt.tables]
+    off, on = ([f"ALTER TABLE {table} {verb} TRIGGER USER" for table in tables] for verb in ("DISABLE", "ENABLE"))
+    return [*off, *statements, *on]
+
+
+def everything(service: Service) -> list[str]:
+    return by_hand(service, *(f"DELETE FROM {table.name}" for table in service.rebuilt.tables))  # noqa: S608
 
 
 def sqlite(url: str, query: str) -> list[tuple[Any, ...]]:
@@ -491,12 +496,7 @@ async def test_what_was_announced_is_not_announced_again_by_a_database_that_was_
     assert len(announced) == 2
     for _, body in announced:
         await publish_raw(nats, body, subject="quota.threshold.reached")
-    await quota.does(
-        *(
-            f"DELETE FROM {table}"  # noqa: S608
-            for table in ("alerts", "settlements", "usage_totals")
-        )
-    )
+    await quota.does("DELETE FROM alerts", *everything(quota))
 
     await quota.replays(nats)
     more = usage_reported(tokens_used=1, started_at=datetime.now(UTC))
@@ -578,12 +578,7 @@ async def test_everybody_stands_as_before_in_a_database_that_was_lost(
         ]
 
     before = await standing()
-    await quota.does(
-        *(
-            f"DELETE FROM {table.name}"  # noqa: S608
-            for table in quota.rebuilt.tables
-        )
-    )
+    await quota.does(*everything(quota))
     await quota.replays(nats)
     assert await standing() == before
 
