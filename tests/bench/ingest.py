@@ -8,6 +8,7 @@ Who consumes has a core for itself; broker and PostgreSQL share the others.
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -270,6 +271,7 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m tests.bench.ingest", description="How fast events reach both databases.")
     parser.add_argument("--quick", action="store_true", help="a minute and a half instead of five, and rougher")
     size, cores = QUICK if parser.parse_args().quick else FULL, Cores()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="chatrail-bench-") as folder, ExitStack() as stack:
         postgres_url = stack.enter_context(postgresql())
         _, nats_url, _ = stack.enter_context(broker_in(Path(folder)))
@@ -281,4 +283,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

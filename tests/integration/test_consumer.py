@@ -62,6 +62,11 @@ async def consuming(nats: Client, handled: Handled) -> AsyncIterator[None]:
         await asyncio.wait([task])
 
 
+def quarantined() -> float:
+    (metric,) = QUARANTINED.collect()
+    return metric.samples[0].value
+
+
 async def acknowledged(nats: Client) -> None:
     last = (await nats.jetstream().stream_info(streams.STREAM)).state.last_seq
 
@@ -95,7 +100,7 @@ async def test_what_was_on_its_way_to_a_consumer_that_stops_goes_to_another_at_o
 
     async def all_are_delivered() -> bool:
         info = await nats.jetstream().consumer_info(streams.STREAM, streams.LEDGER)
-        return info.num_ack_pending == len(events)
+        return bool(info.num_ack_pending == len(events))
 
     await eventually(all_are_delivered)
     stopping.cancel()
@@ -168,14 +173,14 @@ async def test_what_a_database_rejects_is_poison_and_the_rest_of_its_batch_is_no
             raise REJECTED
 
     handled.refuse = reject
-    before = QUARANTINED.collect()[0].samples[0].value
+    before = quarantined()
     async with consuming(nats, handled):
         await publish(nats, *events)
         await acknowledged(nats)
 
     assert handled.ids == sorted(event.id for event in events if event is not events[3])
     assert [(poison.body, poison.reason) for poison in handled.poison] == [(encode(events[3]), "Exception")]
-    assert QUARANTINED.collect()[0].samples[0].value == before + 1
+    assert quarantined() == before + 1
 
 
 async def test_what_contradicts_is_poison_with_its_own_bytes(nats: Client) -> None:
