@@ -1,0 +1,145 @@
+"""What is recorded and settled stays: the databases refuse to change it, and the service's role has no right to."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import Connection, make_url, select, text
+from sqlalchemy.exc import DatabaseError
+
+from services.ledger import __main__ as ledger_service
+from services.ledger import store as ledger_store
+from services.quota import __main__ as quota_service
+from services.quota import store as quota_store
+from shared.database import Database
+from shared.events import Event
+from shared.plans import Plans
+from tests.builders import generation_completed, subscription_changed
+from tests.fixtures import Postgres
+
+OF_LEDGER = ("usage", "subscription_changes", "leaves", "seals")
+OF_QUOTA = ("settlements", "plan_changes")
+EVENTS: list[Event] = [generation_completed(), subscription_changed()]
+
+
+def do(*statements: str) -> Callable[[Connection], None]:
+    def work(db: Connection) -> None:
+        for statement in statements:
+            db.execute(text(statement))
+
+    return work
+
+
+@pytest.fixture
+async def quota(database_url: str) -> AsyncIterator[Database]:
+    database = Database(database_url)
+    database.migrate(quota_service.MIGRATIONS)
+    await database.write(quota_store.settle, Plans.load(), EVENTS)
+    yield database
+    await database.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "refused"),
+    [
+        ("UPDATE settlements SET tokens_used = 1", "settlements is append-only: update is refused"),
+        ("UPDATE settlements SET started_at = started_at", "settlements is append-only: update is refused"),
+        ("DELETE FROM settlements", "settlements is append-only: delete is refused"),
+        ("UPDATE plan_changes SET tier = 'free'", "plan_changes is append-only: update is refused"),
+        ("DELETE FROM plan_changes", "plan_changes is append-only: delete is refused"),
+    ],
+)
+async def test_what_is_settled_is_neither_changed_nor_deleted(quota: Database, statement: str, refused: str) -> None:
+    with pytest.raises(DatabaseError, match=refused):
+        await quota.write(do(statement))
+    kept = await quota.read(lambda db: db.execute(select(quota_store.settlements.c.tokens_used)).scalars().all())
+    assert kept == [8_094]
+
+
+async def test_that_a_settlement_came_late_may_be_noted_afterwards(quota: Database) -> None:
+    await quota.write(do("UPDATE settlements SET is_late = true"))
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("table", OF_QUOTA)
+async def test_replacing_what_is_settled_on_sqlite_changes_nothing(quota: Database, table: str) -> None:
+    def row(db: Connection) -> object:
+        return db.execute(text(f"SELECT * FROM {table}")).all()  # noqa: S608
+
+    before = await quota.read(row)
+    rows = quota_store.settlements if table == "settlements" else quota_store.changes
+    columns = ", ".join(column.name for column in rows.c if column.name != "user_id")
+    replace = f"INSERT OR REPLACE INTO {table} (user_id, {columns}) SELECT 'other', {columns} FROM {table}"  # noqa: S608
+    await quota.write(do(replace))
+    assert await quota.read(row) == before
+
+
+@pytest.fixture
+def role_url(postgres: Postgres) -> Iterator[str]:
+    """A database of a role that is no administrator, as a service has it."""
+    role = f"service_{uuid4().hex}"
+    postgres.execute("CREATE ROLE {} LOGIN", role)
+    with postgres.new_database() as url:
+        name = make_url(url).database or ""
+        postgres.execute("ALTER DATABASE {} OWNER TO {}", name, role)
+        yield make_url(url).set(username=role).render_as_string(hide_password=False)
+    postgres.execute("DROP ROLE {}", role)
+
+
+@pytest.fixture
+async def served_ledger(role_url: str) -> AsyncIterator[Database]:
+    database = Database(role_url)
+    database.migrate(ledger_service.MIGRATIONS)
+    await database.write(ledger_store.record, EVENTS)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def served_quota(role_url: str) -> AsyncIterator[Database]:
+    database = Database(role_url)
+    database.migrate(quota_service.MIGRATIONS)
+    await database.write(quota_store.settle, Plans.load(), EVENTS)
+    yield database
+    await database.close()
+
+
+@pytest.mark.parametrize("table", OF_LEDGER)
+@pytest.mark.parametrize("statement", ["UPDATE {} SET {} = {}", "DELETE FROM {}", "TRUNCATE {}"])
+async def test_the_ledgers_role_has_no_right_to_change_a_record(
+    served_ledger: Database, table: str, statement: str
+) -> None:
+    column = {"usage": "user_id", "seals": "signature"}.get(table, "event_id")
+    with pytest.raises(DatabaseError, match=f"permission denied for table {table}"):
+        await served_ledger.write(do(statement.format(table, column, column)))
+
+
+async def test_rights_that_are_granted_back_meet_the_trigger(served_ledger: Database) -> None:
+    for verb, statement in (
+        ("update", "UPDATE usage SET tokens_used = 1"),
+        ("delete", "DELETE FROM usage"),
+        ("truncate", "TRUNCATE usage"),
+    ):
+        with pytest.raises(DatabaseError, match=f"usage is append-only: {verb} is refused"):
+            await served_ledger.write(do("GRANT ALL ON usage TO CURRENT_USER", statement))
+
+
+async def test_the_ledger_still_records_without_these_rights(served_ledger: Database) -> None:
+    recorded = await served_ledger.write(ledger_store.record, [*EVENTS, generation_completed()])
+    assert len(recorded.new) == 1
+
+
+@pytest.mark.parametrize("table", OF_QUOTA)
+@pytest.mark.parametrize("statement", ["DELETE FROM {}", "TRUNCATE {}"])
+async def test_quotas_role_has_no_right_to_delete_what_is_settled(
+    served_quota: Database, table: str, statement: str
+) -> None:
+    with pytest.raises(DatabaseError, match=f"permission denied for table {table}"):
+        await served_quota.write(do(statement.format(table)))
+
+
+async def test_quota_still_settles_without_these_rights(served_quota: Database) -> None:
+    new: list[Event] = [generation_completed(), subscription_changed(tier="enterprise")]
+    settled = await served_quota.write(quota_store.settle, Plans.load(), [*EVENTS, *new])
+    assert settled.events == 2
+    await served_quota.write(do("UPDATE settlements SET is_late = true"))
