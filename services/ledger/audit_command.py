@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from services.ledger.audit import Databases, Evidence
 from services.ledger.audit import audit as run
+from services.ledger.checkpoint import load_keys
 from services.ledger.findings import as_json, in_words
 from services.ledger.scratch import scratch
 from services.ledger.settings import Settings
@@ -54,7 +55,7 @@ async def _audit(settings: Settings, scope: Scope, *, as_document: bool) -> bool
     # As on Ctrl-C: what was started for the occasion is stopped in order.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     databases = Databases(settings.database_url, settings.quota_url)
-    evidence = Evidence()
+    evidence = Evidence(load_keys(settings.seal_key_file), settings.seals_file)
     with scratch() as kept:
         async with bus_of_folder(settings, name="audit") as nc:
             with _progress() as show:

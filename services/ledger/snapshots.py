@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import date, datetime
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,8 +180,9 @@ class Copy:
         return (f" WHERE {' AND '.join(asked)}" if asked else ""), list(asked.values())
 
 
+@lru_cache(maxsize=4096)
 def as_sqlite_has_it(moment: datetime) -> str:
-    """`iso`, at a quarter of the price where it is UTC already."""
+    """`iso`, at a fraction of the price: it is UTC already, and the moment of one event is told several times."""
     text = moment.isoformat(timespec="microseconds")
     return f"{text[:-6]}Z" if text.endswith("+00:00") else iso(moment)
 
