@@ -3,7 +3,8 @@
 # make test    all tests
 # make check   style, types and boundaries
 # make bench   what ChatRail adds to a call of Claude; make bench-quota how fast quota authorizes;
-#              make bench-ingest how fast events get from the stream into both databases
+#              make bench-ingest how fast events get from the stream into both databases; make bench-audit how fast
+#              the record is audited and exported, and in what memory
 # make faults  everything that can die does, under load, and a checker counts; SEED=7 MINUTES=5;
 #              make mutations puts back classic mistakes, each of which it must find
 # make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
@@ -18,7 +19,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run run-cluster test check bench bench-quota bench-ingest faults mutations quarantine audit replay export prove lock clean
+.PHONY: run run-cluster test check bench bench-quota bench-ingest bench-audit faults mutations quarantine audit replay export prove lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -45,6 +46,10 @@ bench-quota: .venv/installed-dev
 
 bench-ingest: .venv/installed-dev
 	@exec $(bin)/python -m tests.bench.ingest $(ARGS)
+
+bench-audit: .venv/installed-dev
+	@$(bin)/python -m tests.bench.audit $(ARGS)
+	@$(bin)/python -m tests.bench.export $(ARGS)
 
 faults: .venv/installed-dev
 	@exec $(bin)/python -m tests.faults.machine $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
