@@ -506,6 +506,30 @@ async def test_what_was_announced_is_not_announced_again_by_a_database_that_was_
     assert (await nats.jetstream().stream_info(ALERTS)).state.messages == 2
 
 
+async def test_what_a_top_up_left_is_carried_as_before_by_a_database_that_was_lost(
+    nats: Client, quota: Service, plans: Plans
+) -> None:
+    """October ended under a plan whose months begin elsewhere than those of today's plan."""
+    october = NOON - 30 * DAY
+    events: list[Event] = [
+        topped_up(tokens=5_000, lasts=True, effective_at=october - DAY),
+        usage_reported(tokens_used=110_000, started_at=october),
+        subscription_changed(tier="pro", time_zone="America/New_York"),
+    ]
+    await publish(nats, *events)
+    for event in events:
+        await quota.handles(event)
+
+    async def limit_tokens() -> int | None:
+        found = await quota.database.read(quota_store.accounts, plans, {"user_1"}, at=NOON + HOUR)
+        return found["user_1"].tightest.limit_tokens
+
+    assert await limit_tokens() == 503_000
+    await quota.does(*everything(quota))
+    await quota.replays(nats)
+    assert await limit_tokens() == 503_000
+
+
 @st.composite
 def happenings(draw: st.DrawFn) -> tuple[list[Event], list[list[Event]]]:
     """Events of two users in the order of the stream, some of them twice, and batches in which they were handled."""
