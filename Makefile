@@ -50,6 +50,7 @@ bench-ingest: .venv/installed-dev
 bench-audit: .venv/installed-dev
 	@$(bin)/python -m tests.bench.audit $(ARGS)
 	@$(bin)/python -m tests.bench.export $(ARGS)
+	@exec $(bin)/python -m tests.bench.replay $(ARGS)
 
 faults: .venv/installed-dev
 	@exec $(bin)/python -m tests.faults.machine $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
