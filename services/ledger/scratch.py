@@ -40,13 +40,13 @@ _TOTAL = f"INSERT INTO totals VALUES (NULL, {', '.join('?' * (4 + len(SUMS)))})"
 _CHANGE = "INSERT INTO changes VALUES (?, ?, ?, ?, ?, ?)"
 _INDEXES = """
 CREATE INDEX events_by_user ON events (user_id, moment) WHERE is_counted;
-CREATE INDEX totals_by_user ON totals (user_id, period_start);
+CREATE INDEX totals_by_user ON totals (user_id, period_start DESC);
 """
 _FOLD = f"""
 SELECT nth, model, {", ".join(f"sum(events.{name})" for name in SUMS)}
 FROM totals JOIN events ON events.user_id = totals.user_id AND is_counted
  AND moment >= period_start AND moment < period_end
-GROUP BY nth, model ORDER BY nth
+GROUP BY nth, model ORDER BY nth, model
 """  # noqa: S608
 _UNCOVERED = f"""
 SELECT user_id, min(moment), max(moment), {", ".join(f"sum({name})" for name in SUMS)} FROM events
