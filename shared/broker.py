@@ -49,10 +49,11 @@ class Connection(Client):
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
     ) -> Msg:
+        build: Callable[..., Msg] = super()._build_message
         try:
-            return super()._build_message(sid, subject, reply, data, headers)
+            return build(sid, subject, reply, data, headers)
         except UnicodeDecodeError:
-            return super()._build_message(sid, subject.decode(errors="replace").encode(), reply, data, headers)
+            return build(sid, subject.decode(errors="replace").encode(), reply, data, headers)
 
 
 class ConnectOptions(TypedDict):

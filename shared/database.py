@@ -80,14 +80,19 @@ class UtcDateTime(TypeDecorator[datetime]):
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         if value is None:
             return None
-        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-        return moment.astimezone(UTC)
+        return _moment(value) if isinstance(value, str) else value.astimezone(UTC)
 
 
 @lru_cache(maxsize=1024)
 def iso(moment: datetime) -> str:
     """The rows of one transaction share their moments."""
     return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+@lru_cache(maxsize=1024)
+def _moment(text: str) -> datetime:
+    """Those that are read again and again are the bounds of periods."""
+    return datetime.fromisoformat(text).astimezone(UTC)
 
 
 class Database:

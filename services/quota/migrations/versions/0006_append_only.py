@@ -52,5 +52,5 @@ def _append_only_on_postgresql(table: str, update: str, rights: str) -> None:
         " FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()"
     )
     # Before 17 who may do none of these may not lock a table either, and a replay has to.
-    if op.get_bind().dialect.server_version_info >= (17,):
+    if (op.get_bind().dialect.server_version_info or ()) >= (17,):
         op.execute(f"REVOKE {rights} ON {table} FROM CURRENT_USER")
