@@ -548,7 +548,11 @@ async def test_a_checkpoint_that_is_not_the_operators_proves_nothing(
     origin, _, root, *rest = proven["checkpoint"].split("\n")
     resized = proven | {"checkpoint": "\n".join([origin, "12", root, *rest])}
     unsigned = proven | {"checkpoint": proven["checkpoint"].partition("\n\n")[0] + "\n"}
+    (elsewhere := tmp_path / "elsewhere.txt").write_text("\n".join([origin, "11", "A" * 43 + "=", ""]))
+    (empty := tmp_path / "empty.txt").touch()
     for document, arguments in (
+        (proven, ("--seals", elsewhere)),
+        (proven, ("--seals", empty)),
         (resized, ("--seals", settings.seals_file)),
         (resized, ("--key", key)),
         (unsigned, ("--key", key)),
