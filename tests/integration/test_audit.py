@@ -269,6 +269,17 @@ async def test_a_record_that_no_event_explains_is_named(system: System, table: T
     assert difference.found["tokens_used"] == 8_094
 
 
+async def test_a_record_that_was_given_to_another_user_does_not_hide_one_that_was_added(system: System) -> None:
+    await publish(system.nats, COUNTED)
+    await system.deliver()
+    key, *others = (column.name for column in ledger_store.usage.c)
+    copied = ", ".join(others)
+    await system.ledger_does(f"INSERT INTO usage ({key}, {copied}) SELECT 'forged', {copied} FROM usage")  # noqa: S608
+    await system.ledger_does(f"UPDATE usage SET user_id = 'other' WHERE id = '{COUNTED.id}'")  # noqa: S608
+    found = await system.audit(Scope("counted"))
+    assert [(d.kind, d.id) for d in found.differences] == [("changed", COUNTED.id), ("unexplained", "forged")]
+
+
 async def test_a_total_that_is_not_the_sum_of_its_events_is_named_by_user_and_period(system: System) -> None:
     await publish(system.nats, *EVENTS)
     await system.deliver()
