@@ -86,6 +86,8 @@ class Scratch:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         connection.executescript(_SCHEMA)
+        # One transaction for all: by itself every row would be one, and written to the file.
+        connection.execute("BEGIN")
 
     def firsts(self, table: str, ids: Sequence[str]) -> list[bool]:
         """Of each id whether it is here for the first time."""
@@ -123,6 +125,7 @@ class Scratch:
         """(user, start and end of the period as text, the sums, models as JSON) of each. To be kept last."""
         self._connection.executemany(_TOTAL, rows)
         self._connection.executescript(_INDEXES)
+        self._connection.execute("BEGIN")
 
     def totals(self) -> Iterator[Total]:
         folded = groupby(self._connection.execute(_FOLD), key=lambda row: row[0])

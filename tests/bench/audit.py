@@ -5,6 +5,7 @@ stream in the same round, which looks at nothing.
 """
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -68,6 +69,8 @@ class Sample(NamedTuple):
 async def measured(nats_url: str, urls: Sequence[str]) -> Sample:
     """In this process, whose memory tells of nothing else. Without databases the stream is only read."""
     nc = await connect(nats_url, name="bench")
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     begun, cpu_begun = perf_counter(), process_time()
     if urls:
         with scratch() as kept:
