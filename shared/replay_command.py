@@ -1,7 +1,6 @@
 """`replay`, the command of each service that has tables to replay: what it is asked, and what it says."""
 
 import asyncio
-import logging
 import signal
 import sys
 import tempfile
@@ -11,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import typer
 from nats.errors import Error as NatsError
 from rich.console import Console
@@ -20,6 +18,7 @@ from shared.bus_of_folder import bus_of_folder
 from shared.errors import Misconfigured, Unavailable
 from shared.replaying import Difference, Rebuilt, Told, dry_run, rebuild_into, replay
 from shared.server import ServiceSettings
+from shared.telemetry import configure_logging_of_a_command
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")]
 Until = Annotated[
@@ -49,11 +48,7 @@ def run(work: Coroutine[Any, Any, None]) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         await work
 
-    # Standard output is the report's. What was set aside is told as it is found.
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    configure_logging_of_a_command()
     try:
         asyncio.run(stoppable())
     except (KeyboardInterrupt, asyncio.CancelledError):

@@ -35,6 +35,14 @@ class _Output:
             sys.stdout.flush()
 
 
+def configure_logging_of_a_command(level: int = logging.ERROR) -> None:
+    """Standard output is the report's; what must be told besides goes to standard error."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
 def configure_logging(service: str) -> None:
     """JSON lines for our own events and for what libraries log from WARNING up."""
     shared: list[Any] = [

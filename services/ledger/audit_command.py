@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, time
 from typing import Annotated
 
-import structlog
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,6 +24,7 @@ from services.ledger.snapshots import Scope
 from shared.bus_of_folder import bus_of_folder
 from shared.errors import Unavailable
 from shared.server import one_sentence
+from shared.telemetry import configure_logging_of_a_command
 
 AGREE, DIFFER, CANNOT = 0, 1, 2
 
@@ -41,8 +41,7 @@ def audit(
     Ends with 0 when all agree, with 1 when there is a difference, with 2 when it cannot be done. Services may run.
     """
     scope = Scope(user, _moment(first, time.min, "'--from'"), _moment(last, time.max, "'--to'"))
-    # Only what ends in a sentence of ours is told: standard output is the report's.
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    configure_logging_of_a_command(logging.CRITICAL)
     # What is loaded stays; of what is read nothing is left after each batch.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

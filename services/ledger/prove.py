@@ -26,6 +26,7 @@ from shared.database import snapshot
 from shared.errors import Misconfigured
 from shared.server import one_sentence
 from shared.streams import STREAM
+from shared.telemetry import configure_logging_of_a_command
 
 VERIFIER = Path(__file__).with_name("verify_record.py")
 # Messages that are asked for at once.
@@ -55,6 +56,7 @@ def prove(
     record: Annotated[str | None, typer.Option("--id", help="This record alone.")] = None,
 ) -> None:
     """Write a user's own records with the proof of each, for anybody to check without ChatRail."""
+    configure_logging_of_a_command()
     with one_sentence("The proof"):
         settings = Settings()
         with snapshot(
