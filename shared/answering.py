@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.broker import BROKER_GONE, ERROR, ERROR_CODE, close, connect_options
+from shared.broker import BROKER_GONE, ERROR, ERROR_CODE, cancelled, close, connect_options
 from shared.catchup import catch_up, keep_position
 from shared.consumer import Handler, apply, consume
 from shared.database import Database
@@ -166,9 +166,7 @@ async def running(
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        await cancelled(*tasks)
         await answering.stop()
         await close(nc)
 

@@ -24,6 +24,7 @@ ERROR = "Nats-Service-Error"
 # What the client raises when the broker went first. The RuntimeError is uvloop's, of a transport that is closed.
 BROKER_GONE = (NatsError, OSError, RuntimeError)
 CLOSE_S = 2.0
+CANCEL_AGAIN_S = 0.5
 # As long as a supervisor waits.
 ENDS_WITHIN_S = 20.0
 _ending = threading.Event()
@@ -114,6 +115,18 @@ async def connect(url: str, *, name: str, on_reconnect: Callable[[], None] | Non
     nc = Connection()
     await nc.connect(pending_size=0, **options)
     return nc
+
+
+async def cancelled(*tasks: asyncio.Task[Any]) -> None:
+    """Returns when they have ended, however that was.
+
+    nats-py swallows a cancellation that comes while it writes (`_flush_pending`): it is said until it is heard.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
 
 
 async def close(nc: Client) -> None:

@@ -24,7 +24,7 @@ from services.chat.reports import Reports
 from services.chat.routes import adjustments, chat, page, plans, usage
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
-from shared.broker import Connection, close, connect_options
+from shared.broker import Connection, cancelled, close, connect_options
 from shared.errors import Unavailable
 from shared.guards import bus_missing, essential, watch_bus
 from shared.plans import Plans
@@ -114,12 +114,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     publishing = essential(asyncio.create_task(publisher.run(), name="the publisher"))
     yield
     await generations.stop()
-    publishing.cancel()
-    await asyncio.wait([publishing])
+    await cancelled(publishing)
     await _flush(publisher, app.state.hurry)
     await publisher.close()
-    for guard in connecting:
-        guard.cancel()
+    await cancelled(*connecting)
     await asyncio.gather(close(nc), close(events))
     await claude.close()
     outbox.close()
@@ -134,9 +132,7 @@ async def _flush(publisher: Publisher, hurry: asyncio.Event) -> None:
 
     flushing, hurrying = asyncio.create_task(flush()), asyncio.create_task(hurry.wait())
     await asyncio.wait([flushing, hurrying], timeout=LAST_FLUSH_S, return_when=asyncio.FIRST_COMPLETED)
-    for task in (flushing, hurrying):
-        task.cancel()
-    await asyncio.gather(flushing, hurrying, return_exceptions=True)
+    await cancelled(flushing, hurrying)
 
 
 async def _connect(nc: Connection, settings: Settings) -> None:

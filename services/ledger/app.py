@@ -14,7 +14,7 @@ from services.ledger.sealer import Sealer
 from services.ledger.settings import Settings
 from shared import streams
 from shared.answering import missing, running
-from shared.broker import Connection
+from shared.broker import Connection, cancelled
 from shared.database import Database
 from shared.guards import essential
 from shared.plans import Plans
@@ -38,8 +38,7 @@ def create_app(settings: Settings) -> Starlette:
             try:
                 yield
             finally:
-                sealing.cancel()
-                await asyncio.wait([sealing])
+                await cancelled(sealing)
         await database.close()
 
     app = Starlette(lifespan=lifespan)

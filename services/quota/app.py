@@ -16,7 +16,7 @@ from services.quota.handlers import Handlers
 from services.quota.settings import Settings
 from shared import streams
 from shared.answering import missing, running
-from shared.broker import Connection
+from shared.broker import Connection, cancelled
 from shared.database import Database
 from shared.plans import Plans
 from shared.telemetry import install_probes
@@ -48,8 +48,10 @@ def create_app(settings: Settings) -> Starlette:
             nc, settings.nats_url, streams.QUOTA, database, calls=handlers.calls, handle=handlers.on_usage
         ):
             looking_after = asyncio.create_task(look_after())
-            yield
-            looking_after.cancel()
+            try:
+                yield
+            finally:
+                await cancelled(looking_after)
         await database.close()
 
     app = Starlette(lifespan=lifespan)
