@@ -1,13 +1,15 @@
 """The client's dangerous defaults, put right."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
+from nats.aio.client import Client
 
-from shared.broker import connect
+from shared.broker import cancelled, connect
 from tests.fixtures import MIB, broker_in, eventually
 
 Node = tuple[str, psutil.Process]
@@ -44,3 +46,16 @@ async def test_a_node_that_takes_no_more_bytes_is_left_for_another(two_nodes: li
     finally:
         stopped.resume()
         await client.close()
+
+
+async def test_what_asks_the_broker_ends_when_it_is_told_to_at_whatever_moment(bare_nats: Client) -> None:
+    async def ask() -> None:
+        while True:
+            await bare_nats.jetstream().account_info()
+
+    async with asyncio.timeout(20):
+        for moments in range(60):
+            asking = asyncio.create_task(ask())
+            for _ in range(moments):
+                await asyncio.sleep(0)
+            await cancelled(asking)
