@@ -120,8 +120,8 @@ async def connect(url: str, *, name: str, on_reconnect: Callable[[], None] | Non
 async def cancelled(*tasks: asyncio.Task[Any]) -> None:
     """Returns when they have ended, however that was.
 
-    A cancellation that comes together with an answer is swallowed (asyncio's `wait_for` before Python 3.12), and so is
-    one that comes while nats-py writes: it is said until it is heard.
+    A cancellation that comes together with an answer is swallowed (by asyncio's `wait_for` before Python 3.12), and
+    so is one that comes while nats-py writes: it is said until it is heard.
     """
     left = set(tasks)
     while left:
