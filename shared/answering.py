@@ -154,13 +154,13 @@ async def running(
     Raises Misconfigured when the bus is not ours.
     """
     await nc.connect(pending_size=0, **connect_options(url, durable))
-    await agree_on_bus(nc, durable)
+    origin = await agree_on_bus(nc, durable)
     await catch_up(nc, durable, database, partial(apply, handle))
     answering = Answering(nc, calls)
     await answering.start()
     tasks = [
         essential(asyncio.create_task(consume(nc, durable, handle), name="the consumer")),
-        essential(asyncio.create_task(watch_bus(nc, durable), name="the guard of the bus")),
+        essential(asyncio.create_task(watch_bus(nc, durable, origin), name="the guard of the bus")),
         essential(asyncio.create_task(keep_position(nc, durable, database), name="the guard of the database")),
     ]
     try:

@@ -15,7 +15,7 @@ from nats.errors import Error as NatsError
 
 from shared.broker import end_process
 from shared.errors import Misconfigured
-from shared.streams import check
+from shared.streams import STREAM, Origin, check
 from shared.telemetry import PART_TIMEOUT_S, Missing, look
 
 log = structlog.get_logger()
@@ -74,15 +74,15 @@ def _essential_ended(task: asyncio.Task[None]) -> None:
         end_process(f"{task.get_name()} failed: {error!r}")
 
 
-async def watch_bus(nc: Client, durable: str | None = None) -> None:
+async def watch_bus(nc: Client, durable: str | None = None, known: Origin | None = None) -> None:
     """Ends the process once its connection is closed for good, or the bus is not what this release needs any more.
 
-    Nothing else tells: a pull of a durable that was deleted is never answered, and one that was made anew with
-    another config delivers something else.
+    Nothing else tells: a pull of a durable that was deleted is never answered, and what was made anew under the same
+    name delivers something else, with sequences of its own.
     """
     while True:
         try:
-            await agree_on_bus(nc, durable)
+            known = await agree_on_bus(nc, durable, known)
         except Misconfigured as problem:
             return end_process(str(problem))
         except ConnectionClosedError:
@@ -90,16 +90,19 @@ async def watch_bus(nc: Client, durable: str | None = None) -> None:
         await asyncio.sleep(BUS_EVERY_S)
 
 
-async def agree_on_bus(nc: Client, durable: str | None = None) -> None:
+async def agree_on_bus(nc: Client, durable: str | None = None, known: Origin | None = None) -> Origin:
     """Returns once the bus was seen to be what this release needs; waits while the broker does not answer.
 
-    Raises Misconfigured when it is something else, and still is at a second look: in a cluster, a node that has only
-    just started may not know of everything yet.
+    Raises Misconfigured when it is something else, or not the one that was `known`, and still is so at a second look:
+    in a cluster, a node that has only just started may not know of everything yet.
     """
     is_doubted, is_told = False, False
     while True:
         try:
-            return await check(nc.jetstream(timeout=BUS_TIMEOUT_S), durable)
+            origin = await check(nc.jetstream(timeout=BUS_TIMEOUT_S), durable)
+            if known and origin != known:
+                raise Misconfigured(f"The stream {STREAM} or its consumer was deleted and made anew meanwhile.")
+            return origin
         except Misconfigured:
             if is_doubted:
                 raise

@@ -9,6 +9,8 @@ import asyncio
 import base64
 import sys
 from dataclasses import replace
+from datetime import datetime
+from typing import NamedTuple
 
 from nats.aio.client import Client
 from nats.errors import TimeoutError as NatsTimeoutError
@@ -54,6 +56,13 @@ NO_SUITABLE_PEERS = 10005
 GIB = 1024**3
 # For a cluster to agree on a leader after its start.
 LEADER_WITHIN_S = 30
+
+
+class Origin(NamedTuple):
+    """What tells a stream, and a durable of it, from others of the same name: when each was created."""
+
+    stream: datetime | None
+    durable: datetime | None = None
 
 
 def quota_updated(user_id: str) -> str:
@@ -176,14 +185,19 @@ async def _add_subjects(js: JetStreamContext, found: StreamConfig) -> None:
         await js.update_stream(updated)
 
 
-async def check(js: JetStreamContext, durable_name: str | None = None) -> None:
-    """Raises Misconfigured, in words, unless the stream (and the durable) are what this release needs."""
+async def check(js: JetStreamContext, durable_name: str | None = None) -> Origin:
+    """When the stream (and the durable) were created: at another time, they are others.
+
+    Raises Misconfigured, in words, unless they are what this release needs.
+    """
     try:
-        found_stream = (await js.stream_info(STREAM)).config
-        _compare(f"stream {STREAM}", found_stream, USAGE_STREAM, _STREAM_NEEDS)
-        if durable_name:
-            found_durable = (await js.consumer_info(STREAM, durable_name)).config
-            _compare(f"consumer {durable_name}", found_durable, durable(durable_name), _DURABLE_NEEDS)
+        stream = await js.stream_info(STREAM)
+        _compare(f"stream {STREAM}", stream.config, USAGE_STREAM, _STREAM_NEEDS)
+        if not durable_name:
+            return Origin(stream.created)
+        consumer = await js.consumer_info(STREAM, durable_name)
+        _compare(f"consumer {durable_name}", consumer.config, durable(durable_name), _DURABLE_NEEDS)
+        return Origin(stream.created, consumer.created)
     except NotFoundError as error:
         missing = f"consumer {durable_name}" if "consumer" in (error.description or "") else f"stream {STREAM}"
         raise Misconfigured(f"The broker has no {missing}. Run: python -m shared.streams") from error

@@ -260,9 +260,21 @@ async def test_a_stream_that_was_deleted_ends_each_and_a_new_one_is_used(rig: Ri
     async def delete() -> None:
         await rig.js.delete_stream(streams.STREAM)
 
-    await ends_and_comes_back(rig, SERVICES, delete, "no stream USAGE")
+    await ends_and_comes_back(rig, SERVICES, delete, "stream USAGE")
     await rig.counts("on the new stream", 10)
     await rig.stack.usage_reaches("on the old stream", 10)
+
+
+async def test_a_stream_that_was_made_anew_before_anybody_looked_ends_each_all_the_same(rig: Rig) -> None:
+    await rig.counts("on the first stream", 10)
+
+    async def make_anew() -> None:
+        await rig.js.delete_stream(streams.STREAM)
+        await streams.create(rig.js, max_bytes=64 * MIB)
+
+    await ends_and_comes_back(rig, SERVICES, make_anew, "stream USAGE")
+    await rig.counts("on the second stream", 10)
+    await rig.stack.usage_reaches("on the first stream", 10)
 
 
 @pytest.mark.parametrize("mode", ["cut", "half_open"])
