@@ -103,6 +103,24 @@ class TokenCounts(Contract):
         )
 
 
+class Authorized(Contract):
+    """What was asked for a generation before Claude was, and what quota granted and held, all as it was then.
+
+    `hold_tokens` is weighted as the plan weighs them. `period` is of the limit that decided, the tightest; a period
+    without an end has neither start nor reset.
+    """
+
+    input_tokens_max: Tokens
+    output_tokens_asked: Tokens
+    output_tokens_granted: Tokens
+    hold_tokens: Annotated[int, Field(ge=0, strict=True)]
+    tier: Name
+    period: PeriodKind
+    period_start: Moment | None
+    resets_at: Moment | None
+    expires_at: Moment
+
+
 class Generation(Contract):
     """One generation and what it cost. The four counts are null where a report does not split its total."""
 
@@ -123,6 +141,8 @@ class Generation(Contract):
     # The moment of authorization: it decides the period in which the tokens count.
     started_at: Moment
     completed_at: Moment
+    # Null for a report, where quota was not heard to grant anything, and in versions 1 and 2.
+    authorized: Authorized | None = None
     metadata: Metadata = {}
 
     @model_validator(mode="after")
@@ -210,15 +230,15 @@ class CloudEvent(Contract):
 
 
 def _upcast(dataschema: Any) -> Any:
-    """Version 1 is version 2 without `on_disconnect`."""
-    is_older = dataschema == "urn:chatrail:generation.completed:1"
-    return "urn:chatrail:generation.completed:2" if is_older else dataschema
+    """Version 2 is version 3 without `authorized`, and version 1 is without `on_disconnect`, too."""
+    is_older = dataschema in ("urn:chatrail:generation.completed:1", "urn:chatrail:generation.completed:2")
+    return "urn:chatrail:generation.completed:3" if is_older else dataschema
 
 
 class GenerationCompleted(CloudEvent):
     type: Literal["generation.completed"] = "generation.completed"
-    dataschema: Annotated[Literal["urn:chatrail:generation.completed:2"], BeforeValidator(_upcast)] = (
-        "urn:chatrail:generation.completed:2"
+    dataschema: Annotated[Literal["urn:chatrail:generation.completed:3"], BeforeValidator(_upcast)] = (
+        "urn:chatrail:generation.completed:3"
     )
     data: Generation
 

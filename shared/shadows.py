@@ -254,9 +254,9 @@ class SqliteShadow:
             db.exec_driver_sql(f'DROP TABLE "{table}"')
 
 
-def _canonical(text: str) -> str:
+def _canonical(text: str | None) -> str:
     """JSON that is the same where it says the same."""
-    return json.dumps(json.loads(text), sort_keys=True)
+    return "" if text is None else json.dumps(json.loads(text), sort_keys=True)
 
 
 _Part = tuple[str, str, str, str]

@@ -1,6 +1,6 @@
 """Events as the services publish them: a test names what it is about, the rest is as usual."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -11,6 +11,7 @@ from shared import streams
 from shared.events import (
     CONTENT_TYPE,
     Adjustment,
+    Authorized,
     Event,
     Generation,
     GenerationCompleted,
@@ -33,6 +34,22 @@ def generation_completed(
     cached = {name: data.get(name, 0) for name in ("cache_creation_input_tokens", "cache_read_input_tokens")}
     counts = TokenCounts(input_tokens=input_tokens, output_tokens=output_tokens, **cached)
     return _generation(user_id, {"tokens_used": counts.total, **counts.model_dump(), **data})
+
+
+def authorized(**data: Any) -> Authorized:
+    """What was asked and granted for a generation of a month's plan, of 8,096 tokens unless told."""
+    usual = {
+        "input_tokens_max": 4_000,
+        "output_tokens_asked": 4_096,
+        "output_tokens_granted": 4_096,
+        "hold_tokens": 8_096,
+        "tier": "free",
+        "period": "month",
+        "period_start": datetime(2026, 11, 1, tzinfo=UTC),
+        "resets_at": datetime(2026, 12, 1, tzinfo=UTC),
+        "expires_at": NOON + timedelta(minutes=15),
+    }
+    return Authorized.model_validate(usual | data)
 
 
 def usage_reported(user_id: str = "user_1", *, tokens_used: int = 8_094, **data: Any) -> GenerationCompleted:

@@ -40,6 +40,8 @@ class Usage(SQLModel, table=True):
     completed_at: dt.datetime | None = Field(sa_type=UtcDateTime)
     generation_id: str | None = Field(sa_type=Text)
     provider_request_id: str | None = Field(sa_type=Text)
+    # What quota granted and held, as the event says it.
+    authorized: dict[str, Any] | None = Field(sa_column=Column(JSON(none_as_null=True)))
 
 
 class SubscriptionChange(SQLModel, table=True):
@@ -59,6 +61,7 @@ class Leaf(SQLModel, table=True):
     """The hash of a message of the stream, as it was when the ledger had handled it. Never changed, never deleted."""
 
     __tablename__ = "leaves"
+    __table_args__ = (Index("leaves_by_event", "event_id"),)
 
     stream_sequence: int = Field(primary_key=True, sa_type=BigInteger)
     # Null where the message is no event.

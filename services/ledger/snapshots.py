@@ -143,15 +143,22 @@ class Copy:
         return {row[0]: row for row in self.snapshot.find(self._find, keys)}
 
     def differing(self, expected: Row, found: Row) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The columns that differ, as they should be and as they are; None where the rows say the same."""
+        """The columns that differ, as they should be and as they are; None where the rows say the same.
+
+        Of an object with the same members it is the members that differ: `authorized.hold_tokens`.
+        """
         names = [
             name
             for name, ours, theirs in zip(self.layout.columns, expected, found, strict=True)
-            if ours != theirs and not (name == "metadata" and _same_json(ours, theirs))
+            if ours != theirs and not (_kind(name) == "json" and _same_json(ours, theirs))
         ]
         if not names:
             return None
-        return _part(self.told(expected), names), _part(self.told(found), names)
+        ours, theirs = _part(self.told(expected), names), _part(self.told(found), names)
+        for name in names:
+            if _kind(name) == "json":
+                _narrow_down(name, ours, theirs)
+        return ours, theirs
 
     def told(self, row: Row) -> dict[str, Any]:
         """The row by its columns, for people and for JSON."""
@@ -198,7 +205,7 @@ _AS_POSTGRESQL_HAS_IT: dict[str, Callable[[Any], Any]] = {"json": lambda value: 
 def _kind(column: str) -> str:
     if column in MOMENTS:
         return "moment"
-    return {"usage_date": "date", "metadata": "json"}.get(column, "")
+    return {"usage_date": "date", "metadata": "json", "authorized": "json"}.get(column, "")
 
 
 def _column(name: str, *, is_sqlite: bool) -> str:
@@ -212,6 +219,18 @@ def _same_json(ours: str, theirs: str) -> bool:
         return bool(json.loads(ours) == json.loads(theirs))
     except (TypeError, ValueError):
         return False
+
+
+def _narrow_down(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    try:
+        expected, found = json.loads(ours[name]), json.loads(theirs[name])
+    except (TypeError, ValueError):
+        return
+    if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
+        del ours[name], theirs[name]
+        differing = [member for member in expected if expected[member] != found[member]]
+        ours |= {f"{name}.{member}": expected[member] for member in differing}
+        theirs |= {f"{name}.{member}": found[member] for member in differing}
 
 
 def _part(told: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from shared.plans import Plans
 from shared.quarantine import Poison, quarantine
 from tests.builders import (
     NOON,
+    authorized,
     generation_completed,
     publish,
     publish_raw,
@@ -144,7 +145,7 @@ EVENTS: list[Event] = [
     generation_completed(metadata={"conversation": "überall 🛤", "tags": ["a", None, 1.5]}),
     generation_completed("user_2", cache_creation_input_tokens=3, cache_read_input_tokens=4, provider_request_id="r"),
     generation_completed(model="claude-opus-4-8", on_disconnect="drain", outcome="disconnected"),
-    generation_completed("üser *.> 3", input_tokens=0, output_tokens=0),
+    generation_completed("üser *.> 3", input_tokens=0, output_tokens=0, authorized=authorized()),
     generation_completed(started_at=datetime.fromisoformat("2026-11-30T23:59:59.999999-08:00")),
     generation_completed(started_at=NOON - 400 * DAY),
     usage_reported("user_2"),
@@ -187,7 +188,7 @@ async def test_of_an_empty_stream_nothing_is_expected(system: System) -> None:
     assert (found.differences, found.report.read.messages) == ([], 0)
 
 
-COUNTED = generation_completed("counted")
+COUNTED = generation_completed("counted", authorized=authorized(output_tokens_granted=96))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,23 @@ async def test_a_changed_record_is_named_with_what_it_was_and_is(
     assert COUNTED.id in found.words
     assert not found.document["agrees"]
     assert found.document["differences"] == [asdict(difference)]
+
+
+async def test_of_what_was_granted_and_held_what_was_changed_is_named(system: System) -> None:
+    forgotten, granted = generation_completed(authorized=authorized()), authorized(output_tokens_granted=97)
+    await publish(system.nats, COUNTED, forgotten)
+    await system.deliver()
+    changed = granted.model_dump_json().replace(":", "\\:")
+    await system.ledger_does(f"UPDATE usage SET authorized = '{changed}' WHERE id = '{COUNTED.id}'")  # noqa: S608
+    await system.ledger_does(f"UPDATE usage SET authorized = NULL WHERE id = '{forgotten.id}'")  # noqa: S608
+
+    found = {difference.id: difference for difference in (await system.audit()).differences}
+
+    assert found.keys() == {COUNTED.id, forgotten.id}
+    assert found[COUNTED.id].expected == {"authorized.output_tokens_granted": 96}
+    assert found[COUNTED.id].found == {"authorized.output_tokens_granted": 97}
+    assert found[forgotten.id].found == {"authorized": None}
+    assert '"hold_tokens"' in (found[forgotten.id].expected or {})["authorized"]
 
 
 @pytest.mark.parametrize(

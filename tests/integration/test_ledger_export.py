@@ -30,6 +30,7 @@ from shared.events import Event, small
 from tests.builders import (
     NOON,
     USER_IDS,
+    authorized,
     generation_completed,
     subscription_changed,
     topped_up,
@@ -110,7 +111,7 @@ def _from_json(name: str, value: JsonValue) -> Any:
 
 def read_parquet(body: bytes) -> Records:
     rows: Records = pyarrow.parquet.read_table(pyarrow.BufferReader(body)).to_pylist()
-    return [row | {"metadata": json.loads(row["metadata"])} for row in rows]
+    return [row | {name: row[name] and json.loads(row[name]) for name in ("metadata", "authorized")} for row in rows]
 
 
 READ: dict[Format, Callable[[bytes], Records]] = {
@@ -155,6 +156,7 @@ GENERATIONS = st.builds(
     input_tokens=st.integers(0, 10**7),
     outcome=st.sampled_from(["completed", "disconnected", "provider_error", "interrupted"]),
     on_disconnect=st.sampled_from([None, "stop", "drain"]),
+    authorized=st.none() | st.builds(authorized, tier=NAMES, resets_at=st.none() | MOMENTS),
     action_type=NAMES,
     model=st.none() | NAMES,
     provider_request_id=st.none() | NAMES,

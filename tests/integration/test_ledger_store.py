@@ -21,6 +21,7 @@ from shared.quarantine import ANOTHER_BODY, Poison, Quarantined, redrive
 from tests.builders import (
     NOON,
     USER_IDS,
+    authorized,
     generation_completed,
     subscription_changed,
     usage_adjusted,
@@ -78,6 +79,7 @@ async def test_a_generation_is_kept_as_it_was_reported(database: Database) -> No
         outcome="disconnected",
         on_disconnect="drain",
         provider_request_id="req_1",
+        authorized=authorized(resets_at=None),
         metadata={"conversation": "überall 🛤", "tags": ["a", None, 1.5]},
         started_at=datetime(2026, 11, 30, 23, 59, 59, 999_999, tzinfo=UTC),
         completed_at=datetime(2026, 12, 1, 0, 0, 7, tzinfo=UTC),
@@ -91,8 +93,25 @@ async def test_a_generation_is_kept_as_it_was_reported(database: Database) -> No
         "event_type": "generation.completed",
         "usage_date": date(2026, 11, 30),
         "created_at": event.data.started_at,
-        **event.data.model_dump(exclude={"started_at"}),
+        **event.data.model_dump(exclude={"started_at", "authorized"}),
+        "authorized": {
+            "input_tokens_max": 4_000,
+            "output_tokens_asked": 4_096,
+            "output_tokens_granted": 4_096,
+            "hold_tokens": 8_096,
+            "tier": "free",
+            "period": "month",
+            "period_start": "2026-11-01T00:00:00Z",
+            "resets_at": None,
+            "expires_at": "2026-11-22T12:15:00Z",
+        },
     }
+
+
+async def test_a_record_of_which_nobody_knows_what_was_granted_says_nothing(database: Database) -> None:
+    await record(database, usage_reported())
+    is_null = select(store.usage.c.authorized.is_(None))
+    assert await database.read(lambda db: db.execute(is_null).scalars().all()) == [True]
 
 
 async def test_an_event_is_recorded_once_however_often_it_is_delivered(database: Database) -> None:
@@ -125,6 +144,8 @@ SECOND_BODIES = [
     {"completed_at": NOON + DAY},
     {"metadata": {"conversation": "another"}},
     {"provider_request_id": "req_2"},
+    {"authorized": authorized(hold_tokens=8_095)},
+    {"authorized": None},
 ]
 
 
@@ -132,9 +153,9 @@ SECOND_BODIES = [
 async def test_of_two_bodies_under_one_id_the_first_is_kept_and_the_second_is_told(
     database: Database, data: dict[str, object]
 ) -> None:
-    first = generation_completed(metadata={"a": [1.5, None, "ü"]})
+    first = generation_completed(metadata={"a": [1.5, None, "ü"]}, authorized=authorized())
     second = altered(first, **data)
-    together, later = generation_completed(), generation_completed()
+    together, later = generation_completed(authorized=authorized()), generation_completed()
 
     recorded = await database.write(store.record, [first, together, altered(together, **data), together])
     assert (recorded.new, recorded.contradicting) == ([first, together], [altered(together, **data)])

@@ -34,6 +34,7 @@ from shared.shadows import open_shadow
 from shared.streams import ALERTS, LEDGER_SEALED
 from tests.builders import (
     NOON,
+    authorized,
     generation_completed,
     publish,
     publish_raw,
@@ -172,7 +173,7 @@ def one_of_each() -> list[Event]:
         usage_adjusted(),
         topped_up(lasts=True),
         subscription_changed(),
-        generation_completed("user_2", started_at=NOON - 30 * DAY),
+        generation_completed("user_2", started_at=NOON - 30 * DAY, authorized=authorized()),
         subscription_changed("user_2", "daily", time_zone="Asia/Kolkata"),
     ]
 
@@ -220,6 +221,7 @@ async def test_an_empty_database_gets_what_it_lost(nats: Client, service: Servic
 DAMAGE = {
     "ledger": [
         "UPDATE usage SET tokens_used = tokens_used + 1 WHERE user_id = 'user_2'",
+        "UPDATE usage SET authorized = NULL WHERE authorized IS NOT NULL",
         "DELETE FROM usage WHERE event_type = 'usage.adjusted'",
         "UPDATE subscription_changes SET tier = 'enterprise'",
     ],
@@ -295,6 +297,7 @@ async def test_a_dry_run_names_what_it_would_change_and_changes_nothing(nats: Cl
     if service.rebuilt.service == "ledger":
         assert found == {"usage": (1, 2, 0), "subscription_changes": (2, 0, 0)}
         assert any("user_2" in line and "tokens_used 8095 becomes 8094" in line for line in differences[0].examples)
+        assert any("authorized None becomes {" in line for line in differences[0].examples)
     else:
         assert found["settlements"] == (1, 4, 0)
         assert found["subscriptions"] == (2, 0, 0)

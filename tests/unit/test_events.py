@@ -10,7 +10,14 @@ from pydantic import JsonValue, ValidationError
 
 from shared.errors import PoisonMessage
 from shared.events import EVENT_TOKENS_MAX, METADATA_BYTES_MAX, Event, UsageAdjusted, decode, encode
-from tests.builders import USER_IDS, generation_completed, subscription_changed, usage_adjusted, usage_reported
+from tests.builders import (
+    USER_IDS,
+    authorized,
+    generation_completed,
+    subscription_changed,
+    usage_adjusted,
+    usage_reported,
+)
 
 TOKENS = st.integers(0, EVENT_TOKENS_MAX // 4)
 OFFSETS = st.integers(-14 * 60, 14 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
@@ -32,6 +39,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         started_at=MOMENTS,
         completed_at=MOMENTS,
         on_disconnect=st.sampled_from([None, "stop", "drain"]),
+        authorized=st.none() | st.builds(authorized, hold_tokens=TOKENS, resets_at=st.none() | MOMENTS),
         metadata=st.dictionaries(TEXT, JSON, max_size=3),
     ),
     st.builds(usage_reported, USER_IDS, tokens_used=TOKENS),
@@ -39,7 +47,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(usage_adjusted, USER_IDS, st.integers(-EVENT_TOKENS_MAX, EVENT_TOKENS_MAX), effective_at=MOMENTS),
 )
 EACH_KIND: list[Callable[[], Event]] = [generation_completed, subscription_changed, usage_adjusted]
-VERSIONS = {"generation.completed": 2, "subscription.changed": 1, "usage.adjusted": 1}
+VERSIONS = {"generation.completed": 3, "subscription.changed": 1, "usage.adjusted": 1}
 PRIVATE = "a prompt"
 
 
@@ -95,14 +103,18 @@ def test_an_adjustment_from_before_there_were_top_ups_is_understood() -> None:
     assert (decoded.data.top_up_tokens, decoded.data.outlives_period) == (0, False)
 
 
-def test_a_generation_from_before_policies_were_written_down_is_understood() -> None:
+@pytest.mark.parametrize(("version", "unknown"), [(1, ("on_disconnect", "authorized")), (2, ("authorized",))])
+def test_a_generation_of_an_earlier_version_is_understood_as_one_that_says_less(
+    version: int, unknown: tuple[str, ...]
+) -> None:
     document = on_the_wire(event := generation_completed())
-    del document["data"]["on_disconnect"]
-    document["dataschema"] = "urn:chatrail:generation.completed:1"
+    for name in unknown:
+        del document["data"][name]
+    document["dataschema"] = f"urn:chatrail:generation.completed:{version}"
     assert decode(json.dumps(document).encode()) == event
 
 
-@pytest.mark.parametrize("schema", ["urn:chatrail:generation.completed:3", "urn:chatrail:usage.adjusted:1", ""])
+@pytest.mark.parametrize("schema", ["urn:chatrail:generation.completed:4", "urn:chatrail:usage.adjusted:1", ""])
 def test_a_version_that_this_release_does_not_know_is_poison(schema: str) -> None:
     assert "dataschema" in refused({**on_the_wire(generation_completed()), "dataschema": schema})
 
@@ -213,6 +225,23 @@ def test_a_moment_without_a_zone_or_outside_the_calendar_is_poison(moment: objec
     document = on_the_wire(generation_completed())
     document["data"]["started_at"] = moment
     assert "started_at" in refused(document)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hold_tokens", -1),
+        ("output_tokens_granted", 1.5),
+        ("tier", ""),
+        ("period", "year"),
+        ("expires_at", "2026-11-22T12:00:00"),
+        ("input_tokens_max", None),
+    ],
+)
+def test_an_authorization_that_makes_no_sense_is_poison(field: str, value: object) -> None:
+    document = on_the_wire(generation_completed(authorized=authorized()))
+    document["data"]["authorized"][field] = value
+    assert f"authorized.{field}" in refused(document)
 
 
 @pytest.mark.parametrize(
