@@ -77,13 +77,13 @@ class System:
         """What the stream has and a service has not is handled by it."""
         for service in services or (streams.LEDGER, streams.QUOTA):
             js = self.nats.jetstream()
-            if not (waiting := (await js.consumer_info(streams.STREAM, service)).num_pending):
-                continue
             pulling = await js.pull_subscribe("", durable=service, stream=streams.STREAM)
-            messages = await pulling.fetch(waiting, timeout=10)
-            assert await apply(self._handlers[service], messages) == []
-            for message in messages if acknowledging else []:
-                await message.ack_sync()
+            # A fetch may come back with less than there is.
+            while waiting := (await js.consumer_info(streams.STREAM, service)).num_pending:
+                messages = await pulling.fetch(waiting, timeout=10)
+                assert await apply(self._handlers[service], messages) == []
+                for message in messages if acknowledging else []:
+                    await message.ack_sync()
             await pulling.unsubscribe()
 
     async def audit(self, scope: Scope = Scope()) -> Found:  # noqa: B008 - frozen
