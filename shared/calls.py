@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, model_validator
 from pydantic.alias_generators import to_camel
 
-from shared.events import Contract, Generation, Moment, Name, Outcome, Tokens, UsageSource, UserId
+from shared.events import Authorized, Contract, Generation, Moment, Name, Outcome, Tokens, UsageSource, UserId
 from shared.plans import PeriodKind
 
 AUTHORIZE = "quota.authorize"
@@ -106,6 +106,8 @@ class Authorize(Contract):
     input_tokens_max: Tokens
     output_tokens_min: Tokens
     output_tokens_max: Tokens
+    # What the caller wanted, where chat asks for less of it: noted, and not decided by. Null is `output_tokens_max`.
+    output_tokens_asked: Tokens | None = None
     pending: tuple[Pending, ...] = ()
 
     @model_validator(mode="after")
@@ -116,11 +118,15 @@ class Authorize(Contract):
 
 
 class Granted(Contract):
-    """The hold stands. `started_at` is the database's clock: it names the period that the hold is in."""
+    """The hold stands. `started_at` is the database's clock: it names the period that the hold is in.
+
+    `authorized` is what the generation's event is to say of it; null of a hold that an earlier release made.
+    """
 
     kind: Literal["granted"] = "granted"
     output_tokens_max: int
     started_at: datetime
+    authorized: Authorized | None = None
     limits: tuple[LimitState, ...] = ()
 
 

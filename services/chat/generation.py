@@ -24,8 +24,8 @@ from services.chat.sse import KEEPALIVE, frame
 from services.chat.waiting import HasLeft
 from shared.calls import LimitState
 from shared.errors import BadCall, Unanswered, Unavailable
+from shared.events import Authorized, GenerationCompleted, Metadata, OnDisconnect, Outcome, utc_now
 from shared.events import Generation as Usage
-from shared.events import GenerationCompleted, Metadata, OnDisconnect, Outcome, utc_now
 
 log = structlog.get_logger()
 RUNNING = Gauge("chatrail_generations_running", "Generations under way")
@@ -112,6 +112,7 @@ class Generation:
         self._has_left = False
         self._parts, self._prompt = parts, prompt
         self._started_at, self._metadata = utc_now(), metadata
+        self._authorized: Authorized | None = None
         self._meter = Meter(input_tokens_estimate=prompt.input_tokens_estimate)
         self._request_id: str | None = None
         self._early_end: Outcome | None = None
@@ -141,6 +142,7 @@ class Generation:
         self._is_clamped = granted.output_tokens_max < self._prompt.output_tokens_max
         self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)
         self._started_at, self.limits = granted.started_at, granted.limits
+        self._authorized = granted.authorized
         try:
             await intending
             self._meter.asked(held)
@@ -357,6 +359,7 @@ class Generation:
                 provider_request_id=self._request_id,
                 started_at=self._started_at,
                 completed_at=utc_now(),
+                authorized=self._authorized,
                 metadata=self._metadata,
             ),
         )

@@ -80,6 +80,7 @@ class Quota:
                 input_tokens_max=input_tokens_max,
                 output_tokens_min=least,
                 output_tokens_max=most,
+                output_tokens_asked=prompt.output_tokens_max,
                 pending=self._known(user_id),
             )
             nonlocal unanswered

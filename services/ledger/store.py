@@ -14,9 +14,17 @@ from sqlalchemy import BigInteger, Connection, Row, Select, cast, func, literal,
 from services.ledger.models import SubscriptionChange, Usage
 from shared.bulk import insert_once, sorted_out
 from shared.calls import Day, History, HistoryQuery, Logs, LogsQuery, Record
-from shared.database import table_of
+from shared.database import iso, table_of
 from shared.errors import BadCall
-from shared.events import Adjustment, Event, Generation, GenerationCompleted, SubscriptionChanged, UsageAdjusted
+from shared.events import (
+    Adjustment,
+    Authorized,
+    Event,
+    Generation,
+    GenerationCompleted,
+    SubscriptionChanged,
+    UsageAdjusted,
+)
 from shared.plans import COUNTS, Counts, Plan, Plans, weighted_tokens
 from shared.quarantine import Poison, quarantine
 from shared.streams import GENERATION_COMPLETED
@@ -79,8 +87,14 @@ def usage_row(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
 def _generation(data: Generation) -> dict[str, Any]:
     told = dict(vars(data))  # model_dump would take four times as long
     if data.authorized is not None:
-        told["authorized"] = data.authorized.model_dump(mode="json")
+        told["authorized"] = _authorized(data.authorized)
     return told | {"created_at": told.pop("started_at")}
+
+
+def _authorized(data: Authorized) -> dict[str, Any]:
+    told = dict(vars(data))
+    moments = ("period_start", "resets_at", "expires_at")
+    return told | {name: iso(told[name]) for name in moments if told[name] is not None}
 
 
 def _adjustment(data: Adjustment) -> dict[str, Any]:

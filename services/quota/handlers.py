@@ -98,7 +98,8 @@ def _authorization(answer: Grant | Taken | Refusal, account: Account, at: dateti
         return BadCall("generation_id is of a generation that is over, or another user's: make a new one")
     limits = account.limits(at)
     if isinstance(answer, Grant):
-        return Granted(output_tokens_max=answer.output_tokens, started_at=answer.started_at, limits=limits)
+        output_tokens, started_at, authorized = answer
+        return Granted(output_tokens_max=output_tokens, started_at=started_at, authorized=authorized, limits=limits)
     return Refused(
         reason=answer.reason,
         tokens_available=account.tokens_available,

@@ -80,6 +80,7 @@ class Hold(SQLModel, table=True):
     """Tokens set aside for a generation under way, `output_tokens` of them for what Claude writes.
 
     It counts in the period of `started_at` until it is settled or its time is over. Settled after that, it is late.
+    `period` and its bounds are of the limit that decided; they and what was asked are null of an earlier release's.
     """
 
     __tablename__ = "holds"
@@ -93,6 +94,11 @@ class Hold(SQLModel, table=True):
     output_tokens: int = Field(sa_type=BigInteger)
     started_at: datetime = Field(sa_type=UtcDateTime)
     expires_at: datetime = Field(sa_type=UtcDateTime)
+    input_tokens_max: int | None = Field(default=None, sa_type=BigInteger)
+    output_tokens_asked: int | None = Field(default=None, sa_type=BigInteger)
+    tier: str | None = Field(default=None, sa_type=Text)
+    period: str | None = Field(default=None, sa_type=Text)
+    resets_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     reported_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 

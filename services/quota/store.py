@@ -43,7 +43,15 @@ from services.quota.models import Alert, Hold, PlanChange, Settlement, Subscript
 from shared.bulk import Outcome, insert_once, sorted_out, update_each
 from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
-from shared.events import Event, GenerationCompleted, SubscriptionChanged, ThresholdReached, UsageAdjusted, encode
+from shared.events import (
+    Authorized,
+    Event,
+    GenerationCompleted,
+    SubscriptionChanged,
+    ThresholdReached,
+    UsageAdjusted,
+    encode,
+)
 from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
 
@@ -74,10 +82,11 @@ def lock(db: Connection, user_ids: Iterable[str]) -> datetime:
 
 
 class Grant(NamedTuple):
-    """The output that a generation may have, and the database's clock when it was authorized."""
+    """The output that a generation may have, the database's clock when it was granted, and what is to be recorded."""
 
     output_tokens: int
     started_at: datetime
+    authorized: Authorized | None
 
 
 class Taken(Exception):
@@ -104,12 +113,12 @@ def authorize(
         if request.generation_id in settled or (hold and not hold.stands(request.user_id, at)):
             answers.append(Taken())
         elif hold:
-            answers.append(Grant(hold.output_tokens, hold.started_at))
+            answers.append(hold.grant)
         elif isinstance(reserved := _reserve(user, request, at=at), _Hold):
             held[request.generation_id] = reserved
             standing[request.user_id] = user.holding(reserved.tokens, since=at)
             added.append(reserved)
-            answers.append(Grant(reserved.output_tokens, at))
+            answers.append(reserved.grant)
         else:
             answers.append(reserved)
     insert_new(db, holds, [hold._asdict() for hold in added])
@@ -124,6 +133,33 @@ class _Hold(NamedTuple):
     output_tokens: int
     started_at: datetime
     expires_at: datetime
+    input_tokens_max: int | None
+    output_tokens_asked: int | None
+    tier: str | None
+    period: str | None
+    resets_at: datetime | None
+
+    @property
+    def grant(self) -> Grant:
+        return Grant(self.output_tokens, self.started_at, self.authorized)
+
+    @property
+    def authorized(self) -> Authorized | None:
+        """None of a hold that an earlier release made."""
+        if self.tier is None:
+            return None
+        decided: dict[str, Any] = {
+            "input_tokens_max": self.input_tokens_max,
+            "output_tokens_asked": self.output_tokens_asked,
+            "output_tokens_granted": self.output_tokens,
+            "hold_tokens": self.tokens,
+            "tier": self.tier,
+            "period": self.period,
+            "period_start": None if self.resets_at is None else self.period_start,
+            "resets_at": self.resets_at,
+            "expires_at": self.expires_at,
+        }
+        return Authorized.model_construct(**decided)
 
     def stands(self, user_id: str, at: datetime) -> bool:
         return self.user_id == user_id and self.expires_at > at
@@ -140,14 +176,20 @@ def _reserve(user: Account, request: Authorize, *, at: datetime) -> _Hold | Refu
     )
     if isinstance(reserved, Refusal):
         return reserved
+    decided, asked = user.tightest, request.output_tokens_asked
     return _Hold(
         request.generation_id,
         request.user_id,
-        user.standings[0].period.start,
+        decided.period.start,
         reserved.hold_tokens,
         reserved.output_tokens,
         started_at=at,
         expires_at=at + HOLD_TTL,
+        input_tokens_max=request.input_tokens_max,
+        output_tokens_asked=request.output_tokens_max if asked is None else asked,
+        tier=user.plan.tier,
+        period=decided.limit.period,
+        resets_at=decided.period.end,
     )
 
 

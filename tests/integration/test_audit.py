@@ -230,10 +230,11 @@ async def test_a_changed_record_is_named_with_what_it_was_and_is(
 
 
 async def test_of_what_was_granted_and_held_what_was_changed_is_named(system: System) -> None:
-    forgotten, granted = generation_completed(authorized=authorized()), authorized(output_tokens_granted=97)
+    forgotten = generation_completed(authorized=authorized())
+    altered = generation_completed(authorized=authorized(output_tokens_granted=97))
     await publish(system.nats, COUNTED, forgotten)
     await system.deliver()
-    changed = granted.model_dump_json().replace(":", "\\:")
+    changed = json.dumps(ledger_store.usage_row(altered)["authorized"]).replace(":", "\\:")
     await system.ledger_does(f"UPDATE usage SET authorized = '{changed}' WHERE id = '{COUNTED.id}'")  # noqa: S608
     await system.ledger_does(f"UPDATE usage SET authorized = NULL WHERE id = '{forgotten.id}'")  # noqa: S608
 

@@ -101,9 +101,9 @@ async def test_a_generation_is_kept_as_it_was_reported(database: Database) -> No
             "hold_tokens": 8_096,
             "tier": "free",
             "period": "month",
-            "period_start": "2026-11-01T00:00:00Z",
+            "period_start": "2026-11-01T00:00:00.000000Z",
             "resets_at": None,
-            "expires_at": "2026-11-22T12:15:00Z",
+            "expires_at": "2026-11-22T12:15:00.000000Z",
         },
     }
 

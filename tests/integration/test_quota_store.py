@@ -812,6 +812,7 @@ class AnyDay(RuleBasedStateMachine):
         self.quota, self.run = quota, run.run
         self.user_id = new_id()
         self.authorized: dict[str, tuple[Authorize, int, datetime]] = {}
+        self.answers: dict[str, store.Grant | store.Taken | Refusal] = {}
         self.published: list[Event] = []
         self.settled: dict[str, Event] = {}
         self.held: dict[str, int] = {}
@@ -827,7 +828,8 @@ class AnyDay(RuleBasedStateMachine):
         requests = [asking(self.user_id, beside=i, least=min(two), asked=max(two)) for i, *two in sizes]
         account = self.account()
         answers, _, at = self.run(self.quota.database.write(store.authorize, self.quota.plans, requests))
-        for request, granted in zip(requests, map(output_tokens, answers), strict=True):
+        for request, answer in zip(requests, answers, strict=True):
+            granted = output_tokens(answer)
             beside, least, asked = request.input_tokens_max, request.output_tokens_min, request.output_tokens_max
             room = self.room(account)
             useful = max(1, least, min(64, asked))
@@ -842,16 +844,31 @@ class AnyDay(RuleBasedStateMachine):
             assert room is None or tokens <= room
             assert granted == asked or room is None or room < self.weigh(account, beside, granted + 1)
             self.tiers[request.generation_id] = account.plan.tier
+            self.answers[request.generation_id] = answer
+            assert isinstance(answer, store.Grant)
+            assert answer.authorized is not None
+            decided = account.tightest
+            assert answer.authorized.model_dump() == {
+                "input_tokens_max": beside,
+                "output_tokens_asked": asked,
+                "output_tokens_granted": granted,
+                "hold_tokens": tokens,
+                "tier": account.plan.tier,
+                "period": decided.limit.period,
+                "period_start": decided.period.end and decided.period.start,
+                "resets_at": decided.period.end,
+                "expires_at": at + store.HOLD_TTL,
+            }
 
     @precondition(lambda self: self.authorized)
     @rule(data=st.data(), asked=st.integers(1, 200_000))
     def authorize_again(self, data: st.DataObject, asked: int) -> None:
         generation_id = data.draw(st.sampled_from(sorted(self.authorized)))
-        request, granted, at = self.authorized[generation_id]
+        request, *_ = self.authorized[generation_id]
         again = request.model_copy(update={"output_tokens_min": 1, "output_tokens_max": asked})
         answers = self.run(self.quota.ask(again, again))
         if generation_id in self.held:
-            assert answers == [store.Grant(granted, at)] * 2
+            assert answers == [self.answers[generation_id]] * 2
         else:
             assert all(isinstance(answer, store.Taken) for answer in answers)
 
