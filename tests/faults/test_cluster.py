@@ -41,7 +41,6 @@ class Seen:
     done_at: float = field(default_factory=time.monotonic)
     longest_window_s: float = 0.0
     reported_tokens: int = 0
-    refused_chats: int = 0
     refused_reports: int = 0
     slowest_refusal_s: float = 0.0
     other: list[str] = field(default_factory=list)
@@ -62,7 +61,6 @@ async def load(cluster: Stack) -> AsyncIterator[Seen]:
                 else:
                     seen.other.append(answer.last)
             except httpx2.HTTPStatusError as refused:
-                seen.refused_chats += 1
                 await _refused(refused.response, begun)
 
     async def report(client: httpx2.AsyncClient) -> None:

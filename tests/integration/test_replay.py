@@ -275,9 +275,11 @@ async def test_what_was_changed_and_deleted_by_hand_is_as_it_was(nats: Client, s
 
 async def acknowledge(nats: Client, service: Service) -> None:
     """As the service does, once it has committed."""
-    pulling = await nats.jetstream().pull_subscribe_bind(service.rebuilt.durable, "USAGE")
-    for message in await pulling.fetch(100):
-        await message.ack_sync()
+    js, durable = nats.jetstream(), service.rebuilt.durable
+    pulling = await js.pull_subscribe_bind(durable, "USAGE")
+    while (await js.consumer_info("USAGE", durable)).num_pending:
+        for message in await pulling.fetch(100):
+            await message.ack_sync()
     await pulling.unsubscribe()
 
 
