@@ -7,11 +7,11 @@ from decimal import Decimal
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
-from zoneinfo import ZoneInfo
 
 from shared.calls import LimitState, Pending, Reason, Usage
 from shared.events import Threshold
-from shared.plans import FOR_EVER, Counts, Limit, Period, Plan, Weights, weighted_tokens, zone
+from shared.plans import FOR_EVER, Counts, Limit, Period, Plan, Weights, weighted_tokens
+from shared.subscriptions import Calendar
 
 # While others' generations hold what is left, asking again soon makes sense; what is used only the reset brings back.
 RETRY_WHILE_HELD_S = 5
@@ -39,28 +39,6 @@ def _for_model(weights: Weights, model: str | None) -> Weights:
         return weights
     kinds = {kind: getattr(weights, kind) * factor for kind in ("input", "output", "cache_creation", "cache_read")}
     return Weights.model_construct(**kinds)
-
-
-@dataclass(frozen=True, slots=True)
-class Calendar:
-    """Where a user's days and months begin: their time zone, and the day on which they subscribed."""
-
-    time_zone: str | None = None
-    subscribed_at: datetime | None = None
-
-    def period(self, moment: datetime, plan: Plan, limit: Limit) -> Period:
-        """A time zone that this machine does not know is the plan's: one odd event stops nobody."""
-        there = self._zone(plan)
-        anchor_day = 1
-        if plan.anchor == "subscription" and self.subscribed_at is not None:
-            anchor_day = self.subscribed_at.astimezone(there).day
-        return Period.containing(moment, limit.period, there.key, anchor_day=anchor_day)
-
-    def _zone(self, plan: Plan) -> ZoneInfo:
-        try:
-            return zone(self.time_zone or plan.time_zone)
-        except ValueError:
-            return zone(plan.time_zone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,34 +182,6 @@ def carried_tokens(top_ups: Iterable[tuple[datetime, int]], spent: Iterable[tupl
     for _, _, tokens in sorted(moves):
         left = max(0, left + tokens)
     return left
-
-
-class Change(NamedTuple):
-    """One change of a user's plan. They sort by time; of two at once, by id."""
-
-    changed_at: datetime
-    event_id: str
-    tier: str
-    time_zone: str | None
-
-
-class Subscribed(NamedTuple):
-    """What all changes come to: the newest, and since when the user has had its plan without a break."""
-
-    tier: str
-    time_zone: str | None
-    changed_at: datetime
-    subscribed_at: datetime
-    event_id: str
-
-
-def subscribed(changes: Iterable[Change]) -> Subscribed | None:
-    """The same in whatever order the changes arrived; None without any."""
-    found: Subscribed | None = None
-    for change in sorted(changes):
-        since = found.subscribed_at if found and found.tier == change.tier else change.changed_at
-        found = Subscribed(change.tier, change.time_zone, change.changed_at, since, change.event_id)
-    return found
 
 
 def is_kept_and_quiet(

@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 
 from services.quota import store
-from services.quota.domain import Account, Calendar, Change, Subscribed, Totals, subscribed
+from services.quota.domain import Account, Totals
 from services.quota.store import SUMS, alerts, changes, settlements, subscriptions, totals
 from shared.bulk import insert_once, sorted_out
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, patient_engine
@@ -37,6 +37,7 @@ from shared.plans import FOR_EVER, Period, Plan, Plans
 from shared.recorded import bounds, recorded
 from shared.replaying import Message
 from shared.streams import ALERTS, QUOTA
+from shared.subscriptions import Calendar, Change, Subscribed, subscribed
 
 Item = TypeVar("Item")
 CHUNK = 1000

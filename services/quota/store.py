@@ -30,14 +30,11 @@ from sqlalchemy import (
 
 from services.quota.domain import (
     Account,
-    Calendar,
-    Change,
     LimitStanding,
     Refusal,
     Totals,
     carried_tokens,
     is_kept_and_quiet,
-    subscribed,
 )
 from services.quota.models import Alert, Hold, PlanChange, Settlement, Subscription, UsageTotal
 from shared.bulk import Outcome, insert_once, sorted_out, update_each
@@ -54,6 +51,7 @@ from shared.events import (
 )
 from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
+from shared.subscriptions import Calendar, Change, subscribed
 
 # Longer than the longest generation: a hold never ends before the generation that it covers.
 HOLD_TTL = timedelta(minutes=15)

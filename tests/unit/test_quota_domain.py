@@ -12,19 +12,17 @@ from hypothesis import strategies as st
 from services.quota.domain import (
     RETRY_WHILE_HELD_S,
     Account,
-    Calendar,
-    Change,
     LimitStanding,
     Refusal,
     Totals,
     carried_tokens,
     hold_tokens,
     output_granted,
-    subscribed,
     useful_output_tokens,
 )
 from shared.calls import Pending
 from shared.plans import Counts, Period, PeriodKind, Plan, Plans, Weights, weighted_tokens
+from shared.subscriptions import Calendar, Change, subscribed
 from tests.builders import NOON, generation_completed, usage_reported
 
 FREE, PRO, ENTERPRISE = (Plans.load().of(tier) for tier in ("free", "pro", "enterprise"))
