@@ -2,8 +2,10 @@
 
     quota.authorize   Authorize     -> Granted | Refused
     quota.usage       UsageQuery    -> UsageAnswer
+    quota.explain     ExplainQuery  -> CountedStory
     ledger.history    HistoryQuery  -> History
     ledger.logs       LogsQuery     -> Logs
+    ledger.explain    ExplainQuery  -> RecordedStory
 
 A fault is an answer, too: the reply then carries the headers of NATS' service protocol (ADR-32),
 `Nats-Service-Error-Code` (400: never repeat, 503: later) and `Nats-Service-Error`, in words.
@@ -15,13 +17,26 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, model_validator
 from pydantic.alias_generators import to_camel
 
-from shared.events import Authorized, Contract, Generation, Moment, Name, Outcome, Tokens, UsageSource, UserId
+from shared.events import (
+    Authorized,
+    Contract,
+    Generation,
+    Moment,
+    Name,
+    OnDisconnect,
+    Outcome,
+    Tokens,
+    UsageSource,
+    UserId,
+)
 from shared.plans import PeriodKind
 
 AUTHORIZE = "quota.authorize"
 USAGE = "quota.usage"
 HISTORY = "ledger.history"
 LOGS = "ledger.logs"
+EXPLAIN_COUNTED = "quota.explain"
+EXPLAIN_RECORDED = "ledger.explain"
 
 
 class View(BaseModel):
@@ -202,3 +217,103 @@ class Record(View):
 class Logs(View):
     records: list[Record]
     next_cursor: str | None
+
+
+class ExplainQuery(Contract):
+    """One generation, report or adjustment, by the id of its event; of this user alone, where one is named."""
+
+    event_id: Name
+    user_id: UserId | None = None
+
+
+class Given(View):
+    """What was used or corrected, as it is on record; null where a report or an adjustment does not say."""
+
+    action_type: str
+    model: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cache_creation_input_tokens: int | None
+    cache_read_input_tokens: int | None
+    tokens_used: int
+    outcome: Outcome | None
+    usage_source: UsageSource | None
+    on_disconnect: OnDisconnect | None
+    provider_request_id: str | None
+    completed_at: datetime | None
+    metadata: dict[str, JsonValue]
+
+
+class SealedBy(View):
+    """The first seal that covers a message: the head of the tree over all messages up to `tree_size`."""
+
+    tree_size: int
+    root_hash: str
+    sealed_at: datetime
+    key_id: str | None
+
+
+class Place(View):
+    """The event on the stream. Where it is there is known once it is sealed, a minute later."""
+
+    id: str
+    type: str
+    stream_sequence: int | None
+    leaf_hash: str | None
+    sealed_by: SealedBy | None
+
+
+class OnRecord(Contract):
+    """A record of the ledger: whose it is, the moment that decides in which period it counts, and what it says."""
+
+    user_id: str
+    moment: datetime
+    authorized: Authorized | None
+    given: Given
+    place: Place
+
+
+class RecordedStory(Contract):
+    """Null: no such record, or another user's."""
+
+    record: OnRecord | None
+
+
+class CountedIn(View):
+    """A period without an end has neither start nor reset."""
+
+    period: PeriodKind
+    period_start: datetime | None
+    resets_at: datetime | None
+
+
+class Counted(View):
+    """What counts against the limits, as the plan weighs it, in the periods of the plan that the user had then.
+
+    `is_late`: it came after its hold had expired.
+    """
+
+    tokens_counted: int
+    top_up_tokens: int
+    is_late: bool
+    tier: str
+    counted_in: tuple[CountedIn, ...]
+
+
+class OpenHold(Contract):
+    """A hold that nobody settled; after `expires_at` it holds nothing. `authorized`: null of an earlier release's."""
+
+    user_id: str
+    tokens: int
+    started_at: datetime
+    expires_at: datetime
+    is_expired: bool
+    authorized: Authorized | None
+
+
+class CountedStory(Contract):
+    """What quota has of it: a hold, then a settlement. Null: it has none, or another user's."""
+
+    user_id: str | None
+    hold: OpenHold | None
+    settled: Counted | None

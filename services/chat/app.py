@@ -21,7 +21,7 @@ from services.chat.publisher import Publisher
 from services.chat.push import Watchers
 from services.chat.quota import Quota
 from services.chat.reports import Reports
-from services.chat.routes import adjustments, chat, page, plans, usage
+from services.chat.routes import adjustments, chat, explain, page, plans, usage
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
 from shared.broker import Connection, cancelled, close, connect_options
@@ -53,7 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.plans = Plans.load(settings.plans)
     problems.install(app)
-    for routes in (chat, usage, adjustments, plans, page):
+    for routes in (chat, usage, explain, adjustments, plans, page):
         app.include_router(routes.router)
     # FastAPI's own page loads its viewer from another site; this one brings it along.
     patch_fastapi(app, redirect_from_root_to_docs=False)

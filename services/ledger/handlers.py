@@ -9,7 +9,7 @@ from prometheus_client import Counter
 from services.ledger import store
 from shared import calls
 from shared.answering import Call
-from shared.calls import History, HistoryQuery, Logs, LogsQuery
+from shared.calls import ExplainQuery, History, HistoryQuery, Logs, LogsQuery, RecordedStory
 from shared.database import READERS, Database
 from shared.events import Event, GenerationCompleted
 from shared.plans import Plans
@@ -30,6 +30,7 @@ class Handlers:
         self.calls = (
             Call(calls.HISTORY, HistoryQuery, self.history, group_max=1, groups_max=READERS),
             Call(calls.LOGS, LogsQuery, self.logs, group_max=1, groups_max=READERS),
+            Call(calls.EXPLAIN_RECORDED, ExplainQuery, self.explain, group_max=1, groups_max=READERS),
         )
 
     async def on_usage(self, events: list[Event], poison: list[Poison]) -> list[Event]:
@@ -46,6 +47,10 @@ class Handlers:
     async def logs(self, queries: Sequence[LogsQuery]) -> list[Logs]:
         """A page of a user's records, newest first."""
         return [await self._database.read(store.logs, query) for query in queries]
+
+    async def explain(self, queries: Sequence[ExplainQuery]) -> list[RecordedStory]:
+        """What is on record of one event, and where."""
+        return [await self._database.read(store.explain, query) for query in queries]
 
 
 def _count(recorded: list[Event]) -> None:

@@ -11,9 +11,22 @@ from typing import Any, NamedTuple
 from pydantic import AwareDatetime, TypeAdapter
 from sqlalchemy import BigInteger, Connection, Row, Select, cast, func, literal, select, tuple_
 
-from services.ledger.models import SubscriptionChange, Usage
+from services.ledger.models import Leaf, Seal, SubscriptionChange, Usage
 from shared.bulk import insert_once, sorted_out
-from shared.calls import Day, History, HistoryQuery, Logs, LogsQuery, Record
+from shared.calls import (
+    Day,
+    ExplainQuery,
+    Given,
+    History,
+    HistoryQuery,
+    Logs,
+    LogsQuery,
+    OnRecord,
+    Place,
+    Record,
+    RecordedStory,
+    SealedBy,
+)
 from shared.database import iso, table_of
 from shared.errors import BadCall
 from shared.events import (
@@ -30,6 +43,7 @@ from shared.quarantine import Poison, quarantine
 from shared.streams import GENERATION_COMPLETED
 
 usage, subscription_changes = table_of(Usage), table_of(SubscriptionChange)
+leaves, seals = table_of(Leaf), table_of(Seal)
 
 # A reply is one NATS message of at most 1 MiB: a page of large records ends early, with a cursor.
 PAGE_BYTES_MAX = 768 * 1024
@@ -76,6 +90,42 @@ def logs(db: Connection, query: LogsQuery) -> Logs:
     found = [Record.model_validate(dict(row)) for row in db.execute(statement).mappings()]
     records = _fitting(found[: query.limit])
     return Logs(records=records, next_cursor=_cursor(records[-1]) if len(records) < len(found) else None)
+
+
+def explain(db: Connection, query: ExplainQuery) -> RecordedStory:
+    """The record, where its event is on the stream, and the first seal that covers it."""
+    row = db.execute(select(usage).where(usage.c.id == query.event_id)).mappings().first()
+    if row is None or query.user_id not in (None, row["user_id"]):
+        return RecordedStory(record=None)
+    return RecordedStory(
+        record=OnRecord(
+            user_id=row["user_id"],
+            moment=row["created_at"],
+            authorized=row["authorized"] and Authorized.model_validate(row["authorized"]),
+            given=Given.model_validate({name: row[name] for name in Given.model_fields}),
+            place=_place(db, row["id"], row["event_type"]),
+        )
+    )
+
+
+def _place(db: Connection, event_id: str, event_type: str) -> Place:
+    # Of two messages with one id, the first is the one that counts.
+    of_event = select(leaves).where(leaves.c.event_id == event_id).order_by(leaves.c.stream_sequence).limit(1)
+    leaf = db.execute(of_event).first()
+    if leaf is None:
+        return Place(id=event_id, type=event_type, stream_sequence=None, leaf_hash=None, sealed_by=None)
+    covering = select(seals).where(seals.c.tree_size >= leaf.stream_sequence).order_by(seals.c.tree_size).limit(1)
+    seal = db.execute(covering).first()
+    return Place(
+        id=event_id,
+        type=event_type,
+        stream_sequence=leaf.stream_sequence,
+        leaf_hash=leaf.leaf_hash.hex(),
+        sealed_by=seal
+        and SealedBy(
+            tree_size=seal.tree_size, root_hash=seal.root_hash.hex(), sealed_at=seal.sealed_at, key_id=seal.key_id
+        ),
+    )
 
 
 def usage_row(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:

@@ -14,7 +14,16 @@ from services.quota.domain import Account, Refusal
 from services.quota.store import Grant, Taken
 from shared import calls, streams
 from shared.answering import Call
-from shared.calls import Authorization, Authorize, Granted, Refused, UsageAnswer, UsageQuery
+from shared.calls import (
+    Authorization,
+    Authorize,
+    CountedStory,
+    ExplainQuery,
+    Granted,
+    Refused,
+    UsageAnswer,
+    UsageQuery,
+)
 from shared.database import Database
 from shared.errors import BadCall
 from shared.events import Event
@@ -39,6 +48,7 @@ class Handlers:
         self.calls = (
             Call(calls.AUTHORIZE, Authorize, self.authorize),
             Call(calls.USAGE, UsageQuery, self.usage),
+            Call(calls.EXPLAIN_COUNTED, ExplainQuery, self.explain, group_max=1),
         )
 
     async def authorize(self, requests: Sequence[Authorize]) -> list[Authorization | Exception]:
@@ -55,6 +65,10 @@ class Handlers:
         standing, at = await self._database.read(store.look_up, self._plans, queries)
         users = (standing[query.user_id] for query in queries)
         return [UsageAnswer(usage=user.usage, limits=user.limits(at)) for user in users]
+
+    async def explain(self, queries: Sequence[ExplainQuery]) -> list[CountedStory]:
+        """What is held for one generation, or how its event counts."""
+        return [await self._database.read(store.explain, self._plans, query) for query in queries]
 
     async def on_usage(self, events: list[Event], poison: list[Poison]) -> list[Event]:
         """Settle what happened: each event counted once, its hold released, in one transaction.

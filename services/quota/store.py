@@ -38,7 +38,7 @@ from services.quota.domain import (
 )
 from services.quota.models import Alert, Hold, PlanChange, Settlement, Subscription, UsageTotal
 from shared.bulk import Outcome, insert_once, sorted_out, update_each
-from shared.calls import Authorize, Pending, UsageQuery
+from shared.calls import Authorize, Counted, CountedStory, ExplainQuery, OpenHold, Pending, UsageQuery
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
 from shared.events import (
     Authorized,
@@ -51,6 +51,7 @@ from shared.events import (
 )
 from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
+from shared.story import counted
 from shared.subscriptions import Calendar, Change, subscribed
 
 # Longer than the longest generation: a hold never ends before the generation that it covers.
@@ -259,6 +260,41 @@ def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> tupl
     if pending := _pending(queries):
         _include(found, pending, *_known(db, list(pending)), at=at)
     return found, at
+
+
+def explain(db: Connection, plans: Plans, query: ExplainQuery) -> CountedStory:
+    """What is held for a generation, or how its event counts; of another user's, nothing."""
+    at, mine = now(db), query.user_id
+    found_hold = db.execute(select(holds).where(holds.c.generation_id == query.event_id)).first()
+    found = db.execute(select(settlements).where(settlements.c.event_id == query.event_id)).first()
+    hold = _open_hold(found_hold, at) if found_hold and mine in (None, found_hold.user_id) else None
+    done = _counted(db, plans, found) if found and mine in (None, found.user_id) else None
+    user_id = found.user_id if found and done else hold.user_id if hold else None
+    return CountedStory(user_id=user_id, hold=hold, settled=done)
+
+
+def _open_hold(row: Row[Any], at: datetime) -> OpenHold:
+    hold = _Hold(*(getattr(row, name) for name in _Hold._fields))
+    return OpenHold(
+        user_id=hold.user_id,
+        tokens=hold.tokens,
+        started_at=hold.started_at,
+        expires_at=hold.expires_at,
+        is_expired=hold.expires_at <= at,
+        authorized=hold.authorized,
+    )
+
+
+def _counted(db: Connection, plans: Plans, row: Row[Any]) -> Counted:
+    return counted(
+        plans,
+        changes_of(db, [row.user_id])[row.user_id],
+        at=row.started_at,
+        counts=Counts(*(getattr(row, name) for name in COUNTS)),
+        model=row.model,
+        top_up_tokens=row.top_up_tokens + row.lasting_top_up_tokens,
+        is_late=row.is_late,
+    )
 
 
 def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) -> dict[str, Account]:

@@ -21,6 +21,7 @@ ROUTES = {
     "/api/usage/history": {"get"},
     "/api/usage/logs": {"get"},
     "/api/usage/events": {"get"},
+    "/api/usage/explain": {"get"},
     "/api/plans": {"get"},
     "/api/subscriptions/{userId}": {"put"},
 }
