@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -147,15 +148,22 @@ class _Line:
 
 @asynccontextmanager
 async def running(
-    nc: Client, url: str, durable: str, database: Database, *, calls: Sequence[Call], handle: Handler
+    nc: Client,
+    url: str,
+    durable: str,
+    database: Database,
+    *,
+    calls: Sequence[Call],
+    handle: Handler,
+    archive: Path | None = None,
 ) -> AsyncIterator[None]:
     """Calls answered, events handled, on a bus that was checked first, and a database that has all it should have.
 
-    Raises Misconfigured when the bus is not ours.
+    Raises Misconfigured when the bus is not ours, or what the database lacks is neither there nor in `archive`.
     """
     await nc.connect(pending_size=0, **connect_options(url, durable))
     origin = await agree_on_bus(nc, durable)
-    await catch_up(nc, durable, database, partial(apply, handle))
+    await catch_up(nc, durable, database, partial(apply, handle), archive=archive)
     answering = Answering(nc, calls)
     await answering.start()
     tasks = [

@@ -8,12 +8,12 @@ counted once.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
+from pathlib import Path
 
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from sqlalchemy import BigInteger, Connection, Text, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Field, SQLModel
@@ -21,6 +21,8 @@ from sqlmodel import Field, SQLModel
 from shared.broker import end_process
 from shared.database import Database, UtcDateTime, table_of, upsert
 from shared.errors import Unavailable
+from shared.record import Record
+from shared.recorded import Recorded
 from shared.streams import STREAM
 
 log = structlog.get_logger()
@@ -32,7 +34,6 @@ Apply = Callable[[list[Msg]], Awaitable[Sequence[Msg]]]
 NOTE_EVERY_S = 3.0
 RETRY_S = 1.0
 BATCH_SIZE = 500
-FETCH_S = 5.0
 
 
 class Position(SQLModel, table=True):
@@ -54,29 +55,36 @@ class Restored(Exception):
     """The database is an older copy of what it was a moment ago."""
 
 
-async def catch_up(nc: Client, durable: str, database: Database, apply: Apply) -> None:
-    """Returns once the database has all that the durable has acknowledged. To be called before anything is answered.
+async def catch_up(
+    nc: Client, durable: str, database: Database, apply: Apply, *, archive: Path | None = None
+) -> None:
+    """Returns once the database has all that the durable does not deliver any more. To be called before anything is
+    answered.
 
-    Waits for as long as the stream or the database cannot be had.
+    What the stream has no more is read from the folder `archive`; raises Misconfigured where it is not there. Waits
+    for as long as the stream or the database cannot be had.
     """
     while True:
         try:
-            return await _catch_up(nc, durable, database, apply)
-        except (Unavailable, SQLAlchemyError, OSError) as error:
+            return await _catch_up(Record(nc, archive), durable, database, apply)
+        except (Unavailable, SQLAlchemyError, NatsError, OSError) as error:
             log.warning("not_caught_up", durable=durable, error=repr(error))
             await asyncio.sleep(RETRY_S)
 
 
-async def _catch_up(nc: Client, durable: str, database: Database, apply: Apply) -> None:
-    created, acknowledged = await _reached(nc, durable)
+async def _catch_up(record: Record, durable: str, database: Database, apply: Apply) -> None:
+    created, begins, acknowledged = await _reached(record.nc, durable)
     kept = await database.read(_kept, durable)
     # A stream that was made anew counts from the beginning, and so does one that was cut back.
     known = kept.acknowledged if kept and kept.stream_created == created else 0
-    after = known if known <= acknowledged else 0
-    if after < acknowledged:
-        log.info("reading_again", durable=durable, after=after, up_to=acknowledged)
-        await _read_again(nc, after, acknowledged, apply)
-    await database.write(_note, durable, created, acknowledged)
+    # What was trimmed is not delivered either, also where the durable was made anew.
+    delivered = max(acknowledged, begins - 1)
+    # Of a stream that was cut back, what was trimmed had been acknowledged before.
+    after = known if known <= delivered else begins - 1
+    if after < delivered:
+        log.info("reading_again", durable=durable, after=after, up_to=delivered)
+        await _read_again(record, after, delivered, apply)
+    await database.write(_note, durable, created, delivered)
 
 
 async def keep_position(nc: Client, durable: str, database: Database) -> None:
@@ -85,7 +93,7 @@ async def keep_position(nc: Client, durable: str, database: Database) -> None:
     while True:
         try:
             # Asked first, noted afterwards: what is acknowledged by now is committed.
-            created, acknowledged = await _reached(nc, durable)
+            created, _, acknowledged = await _reached(nc, durable)
             notes = await database.write(_note, durable, created, acknowledged, at_least=notes)
         except Restored:
             return end_process("the database is an older copy: what it has not is read again")
@@ -94,8 +102,8 @@ async def keep_position(nc: Client, durable: str, database: Database) -> None:
         await asyncio.sleep(NOTE_EVERY_S)
 
 
-async def _reached(nc: Client, durable: str) -> tuple[datetime, int]:
-    """When the stream was made, and up to where the durable has acknowledged all of it."""
+async def _reached(nc: Client, durable: str) -> tuple[datetime, int, int]:
+    """When the stream was made, where it begins, and up to where the durable has acknowledged all of it."""
     js = nc.jetstream()
     try:
         stream, consumer = await js.stream_info(STREAM), await js.consumer_info(STREAM, durable)
@@ -105,30 +113,21 @@ async def _reached(nc: Client, durable: str) -> tuple[datetime, int]:
         raise Unavailable(f"The broker does not say when the stream {STREAM} was made.")
     # After a power cut a durable may be ahead of its stream.
     acknowledged = consumer.ack_floor.stream_seq if consumer.ack_floor else 0
-    return stream.created, min(acknowledged, stream.state.last_seq)
+    return stream.created, max(1, stream.state.first_seq), min(acknowledged, stream.state.last_seq)
 
 
-async def _read_again(nc: Client, after: int, up_to: int, apply: Apply) -> None:
-    """Through a consumer that is gone with this process."""
-    js = nc.jetstream()
-    config = ConsumerConfig(
-        deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-        opt_start_seq=after + 1,
-        ack_policy=AckPolicy.NONE,
-        inactive_threshold=30,
-        mem_storage=True,
-        num_replicas=1,
-    )
-    try:
-        pulling = await js.pull_subscribe("", stream=STREAM, config=config)
-        while after < up_to:
-            messages = await pulling.fetch(min(BATCH_SIZE, up_to - after), timeout=FETCH_S)
+async def _read_again(record: Record, after: int, up_to: int, apply: Apply) -> None:
+    async for batch in record.read(first=after + 1, last=up_to):
+        for start in range(0, len(batch), BATCH_SIZE):
+            messages = [_delivered(record.nc, each) for each in batch[start : start + BATCH_SIZE]]
             if again := await apply(messages):
                 raise Unavailable(f"{len(again)} events cannot be applied")
-            after = messages[-1].metadata.sequence.stream
-        await pulling.unsubscribe()
-    except (NatsError, OSError) as error:
-        raise Unavailable(f"The stream {STREAM} cannot be read: {error!r}") from error
+
+
+def _delivered(nc: Client, message: Recorded) -> Msg:
+    """As a durable would deliver it for the first time."""
+    reply = f"$JS.ACK.{STREAM}.again.1.{message.sequence}.{message.sequence}.0.0"
+    return Msg(nc, message.subject, reply, message.body, dict(message.headers or {}))
 
 
 def _kept(db: Connection, durable: str) -> Position | None:

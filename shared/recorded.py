@@ -5,7 +5,7 @@ For whoever folds what happened: audits, replays, seals. Nothing is acknowledged
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from time import monotonic
@@ -36,6 +36,7 @@ class Recorded(NamedTuple):
     subject: str
     body: bytes
     stored_at: datetime
+    headers: Mapping[str, str] | None = None
 
 
 async def bounds(nc: Client, *, stream: str = STREAM) -> tuple[int, int]:
@@ -44,7 +45,7 @@ async def bounds(nc: Client, *, stream: str = STREAM) -> tuple[int, int]:
     return max(1, state.first_seq), state.last_seq
 
 
-async def recorded(nc: Client, *, first: int, last: int, stream: str = STREAM) -> AsyncIterator[list[Recorded]]:
+async def recorded(nc: Client, *, first: int, last: int, stream: str = STREAM) -> AsyncGenerator[list[Recorded]]:
     """All messages with sequences from `first` to `last`, in order, in batches of at most BATCH_SIZE.
 
     Sequences that the stream does not have are passed over. A broker that is away is waited for; raises Unavailable
@@ -134,4 +135,4 @@ class _Reader:
         if int(delivered) != self._delivered:
             raise _Interrupted(f"message {self._delivered} of the reader was lost")
         stored_at = datetime.fromtimestamp(int(nanoseconds) / 1e9, UTC)
-        return Recorded(int(sequence), message.subject, message.data, stored_at)
+        return Recorded(int(sequence), message.subject, message.data, stored_at, message.headers)

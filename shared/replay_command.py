@@ -61,14 +61,14 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 async def into_place(settings: ServiceSettings, url: str, rebuilt: Rebuilt) -> None:
     async with bus_of_folder(settings, name="replay") as nc:
-        told = await replay(nc, url, rebuilt)
+        told = await replay(nc, url, rebuilt, archive=settings.archive_folder)
     waited = f"writers waited {told.locked_s * 1000:.0f} ms"
     console().print(f"{rebuilt.service}: {told.messages:,} messages replayed; {waited}{_set_aside(told)}")
 
 
 async def without_a_change(settings: ServiceSettings, url: str, rebuilt: Rebuilt) -> None:
     async with bus_of_folder(settings, name="replay") as nc:
-        told, differences = await dry_run(nc, url, rebuilt)
+        told, differences = await dry_run(nc, url, rebuilt, archive=settings.archive_folder)
     out = console()
     found = [difference for difference in differences if difference.rows]
     if absent := sum(difference.absent for difference in differences):
@@ -89,7 +89,7 @@ async def as_of(
     with tempfile.TemporaryDirectory("-chatrail-replay") as folder:
         file = (out or Path(folder)).absolute() / f"{rebuilt.service}.db"
         async with bus_of_folder(settings, name="replay") as nc:
-            told = await rebuild_into(nc, file, rebuilt, until=until)
+            told = await rebuild_into(nc, file, rebuilt, until=until, archive=settings.archive_folder)
         when = f" up to {until.isoformat()}" if until else ""
         kept = f"; kept in {file}" if out else ""
         console(stderr=True).print(

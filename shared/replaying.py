@@ -33,7 +33,8 @@ from shared.database import Database, patient_engine
 from shared.errors import Misconfigured, PoisonMessage, Unavailable
 from shared.events import Event, decode
 from shared.quarantine import ANOTHER_BODY, Poison, alarm, quarantine
-from shared.recorded import Recorded, bounds, recorded
+from shared.record import Record
+from shared.recorded import Recorded, bounds
 from shared.shadows import Shadow, is_busy, open_file, open_shadow
 from shared.streams import LEDGER_SEALED, STREAM
 
@@ -118,13 +119,14 @@ class Difference:
         return self.changed + self.missing + self.unknown
 
 
-async def replay(nc: Client, url: str, rebuilt: Rebuilt) -> Told:
-    """Build the tables anew and switch to them.
+async def replay(nc: Client, url: str, rebuilt: Rebuilt, *, archive: Path | None = None) -> Told:
+    """Build the tables anew and switch to them. What the stream has no more is in the folder `archive`.
 
     Raises Misconfigured when that would lose something, or somebody else is at it; Unavailable when the broker or the
     database cannot be had for long enough.
     """
-    last = await _whole_stream(nc)
+    record = Record(nc, archive)
+    _, last = await record.bounds()
     _prepare(url, rebuilt.migrations)
     told = Told()
     with open_shadow(url, rebuilt.tables, rebuilt.migrations) as shadow:
@@ -133,27 +135,30 @@ async def replay(nc: Client, url: str, rebuilt: Rebuilt) -> Told:
             if last == 0 and any(db.execute(select(table).limit(1)).first() for table in in_use):
                 raise Misconfigured(f"The stream is empty, and the {rebuilt.service}'s database is not.")
         try:
-            await _build(nc, shadow, rebuilt, told, last=last)
+            await _build(record, shadow, rebuilt, told, last=last)
             await rebuilt.restore(nc, url)
-            await _catch_up(nc, shadow, rebuilt, told, after=last)
+            await _catch_up(record, shadow, rebuilt, told, after=last)
         finally:
             await shadow.clean()
     return told
 
 
-async def dry_run(nc: Client, url: str, rebuilt: Rebuilt) -> tuple[Told, list[Difference]]:
+async def dry_run(
+    nc: Client, url: str, rebuilt: Rebuilt, *, archive: Path | None = None
+) -> tuple[Told, list[Difference]]:
     """What a replay would change, of what the service has had time to do; nothing is changed."""
-    await _whole_stream(nc)
+    record = Record(nc, archive)
+    await record.bounds()
     _prepare(url, rebuilt.migrations)
     told = Told()
     # All of it is committed by now; of what comes after it, only what the database has can be compared.
     acknowledged = await _acknowledged(nc, rebuilt.durable)
     with open_shadow(url, rebuilt.tables, rebuilt.migrations) as shadow:
-        await _load(nc, shadow, rebuilt, told, first=1, last=acknowledged, is_kept=False)
+        await _load(record, shadow, rebuilt, told, first=1, last=acknowledged, is_kept=False)
         shadow.index(rebuilt.indexes)
         with shadow.snapshot() as db:
             _, last = await bounds(nc)
-            async for messages in _messages(nc, acknowledged + 1, last, told):
+            async for messages in _messages(record, acknowledged + 1, last, told):
                 ids = {message.event.id for message in messages if message.event}
                 known = _known(db, shadow.live, rebuilt.kept, ids)
                 rebuilt.load(db, [each for each in messages if each.event and each.event.id in known])
@@ -162,26 +167,21 @@ async def dry_run(nc: Client, url: str, rebuilt: Rebuilt) -> tuple[Told, list[Di
     return told, differences
 
 
-async def rebuild_into(nc: Client, file: Path, rebuilt: Rebuilt, *, until: datetime | None = None) -> Told:
+async def rebuild_into(
+    nc: Client, file: Path, rebuilt: Rebuilt, *, until: datetime | None = None, archive: Path | None = None
+) -> Told:
     """Build a SQLite database in `file` with what the stream had at `until`. Raises Misconfigured when it exists."""
-    last = await _whole_stream(nc)
+    record = Record(nc, archive)
+    _, last = await record.bounds()
     if await asyncio.to_thread(file.exists):
         raise Misconfigured(f"{file} exists: name another, or remove it.")
     told = Told()
     with open_file(file, rebuilt.tables, rebuilt.migrations) as shadow:
-        await _load(nc, shadow, rebuilt, told, first=1, last=last, is_kept=False, until=until)
+        await _load(record, shadow, rebuilt, told, first=1, last=last, is_kept=False, until=until)
         shadow.index(rebuilt.indexes)
         with shadow.begin() as db:
             rebuilt.derive(db, None)
     return told
-
-
-async def _whole_stream(nc: Client) -> int:
-    """Its last sequence."""
-    first, last = await bounds(nc)
-    if first > 1 and last:
-        raise Misconfigured(f"The stream begins at message {first}: what was before it cannot be replayed from it.")
-    return last
 
 
 def _prepare(url: str, migrations: Path) -> None:
@@ -207,15 +207,15 @@ def _connection(url: str) -> Iterator[Connection]:
         engine.dispose()
 
 
-async def _build(nc: Client, shadow: Shadow, rebuilt: Rebuilt, told: Told, *, last: int) -> None:
-    await _load(nc, shadow, rebuilt, told, first=1, last=last, is_kept=True)
+async def _build(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told, *, last: int) -> None:
+    await _load(record, shadow, rebuilt, told, first=1, last=last, is_kept=True)
     shadow.index(rebuilt.indexes)
     with shadow.begin() as db:
         rebuilt.derive(db, shadow.live)
 
 
 async def _load(
-    nc: Client,
+    record: Record,
     shadow: Shadow,
     rebuilt: Rebuilt,
     told: Told,
@@ -226,7 +226,7 @@ async def _load(
     until: datetime | None = None,
 ) -> None:
     with _progress(rebuilt.service, last) as advance:
-        async for messages in _messages(nc, first, last, told):
+        async for messages in _messages(record, first, last, told):
             arrived = [each for each in messages if until is None or each.recorded.stored_at <= until]
             with shadow.begin() as db:
                 contradicting = rebuilt.load(db, arrived)
@@ -236,8 +236,8 @@ async def _load(
                 break
 
 
-async def _messages(nc: Client, first: int, last: int, told: Told) -> AsyncIterator[list[Message]]:
-    async for batch in recorded(nc, first=first, last=last):
+async def _messages(record: Record, first: int, last: int, told: Told) -> AsyncIterator[list[Message]]:
+    async for batch in record.read(first=first, last=last):
         # Seals say something of the record, and are no part of what it says.
         yield [Message(each, _event(each)) for each in batch if each.subject != LEDGER_SEALED]
         told.messages += len(batch)
@@ -272,14 +272,14 @@ def _poison(message: Message) -> Poison:
     return Poison(subject, body, ANOTHER_BODY)
 
 
-async def _catch_up(nc: Client, shadow: Shadow, rebuilt: Rebuilt, told: Told, *, after: int) -> None:
+async def _catch_up(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told, *, after: int) -> None:
     """Add what arrives, until so little is left that the switch can add it."""
     deadline = perf_counter() + SWITCH_WITHIN_S
     for nth in range(ROUNDS_MAX):
-        _, last = await bounds(nc)
+        _, last = await bounds(record.nc)
         if nth > 0 and last - after <= TAIL_MAX:
             break
-        async for messages in _messages(nc, after + 1, last, told):
+        async for messages in _messages(record, after + 1, last, told):
             with shadow.begin() as db:
                 contradicting = rebuilt.add(db, messages)
             _set_aside(shadow, messages, contradicting, told, is_kept=True)
@@ -288,7 +288,7 @@ async def _catch_up(nc: Client, shadow: Shadow, rebuilt: Rebuilt, told: Told, *,
     await shadow.publish([table for table in rebuilt.tables if table not in rebuilt.kept])
     while True:
         try:
-            told.locked_s = await _switch(nc, shadow, rebuilt, told, after=after)
+            told.locked_s = await _switch(record, shadow, rebuilt, told, after=after)
             return
         except (OperationalError, TimeoutError, NatsError, APIError, OSError, Unavailable) as error:
             if isinstance(error, OperationalError) and not is_busy(error):
@@ -298,13 +298,13 @@ async def _catch_up(nc: Client, shadow: Shadow, rebuilt: Rebuilt, told: Told, *,
             await asyncio.sleep(AGAIN_S)
 
 
-async def _switch(nc: Client, shadow: Shadow, rebuilt: Rebuilt, told: Told, *, after: int) -> float:
+async def _switch(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told, *, after: int) -> float:
     """How long writers were kept waiting, in seconds."""
     with shadow.locked() as lock:
         async with asyncio.timeout(TAIL_WITHIN_S):
-            _, last = await bounds(nc)
+            _, last = await bounds(record.nc)
             # What the service has is on the stream by now; what it handles later is known to be counted already.
-            tail = [each async for messages in _messages(nc, after + 1, last, Told()) for each in messages]
+            tail = [each async for messages in _messages(record, after + 1, last, Told()) for each in messages]
         contradicting = lock.exchange(lambda db: rebuilt.add(db, tail), rebuilt.adopt)
     told.messages += len(tail)
     _set_aside(shadow, tail, contradicting, told, is_kept=True)

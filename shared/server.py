@@ -28,6 +28,12 @@ class ServiceSettings(BaseSettings):
     data: Path = Path("data")
     nats_url: str = "nats://127.0.0.1:4222"
     plans: Path = PLANS_FILE
+    archive: Path | None = None
+
+    @property
+    def archive_folder(self) -> Path:
+        """Where what was archived is, or would be."""
+        return (self.archive or self.data / "archive").absolute()
 
 
 Settings = TypeVar("Settings", bound=ServiceSettings)

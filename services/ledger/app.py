@@ -27,12 +27,25 @@ def create_app(settings: Settings) -> Starlette:
     nc = Connection()
     handlers = Handlers(database, plans)
     keys = signing_keys(settings.seal_key_file)
-    sealer = Sealer(nc, database, keys=keys, seals_file=settings.seals_file, every_s=settings.seal_every_s)
+    sealer = Sealer(
+        nc,
+        database,
+        keys=keys,
+        seals_file=settings.seals_file,
+        every_s=settings.seal_every_s,
+        archive=settings.archive_folder,
+    )
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with running(
-            nc, settings.nats_url, streams.LEDGER, database, calls=handlers.calls, handle=handlers.on_usage
+            nc,
+            settings.nats_url,
+            streams.LEDGER,
+            database,
+            calls=handlers.calls,
+            handle=handlers.on_usage,
+            archive=settings.archive_folder,
         ):
             sealing = essential(asyncio.create_task(sealer.run(), name="the sealer"))
             try:

@@ -21,9 +21,12 @@ from services.ledger.merkle import inclusion, leaf_hash, roots_of
 from services.ledger.seals import Sealed
 from services.ledger.settings import Settings
 from services.ledger.verify_record import FORMAT
+from shared.archive import Archive
 from shared.bus_of_folder import bus_of_folder
 from shared.database import snapshot
 from shared.errors import Misconfigured
+from shared.record import Record
+from shared.recorded import bounds
 from shared.server import one_sentence
 from shared.streams import STREAM
 from shared.telemetry import configure_logging_of_a_command
@@ -147,18 +150,32 @@ def proof(user_id: str, proven: Proven, bodies: Sequence[bytes]) -> dict[str, An
 
 
 async def _bodies(settings: Settings, found: Sequence[Place]) -> list[bytes]:
-    """As the stream has them."""
+    """As the record has them."""
+    sequences = [place.leaf_index + 1 for place in found]
     async with bus_of_folder(settings, name="prove") as nc:
-        bodies: list[bytes] = []
-        for start in range(0, len(found), ASKED_MAX):
-            bodies += await _some(nc, found[start : start + ASKED_MAX])
+        begins, _ = await bounds(nc)
+        trimmed, there = _parted(sequences, begins)
+        archived = {}
+        if trimmed:
+            # Raises Misconfigured where it does not have them.
+            await Record(nc, settings.archive_folder).bounds()
+            archive = await asyncio.to_thread(Archive.at, settings.archive_folder)
+            archived = await asyncio.to_thread(archive.find, trimmed)
+        bodies = [archived[sequence].body for sequence in trimmed]
+        for start in range(0, len(there), ASKED_MAX):
+            bodies += await _some(nc, there[start : start + ASKED_MAX])
         return bodies
 
 
-async def _some(nc: Client, found: Sequence[Place]) -> list[bytes]:
+def _parted(sequences: Sequence[int], begins: int) -> tuple[list[int], list[int]]:
+    """They are in order: those before the stream's first message, and the others."""
+    return [each for each in sequences if each < begins], [each for each in sequences if each >= begins]
+
+
+async def _some(nc: Client, sequences: Sequence[int]) -> list[bytes]:
     js = nc.jetstream()
     try:
-        messages = await asyncio.gather(*(js.get_msg(STREAM, place.leaf_index + 1) for place in found))
+        messages = await asyncio.gather(*(js.get_msg(STREAM, sequence) for sequence in sequences))
     except (NatsError, OSError) as error:
         raise Misconfigured(f"A record cannot be read from the stream: {error!r}") from error
     return [message.data or b"" for message in messages]

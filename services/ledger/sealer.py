@@ -28,7 +28,8 @@ from shared.broker import BROKER_GONE
 from shared.database import Database, is_sqlite, iso, now, table_of
 from shared.errors import Misconfigured, PoisonMessage, Unavailable
 from shared.events import CONTENT_TYPE, LedgerSealed, Seal, decode_seal, encode
-from shared.recorded import Recorded, recorded
+from shared.record import Record
+from shared.recorded import Recorded
 from shared.streams import LEDGER, LEDGER_SEALED, STREAM, WRONG_LAST_SEQUENCE
 
 log = structlog.get_logger()
@@ -67,9 +68,17 @@ class Sealer:
     """One a replica. Of several that are at it at once the tables' keys let one go on."""
 
     def __init__(
-        self, nc: Client, database: Database, *, keys: Keys, seals_file: Path | None = None, every_s: float
+        self,
+        nc: Client,
+        database: Database,
+        *,
+        keys: Keys,
+        seals_file: Path | None = None,
+        every_s: float,
+        archive: Path | None = None,
     ) -> None:
         self._nc, self._database, self._keys, self._every_s = nc, database, keys, every_s
+        self._record = Record(nc, archive)
         self._file = _Outside(seals_file) if seals_file else None
 
     async def run(self) -> None:
@@ -82,6 +91,9 @@ class Sealer:
             except Damaged as damage:
                 NOT_SEALED.inc()
                 log.error("not_sealed", reason=str(damage), to_do="make audit tells what was changed")
+            except Misconfigured as problem:
+                NOT_SEALED.inc()
+                log.error("not_sealed", reason=str(problem))
             except (Unavailable, SQLAlchemyError, *BROKER_GONE) as error:
                 NOT_SEALED.inc()
                 log.warning("not_sealed_yet", error=repr(error))
@@ -141,7 +153,7 @@ class Sealer:
         joint = base.frontier.size
         if handled <= joint:
             return
-        async for batch in recorded(self._nc, first=max(1, joint), last=handled):
+        async for batch in self._record.read(first=max(1, joint), last=handled):
             if joint:
                 before, *batch = batch  # noqa: PLW2901 - the rest of it
                 if before.sequence != joint or leaf_hash(before.body) != base.last:

@@ -45,7 +45,13 @@ def create_app(settings: Settings) -> Starlette:
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with running(
-            nc, settings.nats_url, streams.QUOTA, database, calls=handlers.calls, handle=handlers.on_usage
+            nc,
+            settings.nats_url,
+            streams.QUOTA,
+            database,
+            calls=handlers.calls,
+            handle=handlers.on_usage,
+            archive=settings.archive_folder,
         ):
             looking_after = asyncio.create_task(look_after())
             try:
