@@ -9,7 +9,7 @@ import asyncio
 import base64
 import sys
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from nats.aio.client import Client
@@ -44,6 +44,7 @@ THRESHOLD_REACHED = "quota.threshold.reached"
 
 STREAM = "USAGE"
 ALERTS = "ALERTS"
+KEYS = "KEYS"
 LEDGER = "ledger"
 QUOTA = "quota"
 
@@ -54,6 +55,8 @@ WRONG_LAST_SEQUENCE = 10071
 NO_SUITABLE_PEERS = 10005
 
 GIB = 1024**3
+# While the stream is trimmed, its metadata say until when at most (RFC 3339): until then it may have a max_age.
+TRIMMING_UNTIL = "chatrail.trimming-until"
 # For a cluster to agree on a leader after its start.
 LEADER_WITHIN_S = 30
 
@@ -76,6 +79,11 @@ def keyed(key_digest: str) -> str:
 
 def keyed_adjustment(key_digest: str) -> str:
     return f"{KEYED_USAGE_ADJUSTED}.{key_digest}"
+
+
+def kept_key(keyed_subject: str) -> str:
+    """Where the key of a message is kept when the message itself has been archived and trimmed."""
+    return f"key.{keyed_subject}"
 
 
 # File storage, never expiring, never silently dropping: at max_bytes the publisher is told, and keeps its outbox.
@@ -116,6 +124,20 @@ ALERTS_STREAM = StreamConfig(
 )
 
 
+# The keys of what was trimmed, a message each, for ever: the id of its event, and the headers that it came with.
+KEYS_STREAM = StreamConfig(
+    name=KEYS,
+    subjects=[kept_key(keyed("*")), kept_key(keyed_adjustment("*"))],
+    storage=StorageType.FILE,
+    retention=RetentionPolicy.LIMITS,
+    discard=DiscardPolicy.NEW,
+    max_msg_size=64 * 1024,
+    deny_delete=True,
+    deny_purge=True,
+    num_replicas=1,
+)
+
+
 def durable(name: str) -> ConsumerConfig:
     """A durable pull consumer that all replicas of a service share.
 
@@ -151,6 +173,7 @@ async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: in
                 f"The stream {STREAM} has fewer replicas ({found.num_replicas}) than CHATRAIL_STREAM_REPLICAS "
                 f"({replicas}). Run: nats stream edit {STREAM} --replicas {replicas}, and for {ALERTS} likewise."
             )
+        await _end_trimming(js, found)
         await _add_subjects(js, found)
     except NotFoundError:
         try:
@@ -163,10 +186,11 @@ async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: in
                 f"{error.description}. Free disk space, or set CHATRAIL_STREAM_BYTES_MAX lower."
             ) from error
         print(f"Created the stream {STREAM}")  # noqa: T201 - a command's output
-    try:
-        await js.stream_info(ALERTS)
-    except NotFoundError:
-        await js.add_stream(replace(ALERTS_STREAM, num_replicas=replicas))
+    for other in (ALERTS_STREAM, KEYS_STREAM):
+        try:
+            await js.stream_info(other.name or "")
+        except NotFoundError:
+            await js.add_stream(replace(other, num_replicas=replicas))
     for config in DURABLES:
         try:
             await js.consumer_info(STREAM, config.durable_name or "")
@@ -185,6 +209,35 @@ async def _add_subjects(js: JetStreamContext, found: StreamConfig) -> None:
         await js.update_stream(updated)
 
 
+async def _end_trimming(js: JetStreamContext, found: StreamConfig) -> None:
+    """Of somebody who died over it: from now on nothing expires any more."""
+    if TRIMMING_UNTIL in (found.metadata or {}) and not is_being_trimmed(found):
+        await js.update_stream(untrimmed(found))
+
+
+def is_being_trimmed(found: StreamConfig) -> bool:
+    until = (found.metadata or {}).get(TRIMMING_UNTIL)
+    return until is not None and datetime.now(UTC) < datetime.fromisoformat(until)
+
+
+def trimmed(found: StreamConfig, *, max_age_s: float, within: timedelta) -> StreamConfig:
+    """The config under which the server deletes what is older, and of which services know that it will not last."""
+    until = (datetime.now(UTC) + within).isoformat()
+    # The server wants no window that is longer than messages live.
+    window_s = min(found.duplicate_window, max_age_s)
+    metadata = {**(found.metadata or {}), TRIMMING_UNTIL: until}
+    return replace(found, max_age=max_age_s, duplicate_window=window_s, metadata=metadata)
+
+
+def untrimmed(found: StreamConfig) -> StreamConfig:
+    """The config as it was before."""
+    window_s = found.duplicate_window
+    if window_s == found.max_age:
+        window_s = USAGE_STREAM.duplicate_window
+    metadata = {name: value for name, value in (found.metadata or {}).items() if name != TRIMMING_UNTIL}
+    return replace(found, max_age=0, duplicate_window=window_s, metadata=metadata)
+
+
 async def check(js: JetStreamContext, durable_name: str | None = None) -> Origin:
     """When the stream (and the durable) were created: at another time, they are others.
 
@@ -192,7 +245,10 @@ async def check(js: JetStreamContext, durable_name: str | None = None) -> Origin
     """
     try:
         stream = await js.stream_info(STREAM)
-        _compare(f"stream {STREAM}", stream.config, USAGE_STREAM, _STREAM_NEEDS)
+        lasting = untrimmed(stream.config) if is_being_trimmed(stream.config) else stream.config
+        if TRIMMING_UNTIL in (lasting.metadata or {}):
+            raise Misconfigured(f"A trim of the stream {STREAM} was cut off. Run: python -m shared.streams")
+        _compare(f"stream {STREAM}", lasting, USAGE_STREAM, _STREAM_NEEDS)
         if not durable_name:
             return Origin(stream.created)
         consumer = await js.consumer_info(STREAM, durable_name)

@@ -1,4 +1,4 @@
-"""The ledger's commands: serve, migrate, quarantine, audit, prove, export."""
+"""The ledger's commands: serve, migrate, quarantine, audit, explain, prove, export, archive, trim, replay."""
 
 import signal
 import sys
@@ -16,7 +16,9 @@ from sqlalchemy import Connection
 from services.ledger import export as exporting
 from services.ledger import store
 from services.ledger.app import create_app
+from services.ledger.archive_command import archive, trim
 from services.ledger.audit_command import audit
+from services.ledger.explain import explain
 from services.ledger.export import Format, Selection
 from services.ledger.prove import prove
 from services.ledger.replay import RebuiltLedger, show_past
@@ -32,7 +34,10 @@ from shared.server import serve as run
 cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False, rich_markup_mode=None)
 MIGRATIONS = Path(__file__).with_name("migrations")
 
+cli.command()(archive)
+cli.command()(trim)
 cli.command()(audit)
+cli.command()(explain)
 cli.command()(prove)
 
 

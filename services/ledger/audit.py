@@ -23,16 +23,19 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from services.ledger import store
+from services.ledger.archive import altered
 from services.ledger.checkpoint import Keys
 from services.ledger.findings import Difference, Read, Report
 from services.ledger.scratch import CHANGES as CHANGED
 from services.ledger.scratch import EVENTS, SUMS, Change, Scratch, Total
-from services.ledger.seals import Result, seal_check
+from services.ledger.seals import Result, Sealed, seal_check, sealed_after
 from services.ledger.snapshots import BATCH_SIZE, Copy, Layout, Row, Scope, Snapshot, as_sqlite_has_it, snapshot
+from shared.archive import Archive
 from shared.errors import Misconfigured, PoisonMessage, Unavailable
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted, decode
 from shared.plans import COUNTS
-from shared.recorded import Recorded, bounds, recorded
+from shared.record import Record, check_origin
+from shared.recorded import Recorded, bounds
 from shared.streams import LEDGER, LEDGER_SEALED, QUOTA, STREAM
 
 # Beside services under load the durables are a fraction of a second behind; one that does not move is not waited for.
@@ -52,6 +55,7 @@ SUBSCRIPTIONS = Layout(
     "changed_at",
 )
 TOTALS = "quota.usage_totals"
+ARCHIVE = "archive"
 OTHERS = {LEDGER: ("quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals")}
 
 Uses = GenerationCompleted | UsageAdjusted
@@ -86,6 +90,7 @@ async def audit(
     scratch: Scratch,
     *,
     evidence: Evidence = Evidence(),  # noqa: B008 - frozen
+    archive: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Report:
     """Raises Misconfigured, or Unavailable, when it cannot be done. `progress` hears how much of what is read."""
@@ -102,18 +107,36 @@ async def audit(
         sealed = seal_check(
             ledger.rows, known_up_to=floors[LEDGER], keys=evidence.keys, seals_file=evidence.seals_file
         )
-        first, last = await bounds(nc)
+        record = Record(nc, archive, is_doubted=True)
+        first, last = await record.bounds()
+        archived = await _check_archive(nc, archive, ledger, evidence.keys, scratch) if archive else 0
         comparing = _Comparison(ledger, quota, floors, scope, scratch)
-        async for batch in recorded(nc, first=first, last=last):
+        async for batch in record.read(first=first, last=last):
             sealed.take(batch)
             comparing.take(batch)
             progress(batch[-1].sequence - first + 1, last - first + 1)
         comparing.end()
         _tell_of_seals(sealed.end(), comparing.tally, scratch)
+        if archived:
+            comparing.tally.compared[ARCHIVE] = archived
     tally = comparing.tally
     waiting = {service: max(0, last - floor) for service, floor in floors.items()}
     read = Read(first, last, tally.messages, tally.unreadable, tally.repeated, waiting)
     return Report(read, tally.compared, scratch, monotonic() - begun)
+
+
+async def _check_archive(nc: Client, folder: Path, ledger: Snapshot, keys: Keys | None, scratch: Scratch) -> int:
+    """How many messages it has. What is not as it was sealed is a difference, also while the stream still has it."""
+    archive = await asyncio.to_thread(Archive.at, folder)
+    check_origin(archive, (await nc.jetstream().stream_info(STREAM)).created)
+    before: Sealed | None = None
+    for manifest in archive.manifests:
+        path = archive.path(manifest)
+        for found in await altered(path, manifest, ledger.rows, before=before, keys=keys):
+            expected = {"file": str(path), "sequence": found.sequence, "was": found.expected}
+            scratch.add(Difference(ARCHIVE, "archive", found.event_id, None, expected, {"is": found.found}))
+        before = next(sealed_after(ledger.rows, manifest.last - 1), None)
+    return archive.last
 
 
 def _tell_of_seals(result: Result, tally: "Tally", scratch: Scratch) -> None:

@@ -62,7 +62,9 @@ async def _audit(settings: Settings, scope: Scope, *, as_document: bool) -> bool
     with scratch() as kept:
         async with bus_of_folder(settings, name="audit") as nc:
             with _progress() as show:
-                report = await run(nc, databases, scope, kept, evidence=evidence, progress=show)
+                report = await run(
+                    nc, databases, scope, kept, evidence=evidence, archive=settings.archive_folder, progress=show
+                )
         if as_document:
             for part in as_json(report):
                 sys.stdout.write(part)

@@ -28,6 +28,11 @@ KINDS = {
     "differs": ("not the sum of the user's events in the period", REBUILD),
     "uncovered": ("events in no period that has a total", REBUILD),
     "broken": ("not as it was sealed", SEALED),
+    "archive": (
+        "not as it was archived",
+        "Restore the file from a copy. While the stream has its messages: take it away, with its manifest and what "
+        "is behind it, and archive again.",
+    ),
 }
 
 

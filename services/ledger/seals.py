@@ -131,7 +131,7 @@ def seal_check(
     ((sealed,),) = rows("SELECT coalesce(max(tree_size), 0) FROM seals")
     return SealCheck(
         leaves=_leaves(rows, max(leaves, sealed)),
-        seals=_seals(rows),
+        seals=sealed_after(rows, 0),
         outside=read_outside(seals_file) if seals_file else (),
         keys=keys,
         known_up_to=known_up_to,
@@ -143,7 +143,7 @@ def _leaves(rows: Rows, last: int) -> Iterator[Leaf]:
         "SELECT stream_sequence, event_id, leaf_hash FROM leaves WHERE stream_sequence > ?"
         " ORDER BY stream_sequence LIMIT ?"
     )
-    return with_holes((Leaf(*row) for row in _paged(rows, statement)), last)
+    return with_holes((Leaf(*row) for row in paged(rows, statement)), last)
 
 
 def with_holes(leaves: Iterable[Leaf], last: int) -> Iterator[Leaf]:
@@ -158,22 +158,23 @@ def with_holes(leaves: Iterable[Leaf], last: int) -> Iterator[Leaf]:
         yield Leaf(sequence, None, None)
 
 
-def _seals(rows: Rows) -> Iterator[Sealed]:
+def sealed_after(rows: Rows, size: int) -> Iterator[Sealed]:
+    """Those that cover more, in their order."""
     statement = (
         "SELECT tree_size, root_hash, subtrees, sealed_at, signature, key_id FROM seals WHERE tree_size > ?"
         " ORDER BY tree_size LIMIT ?"
     )
-    for size, root, subtrees, at, signature, key_id in _paged(rows, statement):
+    for tree_size, root, subtrees, at, signature, key_id in paged(rows, statement, size):
         yield Sealed(
-            Head(size, root),
+            Head(tree_size, root),
             split(subtrees),
             iso(at) if isinstance(at, datetime) else at,
             Signature(key_id, signature) if signature is not None and key_id is not None else None,
         )
 
 
-def _paged(rows: Rows, statement: str) -> Iterator[tuple[Any, ...]]:
-    after = 0
+def paged(rows: Rows, statement: str, after: int = 0) -> Iterator[tuple[Any, ...]]:
+    """What a statement finds behind a key, page by page; its values are the key and the size of a page."""
     while page := list(rows(statement, after, PAGE_SIZE)):
         yield from page
         after = page[-1][0]

@@ -1,0 +1,130 @@
+"""`archive` and `trim`, the commands: what they are asked, and what they say."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from nats.js.errors import APIError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from services.ledger.archive import Reach, alone_in
+from services.ledger.archive import archive as archive_before
+from services.ledger.checkpoint import load_keys
+from services.ledger.settings import Settings
+from services.ledger.snapshots import snapshot
+from services.ledger.trim import Trimmed
+from services.ledger.trim import trim as trim_archived
+from shared.archive import Archive, Manifest
+from shared.bus_of_folder import bus_of_folder
+from shared.errors import Misconfigured
+from shared.replay_command import moment, run
+from shared.server import one_sentence
+from shared.streams import LEDGER
+
+TABLES = ("leaves", "seals")
+DAY_S = 24 * 3600
+
+Folder = Annotated[Path | None, typer.Option("--out", help="The archive's folder; CHATRAIL_ARCHIVE without it.")]
+
+
+def archive(
+    *,
+    before: Annotated[
+        str, typer.Option(metavar="TIME", help="What was stored before (RFC 3339, or a day in UTC: its beginning).")
+    ],
+    out: Folder = None,
+) -> None:
+    """Write down what the stream had before, behind what is archived already, and check it. Services may run."""
+    until = moment(before)
+    if until > datetime.now(UTC):
+        raise typer.BadParameter(f"{before} is still to come", param_hint="'--before'")
+    with one_sentence("The archive"):
+        settings = Settings()
+        run(_archive(settings, out or settings.archive_folder, until))
+
+
+async def _archive(settings: Settings, folder: Path, before: datetime) -> None:
+    async with bus_of_folder(settings, name="archive") as nc:
+        with alone_in(folder), snapshot(LEDGER, settings.database_url, TABLES) as ledger, _progress() as advance:
+            written, reach = await archive_before(
+                nc,
+                ledger.rows,
+                folder,
+                before=before,
+                keys=load_keys(settings.seal_key_file),
+                advance=advance,
+            )
+    for line in _written_in_words(folder, written, reach):
+        typer.echo(line)
+
+
+def _written_in_words(folder: Path, written: Sequence[Manifest], reach: Reach) -> Iterator[str]:
+    kept = Archive.at(folder)
+    for manifest in written:
+        yield f"Archived messages {manifest.first:,} to {manifest.last:,} in {kept.path(manifest)}"
+    if not written:
+        yield f"Nothing new is archived: the archive {folder} has all up to message {kept.last:,}."
+    if (left := reach.stored_before - kept.last) > 0:
+        why = (
+            "ledger and quota have not handled them yet"
+            if reach.handled < reach.stored_before
+            else "no seal is there"
+        )
+        yield (
+            f"{left:,} more messages were stored before then and are not archived: {why} yet. "
+            "The ledger seals once a minute while it runs; archive again then."
+        )
+    if kept.last:
+        yield (
+            f"The archive is as it was sealed, up to message {kept.last:,}. Keep a copy of it elsewhere; then "
+            "make trim takes off the stream what is archived, but for its last day."
+        )
+
+
+def trim(
+    *,
+    out: Folder = None,
+    overlap_s: Annotated[
+        float, typer.Option(min=0, help="So much of the archive's end stays on the stream, too; less is a risk.")
+    ] = DAY_S,
+) -> None:
+    """Take off the stream what is archived, once both are compared with what was sealed. Services may run."""
+    with one_sentence("The trim"):
+        settings = Settings()
+        run(_trim(settings, out or settings.archive_folder, timedelta(seconds=overlap_s)))
+
+
+async def _trim(settings: Settings, folder: Path, overlap: timedelta) -> None:
+    async with bus_of_folder(settings, name="trim") as nc:
+        with alone_in(folder), snapshot(LEDGER, settings.database_url, TABLES) as ledger:
+            keys = load_keys(settings.seal_key_file)
+            try:
+                trimmed = await trim_archived(nc, ledger.rows, folder, overlap=overlap, keys=keys)
+            except APIError as error:
+                raise Misconfigured(f"The broker refuses to trim the stream: {error.description}.") from error
+    for line in _trimmed_in_words(folder, trimmed):
+        typer.echo(line)
+
+
+def _trimmed_in_words(folder: Path, trimmed: Trimmed) -> Iterator[str]:
+    if trimmed.messages:
+        yield f"{trimmed.messages:,} messages left the stream, which begins at message {trimmed.begins:,} now."
+        yield f"Audits and replays read what was before it from {folder}: keep it, and keep a copy of it."
+        if trimmed.keys:
+            yield f"{trimmed.keys:,} of them came with an Idempotency-Key, which is known as before."
+    else:
+        yield f"Nothing was trimmed: what is archived in {folder} is off the stream already, or of its last day."
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    """A count on the terminal, where there is one."""
+    console = Console(stderr=True)
+    columns = (TextColumn("Archiving"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        archiving = bar.add_task("", total=None)
+        yield lambda messages: bar.advance(archiving, messages)
