@@ -9,6 +9,7 @@
 #              make mutations puts back classic mistakes, each of which it must find
 # make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
 # make audit   whether stream, ledger and totals agree, and what does not; USER= FROM= TO= to choose, ARGS=--json
+# make explain   the story of one generation, from the record: ID=, and USER= for nobody else's; ARGS=--json
 # make replay  ledger and totals anew from the stream, while the services run; ARGS=--dry-run shows what would change,
 #              UNTIL=time rebuilds the past (OUT=folder keeps it), WEIGHTS=plans.toml what usage would come to under it
 # make export  every record, to read elsewhere: FORMAT=csv|ndjson|parquet OUT=file, and USER= FROM= TO= to choose
@@ -19,7 +20,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run run-cluster test check bench bench-quota bench-ingest bench-audit faults mutations quarantine audit replay export prove lock clean
+.PHONY: run run-cluster test check bench bench-quota bench-ingest bench-audit faults mutations quarantine audit explain replay export prove lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -69,6 +70,9 @@ told = $(if $(filter command,$(origin $(1))),--$(2)="$$$(1)")
 # Ends with an error where something differs: 1 from the command itself, 2 from make.
 audit: .venv/installed-run
 	@exec $(bin)/python -m services.ledger audit $(call told,USER,user) $(call told,FROM,from) $(call told,TO,to) $(ARGS)
+
+explain: .venv/installed-run
+	@exec $(bin)/python -m services.ledger explain $(call told,ID,id) $(call told,USER,user) $(ARGS)
 
 replay: .venv/installed-run
 	@$(if $(WEIGHTS),:,$(bin)/python -m services.ledger replay $(replaying))

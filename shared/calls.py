@@ -288,11 +288,12 @@ class CountedIn(View):
 
 
 class Counted(View):
-    """What counts against the limits, as the plan weighs it, in the periods of the plan that the user had then.
+    """What counts against the limits, as weighed, in the periods of the plan that the user had at that moment.
 
     `is_late`: it came after its hold had expired.
     """
 
+    at: datetime
     tokens_counted: int
     top_up_tokens: int
     is_late: bool
