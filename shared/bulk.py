@@ -1,4 +1,4 @@
-"""Many rows at the price of few: inserted, each once, or updated."""
+"""Many rows at the price of few: inserted, each once, updated, or added up."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,6 +80,42 @@ def update_each(
     else:
         arrays = [to_json([row[n] for row in rows]).decode() for n in range(len(columns))]
         db.exec_driver_sql(_postgresql_update(table, key, adding, setting), tuple(arrays))
+
+
+def add_up(db: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Insert each row, or add its counts to those of the row that is there. Counts are what is not in the key.
+
+    Each key comes once; a row has all columns in the table's order, its key first.
+    """
+    if not rows:
+        return
+    # Sorted: replicas that add to the same rows wait for each other instead of deadlocking.
+    columns = list(zip(table.c, zip(*sorted(rows), strict=True), strict=True))
+    if is_sqlite(db):
+        values = [_sqlite_column(table, column.name, list(of_column)) for column, of_column in columns]
+        db.exec_driver_sql(_sqlite_sum(table), list(zip(*values, strict=True)))
+    else:
+        db.exec_driver_sql(_postgresql_sum(table), tuple(to_json(of_column).decode() for _, of_column in columns))
+
+
+@cache
+def _sqlite_sum(table: Table) -> str:
+    columns = tuple(column.name for column in table.c)
+    insert = f'INSERT INTO "{table.name}" ({_names(columns)}) VALUES ({", ".join("?" * len(columns))})'  # noqa: S608
+    return f"{insert} {_or_add(table)}"
+
+
+@cache
+def _postgresql_sum(table: Table) -> str:
+    columns = tuple(column.name for column in table.c)
+    arrived = f"SELECT {_casts(table, columns)} FROM {_arrays(columns)}"  # noqa: S608
+    return f'INSERT INTO "{table.name}" ({_names(columns)}) {arrived} {_or_add(table)}'
+
+
+def _or_add(table: Table) -> str:
+    key = tuple(column.name for column in table.primary_key)
+    sums = [f'"{c.name}" = "{table.name}"."{c.name}" + excluded."{c.name}"' for c in table.c if c.name not in key]
+    return f"ON CONFLICT ({_names(key)}) DO UPDATE SET {', '.join(sums)}"
 
 
 @cache

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import partial
 from itertools import compress, groupby, islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from services.ledger.archive import altered
 from services.ledger.checkpoint import Keys
 from services.ledger.findings import Difference, Read, Report
 from services.ledger.scratch import CHANGES as CHANGED
-from services.ledger.scratch import EVENTS, SUMS, Change, Scratch, Total
+from services.ledger.scratch import DAILY, EVENTS, SUMS, Change, Day, Scratch, Total
 from services.ledger.seals import Result, Sealed, seal_check, sealed_after
 from services.ledger.snapshots import BATCH_SIZE, Copy, Layout, Row, Scope, Snapshot, as_sqlite_has_it, snapshot
 from shared.archive import Archive
@@ -54,9 +54,9 @@ SUBSCRIPTIONS = Layout(
     ("user_id", "tier", "time_zone", "changed_at", "subscribed_at", "event_id"),
     "changed_at",
 )
-TOTALS = "quota.usage_totals"
+TOTALS, DAYS = "quota.usage_totals", "ledger.usage_daily"
 ARCHIVE = "archive"
-OTHERS = {LEDGER: ("quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals")}
+OTHERS = {LEDGER: ("usage_daily", "quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals")}
 
 Uses = GenerationCompleted | UsageAdjusted
 Progress = Callable[[int, int], None]
@@ -187,7 +187,7 @@ class _Comparison:
     def __init__(
         self, ledger: Snapshot, quota: Snapshot, floors: Mapping[str, int], scope: Scope, scratch: Scratch
     ) -> None:
-        self._scope, self._scratch, self._quota = scope, scratch, quota
+        self._scope, self._scratch, self._ledger, self._quota = scope, scratch, ledger, quota
         self.tally = Tally()
         quarantines = {LEDGER: _Quarantine(ledger), QUOTA: _Quarantine(quota)}
 
@@ -228,10 +228,13 @@ class _Comparison:
         recorded_as = [Arrived(message, event, store.usage_row(event)) for message, event in uses]
         settled_as = [Arrived(message, event, _settlement(event)) for message, event in uses]
         is_first = self._scratch.firsts(EVENTS, [event.id for _, event in uses])
-        self._usage.take(_only(recorded_as, is_first))
+        kept = self._usage.take(_only(recorded_as, is_first))
         counted = self._settlements.take(_only(settled_as, is_first))
         self._scratch.keep_events(
-            [_folded(record, event.id in counted) for _, event, record in _only(settled_as, is_first)]
+            [
+                (*_folded(event, record), event.id in counted, event.id in kept)
+                for _, event, record in _only(settled_as, is_first)
+            ]
         )
         self._look_at_seconds(is_first, (self._usage, recorded_as), (self._settlements, settled_as))
 
@@ -282,8 +285,18 @@ class _Comparison:
             known = EVENTS if check in (self._usage, self._settlements) else CHANGED
             check.look_for_unexplained(partial(self._scratch.known, known))
             self.tally.compared[check.copy.layout.name] = check.matched
+        self._compare_days()
         self._compare_subscriptions()
         self._compare_totals()
+
+    def _compare_days(self) -> None:
+        first = (self._scope.first or EARLIEST).astimezone(UTC).date()
+        last = (self._scope.last or LATEST).astimezone(UTC).date()
+        found = _days(self._ledger, self._scope.user_id, first, last)
+        kept = self._scratch.keep_days(found, first=first.isoformat(), last=last.isoformat())
+        self.tally.compared[DAYS] = kept
+        for day in self._scratch.differing_days():
+            self._scratch.add(_differing_day(day))
 
     def _compare_subscriptions(self) -> None:
         check = self._subscriptions
@@ -431,10 +444,10 @@ def _settlement(event: Uses) -> dict[str, Any]:
     return record | counts | {"started_at": adjustment.effective_at, "model": None}
 
 
-def _folded(settlement: Mapping[str, Any], is_counted: bool) -> Row:
+def _folded(event: Event, settlement: Mapping[str, Any]) -> Row:
     sums = [settlement[name] for name in SUMS]
-    moment = as_sqlite_has_it(settlement["started_at"])
-    return (settlement["event_id"], settlement["user_id"], moment, *sums, settlement["model"], is_counted)
+    moment, is_generation = as_sqlite_has_it(settlement["started_at"]), isinstance(event, GenerationCompleted)
+    return (settlement["event_id"], settlement["user_id"], moment, *sums, is_generation, settlement["model"])
 
 
 def _subscribed(changes: Iterable[Change]) -> Iterator[dict[str, Any]]:
@@ -455,6 +468,29 @@ def _subscribed(changes: Iterable[Change]) -> Iterator[dict[str, Any]]:
             "subscribed_at": datetime.fromisoformat(since),
             "event_id": newest.event_id,
         }
+
+
+def _days(ledger: Snapshot, user_id: str | None, first: date, last: date) -> Iterator[Row]:
+    """Whole days, those at the ends of what is looked at included."""
+    of_user, values = ("", ()) if user_id is None else ("user_id = ? AND ", (user_id,))
+    within = f"{of_user}usage_date >= ? AND usage_date <= ?"
+    columns = ", ".join(("user_id", "usage_date", "model", *DAILY))
+    statement = f"SELECT {columns} FROM usage_daily WHERE {within}"  # noqa: S608
+    for found, day, *counts in ledger.rows(statement, *values, ledger.day(first), ledger.day(last)):
+        yield (found, str(day), *counts)
+
+
+def _differing_day(day: Day) -> Difference:
+    """What is expected of it names the day; of a row that should not be there, what was found."""
+    which = {"usage_date": day.usage_date, "model": day.model}
+    expected, found = (dict(zip(DAILY, sums, strict=True)) if sums else None for sums in (day.expected, day.found))
+    if expected and found:
+        names = [name for name in DAILY if expected[name] != found[name]]
+        parts = (which | {name: expected[name] for name in names}, {name: found[name] for name in names})
+        return Difference(DAYS, "differs", None, day.user_id, *parts)
+    if expected:
+        return Difference(DAYS, "missing", None, day.user_id, which | expected, None)
+    return Difference(DAYS, "unexplained", None, day.user_id, None, which | (found or {}))
 
 
 def _totals(quota: Snapshot, scope: Scope) -> Iterator[Row]:

@@ -44,6 +44,27 @@ class Usage(SQLModel, table=True):
     authorized: dict[str, Any] | None = Field(sa_column=Column(JSON(none_as_null=True)))
 
 
+class UsageDaily(SQLModel, table=True):
+    """A user's records of one day in UTC, by model: always their sum, kept so that no page has to add them up.
+
+    Records of no tokens are in none: where they are all there is, there is no row.
+    """
+
+    __tablename__ = "usage_daily"
+
+    user_id: str = Field(primary_key=True, sa_type=Text)
+    usage_date: dt.date = Field(primary_key=True)
+    # Empty where a record names none.
+    model: str = Field(primary_key=True, sa_type=Text)
+    tokens_used: int = Field(sa_type=BigInteger)
+    # What a report does not split is in `tokens_used` alone.
+    input_tokens: int = Field(sa_type=BigInteger)
+    output_tokens: int = Field(sa_type=BigInteger)
+    cache_creation_input_tokens: int = Field(sa_type=BigInteger)
+    cache_read_input_tokens: int = Field(sa_type=BigInteger)
+    generations: int = Field(sa_type=BigInteger)
+
+
 class SubscriptionChange(SQLModel, table=True):
     """From `changed_at` on the user has `tier`: what a day cost is what the plan cost on that day."""
 

@@ -17,24 +17,24 @@ from shared.streams import LEDGER
 
 
 class RebuiltLedger:
-    """Every record follows from its event alone."""
+    """Every record follows from its event alone, and the sums of days from the records."""
 
     service = "ledger"
     durable = LEDGER
     migrations = Path(__file__).with_name("migrations")
-    tables: tuple[Table, ...] = (store.usage, store.subscription_changes)
-    kept: tuple[Table, ...] = tables
+    tables: tuple[Table, ...] = (store.usage, store.subscription_changes, store.usage_daily)
+    kept: tuple[Table, ...] = (store.usage, store.subscription_changes)
     optional: tuple[Table, ...] = ()
     indexes: tuple[str, ...] = ()
 
     def load(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
-        return store.record(db, [message.event for message in messages if message.event]).contradicting
+        return store.keep(db, [message.event for message in messages if message.event]).contradicting
 
     def derive(self, db: Connection, live: str | None) -> None:
-        pass
+        store.sum_up_days(db)
 
     def add(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
-        return self.load(db, messages)
+        return store.record(db, [message.event for message in messages if message.event]).contradicting
 
     def adopt(self, db: Connection, old: Callable[[str], str]) -> None:
         pass

@@ -1,6 +1,7 @@
 """What an audit keeps on disk while it reads, so that its memory does not grow with the stream: a file for its time.
 
-The fold of the stream (each event's id, user, moment and counts), quota's totals beside it, and the differences.
+The fold of the stream (each event's id, user, moment and counts), beside it quota's totals and the ledger's sums of
+days, and the differences.
 """
 
 import json
@@ -15,29 +16,33 @@ from services.ledger.findings import KINDS, Difference, Group
 from shared.plans import COUNTS
 
 SUMS = (*COUNTS, "top_up_tokens", "lasting_top_up_tokens")
+DAILY = (*COUNTS, "generations")
 EVENTS, CHANGES = "events", "changes"
 
-_SUMS = ", ".join(SUMS)
+_SUMS, _DAILY = ", ".join(SUMS), ", ".join(DAILY)
 _SCHEMA = f"""
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 PRAGMA cache_size = -16384;
 CREATE TABLE events (
-    id TEXT PRIMARY KEY, user_id TEXT, moment TEXT, {_SUMS}, model TEXT, is_counted INT
+    id TEXT PRIMARY KEY, user_id TEXT, moment TEXT, {_SUMS}, generations INT, model TEXT,
+    is_counted INT, is_recorded INT
 ) WITHOUT ROWID;
 CREATE TABLE changes (id TEXT PRIMARY KEY, user_id TEXT, moment TEXT, tier TEXT, time_zone TEXT, is_counted INT);
 CREATE INDEX changes_by_user ON changes (user_id, moment, id);
 CREATE TABLE totals (
     nth INTEGER PRIMARY KEY, user_id TEXT, period_start TEXT, period_end TEXT, {_SUMS}, models TEXT
 );
+CREATE TABLE days (user_id TEXT, usage_date TEXT, model TEXT, {_DAILY}, is_expected INT);
 CREATE TABLE differences (
     nth INTEGER PRIMARY KEY, place TEXT, kind TEXT, id TEXT, user_id TEXT, expected TEXT, found TEXT
 );
 CREATE INDEX differences_by_group ON differences (place, kind);
 """
-_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * (5 + len(SUMS)))})"  # noqa: S608
+_EVENT = f"INSERT INTO events VALUES ({', '.join('?' * (7 + len(SUMS)))})"  # noqa: S608
 _TOTAL = f"INSERT INTO totals VALUES (NULL, {', '.join('?' * (4 + len(SUMS)))})"  # noqa: S608
 _CHANGE = "INSERT INTO changes VALUES (?, ?, ?, ?, ?, ?)"
+_DAY = f"INSERT INTO days VALUES (?, ?, ?, {', '.join('?' * len(DAILY))}, 0)"  # noqa: S608
 _INDEXES = """
 CREATE INDEX events_by_user ON events (user_id, moment) WHERE is_counted;
 CREATE INDEX totals_by_user ON totals (user_id, period_start DESC);
@@ -53,6 +58,18 @@ SELECT user_id, min(moment), max(moment), {", ".join(f"sum({name})" for name in 
 WHERE is_counted AND moment >= ? AND moment <= ? AND NOT EXISTS (
  SELECT 1 FROM totals WHERE totals.user_id = events.user_id AND period_start <= moment AND period_end > moment)
 GROUP BY user_id HAVING {" OR ".join(f"sum({name}) != 0" for name in SUMS)}
+"""  # noqa: S608
+_EXPECTED_DAYS = f"""
+INSERT INTO days
+SELECT user_id, substr(moment, 1, 10) AS day, coalesce(model, ''), {", ".join(f"sum({name})" for name in DAILY)}, 1
+FROM events WHERE is_recorded AND tokens_used != 0 AND day >= ? AND day <= ? GROUP BY 1, 2, 3
+"""  # noqa: S608
+_DIFFERING_DAYS = f"""
+SELECT user_id, usage_date, model, max(is_expected), min(is_expected),
+ {", ".join(f"sum({name}) FILTER (WHERE is_expected)" for name in DAILY)},
+ {", ".join(f"sum({name}) FILTER (WHERE NOT is_expected)" for name in DAILY)}
+FROM days GROUP BY 1, 2, 3
+HAVING count(*) != 2 OR {" OR ".join(f"min({name}) != max({name})" for name in DAILY)} ORDER BY 1, 2, 3
 """  # noqa: S608
 _KNOWN = {
     EVENTS: "SELECT id FROM events WHERE id IN (SELECT value FROM json_each(?))",
@@ -82,6 +99,16 @@ class Total(NamedTuple):
     models: dict[str, Sequence[int]]
 
 
+class Day(NamedTuple):
+    """What a user used of a model on a day: the sum of the events, and as the ledger has it, where there is one."""
+
+    user_id: str
+    usage_date: str
+    model: str
+    expected: Sequence[int] | None
+    found: Sequence[int] | None
+
+
 class Scratch:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -102,7 +129,7 @@ class Scratch:
         return {row[0] for row in self._connection.execute(_KNOWN[table], (json.dumps(ids),))}
 
     def keep_events(self, rows: Iterable[Sequence[Any]]) -> None:
-        """(id, user, moment as text, the sums, model, whether it counts) of each."""
+        """(id, user, moment as text, the sums, generations, model, whether quota and ledger count it) of each."""
         self._connection.executemany(_EVENT, rows)
 
     def keep_changes(self, rows: Iterable[Sequence[Any]]) -> None:
@@ -120,6 +147,19 @@ class Scratch:
         """Those of them who have ever changed their plan."""
         changed = "SELECT user_id FROM changes WHERE is_counted AND user_id IN (SELECT value FROM json_each(?))"
         return {row[0] for row in self._connection.execute(changed, (json.dumps(user_ids),))}
+
+    def keep_days(self, rows: Iterable[Sequence[Any]], *, first: str, last: str) -> int:
+        """(user, day as text, model, its sums) of each from `first` to `last`, in any order. How many there were."""
+        number = self._connection.executemany(_DAY, rows).rowcount
+        self._connection.execute(_EXPECTED_DAYS, (first, last))
+        return max(number, 0)
+
+    def differing_days(self) -> Iterator[Day]:
+        """Those of which the ledger does not have what the events come to; by user and day."""
+        for user_id, usage_date, model, is_expected, is_extra, *sums in self._connection.execute(_DIFFERING_DAYS):
+            expected = sums[: len(DAILY)] if is_expected else None
+            found = None if is_extra else sums[len(DAILY) :]
+            yield Day(user_id, usage_date, model, expected, found)
 
     def keep_totals(self, rows: Iterable[Sequence[Any]]) -> None:
         """(user, start and end of the period as text, the sums, models as JSON) of each. To be kept last."""

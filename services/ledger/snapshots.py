@@ -85,6 +85,10 @@ class Snapshot:
         """As this database keeps it."""
         return iso(moment) if self.is_sqlite else moment
 
+    def day(self, day: date) -> Any:
+        """As this database keeps it."""
+        return day.isoformat() if self.is_sqlite else day
+
 
 @contextmanager
 def snapshot(service: str, url: str, tables: Sequence[str]) -> Iterator[Snapshot]:

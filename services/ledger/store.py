@@ -1,18 +1,33 @@
 """The ledger's database: every event that used tokens, once and for ever, and what is read from it."""
 
 import base64
+from bisect import bisect
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, date
 from decimal import Decimal
 from itertools import accumulate, groupby
+from operator import add
 from typing import Any, NamedTuple
 
 from pydantic import AwareDatetime, TypeAdapter
-from sqlalchemy import BigInteger, Connection, Row, Select, cast, func, literal, select, tuple_
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    FromClause,
+    Label,
+    Select,
+    cast,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    tuple_,
+)
 
-from services.ledger.models import Leaf, Seal, SubscriptionChange, Usage
-from shared.bulk import insert_once, sorted_out
+from services.ledger.models import Leaf, Seal, SubscriptionChange, Usage, UsageDaily
+from shared.bulk import add_up, insert_once, sorted_out
 from shared.calls import (
     Day,
     ExplainQuery,
@@ -35,6 +50,7 @@ from shared.events import (
     Event,
     Generation,
     GenerationCompleted,
+    Subscription,
     SubscriptionChanged,
     UsageAdjusted,
 )
@@ -42,7 +58,7 @@ from shared.plans import COUNTS, Counts, Plan, Plans, weighted_tokens
 from shared.quarantine import Poison, quarantine
 from shared.streams import GENERATION_COMPLETED
 
-usage, subscription_changes = table_of(Usage), table_of(SubscriptionChange)
+usage, subscription_changes, usage_daily = table_of(Usage), table_of(SubscriptionChange), table_of(UsageDaily)
 leaves, seals = table_of(Leaf), table_of(Seal)
 
 # A reply is one NATS message of at most 1 MiB: a page of large records ends early, with a cursor.
@@ -50,6 +66,7 @@ PAGE_BYTES_MAX = 768 * 1024
 
 # Rows that are inserted together name the same columns.
 _NOTHING = dict.fromkeys(usage.c.keys())
+_DAILY = ("user_id", "usage_date", "model", *COUNTS, "generations")
 _position: TypeAdapter[tuple[AwareDatetime, str]] = TypeAdapter(tuple[AwareDatetime, str])
 
 
@@ -62,18 +79,25 @@ class Recorded(NamedTuple):
 
 def record(db: Connection, events: Sequence[Event], poison: Sequence[Poison] = ()) -> Recorded:
     """Keep each event once, for ever, all of them or none. Of two with the same id the first stays."""
+    recorded = keep(db, events)
+    add_up(db, usage_daily, _by_day(recorded.new))
+    quarantine(db, poison)
+    return recorded
+
+
+def keep(db: Connection, events: Sequence[Event]) -> Recorded:
+    """As `record`, but for the sums of days."""
     used = [event for event in events if not isinstance(event, SubscriptionChanged)]
     changed = [event for event in events if isinstance(event, SubscriptionChanged)]
     uses = sorted_out(used, insert_once(db, usage, [usage_row(event) for event in used]))
     changes = sorted_out(changed, insert_once(db, subscription_changes, [change_row(event) for event in changed]))
-    quarantine(db, poison)
     return Recorded(new=[*uses[0], *changes[0]], contradicting=[*uses[1], *changes[1]])
 
 
 def history(db: Connection, plans: Plans, query: HistoryQuery) -> History:
     """A row for each day with usage, newest first; each use priced by the plan that the user had at its time."""
-    rows = db.execute(_sums_by_day_and_tier(query))
-    return History(days=[_day(plans, day, parts) for day, parts in groupby(rows, lambda row: row.usage_date)])
+    parts = sorted(_parts(db, query), key=lambda part: part.date, reverse=True)
+    return History(days=[_day(plans, day, of_day) for day, of_day in groupby(parts, lambda part: part.date)])
 
 
 def logs(db: Connection, query: LogsQuery) -> Logs:
@@ -164,7 +188,91 @@ def change_row(event: SubscriptionChanged) -> dict[str, Any]:
     return {"event_id": event.id, **event.data.model_dump(exclude={"time_zone"})}
 
 
-def _sums_by_day_and_tier(query: HistoryQuery) -> Select[Any]:
+def _by_day(events: Iterable[Event]) -> list[tuple[Any, ...]]:
+    """What new events add to `usage_daily`."""
+    days: dict[tuple[str, date, str], tuple[int, ...]] = {}
+    for event in events:
+        data = event.data
+        if isinstance(data, Subscription) or not data.tokens_used:
+            continue
+        if isinstance(data, Generation):
+            key = (data.user_id, data.started_at.astimezone(UTC).date(), data.model or "")
+            added = (
+                data.tokens_used,
+                data.input_tokens or 0,
+                data.output_tokens or 0,
+                data.cache_creation_input_tokens or 0,
+                data.cache_read_input_tokens or 0,
+                1,
+            )
+        else:
+            key = (data.user_id, data.effective_at.astimezone(UTC).date(), "")
+            added = (data.tokens_used, 0, 0, 0, 0, 0)
+        known = days.get(key)
+        days[key] = tuple(map(add, known, added)) if known else added
+    return [(*key, *sums) for key, sums in days.items()]
+
+
+def sum_up_days(db: Connection) -> None:
+    """Fill the empty `usage_daily` from the records."""
+    model = func.coalesce(usage.c.model, literal_column("''"))
+    key = (usage.c.user_id, usage.c.usage_date, model)
+    sums = select(*key, *_sums(usage), _generations(usage)).where(usage.c.tokens_used != 0).group_by(*key)
+    db.execute(insert(usage_daily).from_select(_DAILY, sums))
+
+
+def _sums(used: FromClause) -> list[Label[int]]:
+    return [cast(func.coalesce(func.sum(used.c[name]), 0), BigInteger).label(name) for name in COUNTS]
+
+
+def _generations(used: FromClause) -> Label[int]:
+    return func.count().filter(used.c.event_type == GENERATION_COMPLETED).label("generations")
+
+
+class _Part(NamedTuple):
+    """What a user used of a model on a day, under one plan."""
+
+    date: date
+    tier: str | None
+    model: str | None
+    generations: int
+    counts: Counts
+
+
+def _parts(db: Connection, query: HistoryQuery) -> list[_Part]:
+    """Of a day on which the plan changed from the records themselves, of all others from their sums."""
+    # In this order: a replay takes the tables away in the same one.
+    days = db.execute(_summed_up(query)).all()
+    changes = db.execute(_changes(query.user_id)).all()
+    changed_on = [changed_at.date() for changed_at, _ in changes]
+    mixed = {row.usage_date for row in days} & set(changed_on)
+    tiers = [None, *(tier for _, tier in changes)]
+    whole = [
+        _Part(day, tiers[bisect(changed_on, day)], model or None, generations, Counts(*counts))
+        for day, model, generations, *counts in days
+        if day not in mixed
+    ]
+    if not mixed:
+        return whole
+    rows = db.execute(_sums_by_day_and_tier(query.user_id, mixed))
+    return whole + [
+        _Part(day, tier, model, generations, Counts(*counts)) for day, tier, model, generations, *counts in rows
+    ]
+
+
+def _summed_up(query: HistoryQuery) -> Select[Any]:
+    return select(*usage_daily.c["usage_date", "model", "generations", *COUNTS]).where(
+        usage_daily.c.user_id == query.user_id, usage_daily.c.usage_date.between(query.from_date, query.to_date)
+    )
+
+
+def _changes(user_id: str) -> Select[Any]:
+    changes = subscription_changes.c
+    of_user = select(changes.changed_at, changes.tier).where(changes.user_id == user_id)
+    return of_user.order_by(changes.changed_at, changes.event_id)
+
+
+def _sums_by_day_and_tier(user_id: str, days: Collection[date]) -> Select[Any]:
     changes = subscription_changes
     tier = (
         select(changes.c.tier)
@@ -176,39 +284,29 @@ def _sums_by_day_and_tier(query: HistoryQuery) -> Select[Any]:
     used = (
         select(*usage.c["usage_date", "event_type", "model", *COUNTS], tier.label("tier"))
         .where(
-            usage.c.user_id == query.user_id,
-            usage.c.usage_date.between(query.from_date, query.to_date),
+            usage.c.user_id == user_id,
+            usage.c.usage_date.in_(days),
             usage.c.tokens_used != 0,  # Claude was never asked, or gave nothing
         )
         .subquery()
     )
-    return (
-        select(
-            used.c.usage_date,
-            used.c.tier,
-            func.count().filter(used.c.event_type == GENERATION_COMPLETED).label("generations"),
-            used.c.model,
-            *(cast(func.coalesce(func.sum(used.c[name]), 0), BigInteger).label(name) for name in COUNTS),
-        )
-        .group_by(used.c.usage_date, used.c.tier, used.c.model)
-        .order_by(used.c.usage_date.desc())
-    )
+    key = (used.c.usage_date, used.c.tier, used.c.model)
+    return select(*key, _generations(used), *_sums(used)).group_by(*key)
 
 
-def _day(plans: Plans, day: date, parts: Iterable[Row[Any]]) -> Day:
+def _day(plans: Plans, day: date, parts: Iterable[_Part]) -> Day:
     """One day, in a part for each plan and model that the user had on it. Its input includes both cache counts."""
-    sums = list(parts)
+    used, generations = Counts(), 0
     by_tier: defaultdict[str | None, list[tuple[str | None, Counts]]] = defaultdict(list)
-    for part in sums:
-        by_tier[part.tier].append((part.model, Counts(*(getattr(part, name) for name in COUNTS))))
+    for part in parts:
+        by_tier[part.tier].append((part.model, part.counts))
+        used, generations = used + part.counts, generations + part.generations
     return Day(
         date=day,
-        tokens_used=sum(part.tokens_used for part in sums),
-        input_tokens=sum(
-            part.input_tokens + part.cache_creation_input_tokens + part.cache_read_input_tokens for part in sums
-        ),
-        output_tokens=sum(part.output_tokens for part in sums),
-        generations=sum(part.generations for part in sums),
+        tokens_used=used.tokens_used,
+        input_tokens=used.input_tokens + used.cache_creation_input_tokens + used.cache_read_input_tokens,
+        output_tokens=used.output_tokens,
+        generations=generations,
         # From 0.00: what a correction takes from a free plan is Decimal("-0.00").
         cost_usd=str(sum((_cost_usd(plans.of(tier), used) for tier, used in by_tier.items()), start=Decimal("0.00"))),
     )

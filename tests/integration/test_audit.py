@@ -174,6 +174,7 @@ async def test_where_stream_ledger_and_totals_agree_nothing_is_found(system: Sys
         "ledger.seals": 0,
         "ledger.usage": 10,
         "ledger.subscription_changes": 4,
+        "ledger.usage_daily": 7,
         "quota.settlements": 10,
         "quota.plan_changes": 4,
         "quota.subscriptions": 1,
@@ -342,6 +343,54 @@ async def test_every_count_of_a_total_is_compared(
     assert difference.found == told
 
 
+@pytest.mark.parametrize(
+    ("statement", "kind", "expected", "told"),
+    [
+        ("UPDATE usage_daily SET tokens_used = 7", "differs", {"tokens_used": 16_188}, {"tokens_used": 7}),
+        ("UPDATE usage_daily SET generations = 3", "differs", {"generations": 2}, {"generations": 3}),
+        (
+            "UPDATE usage_daily SET cache_creation_input_tokens = 1, cache_read_input_tokens = 2",
+            "differs",
+            {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0},
+            {"cache_creation_input_tokens": 1, "cache_read_input_tokens": 2},
+        ),
+        ("DELETE FROM usage_daily", "missing", {"tokens_used": 16_188, "generations": 2}, None),
+    ],
+)
+async def test_a_day_that_is_not_the_sum_of_its_events_is_named_by_user_and_day(
+    system: System, statement: str, kind: str, expected: dict[str, Any], told: dict[str, Any] | None
+) -> None:
+    await publish(system.nats, COUNTED, generation_completed("counted"), *EVENTS)
+    await system.deliver()
+    await system.ledger_does(f"{statement} WHERE user_id = 'counted'")
+
+    (difference,) = (await system.audit(Scope("counted"))).differences
+
+    assert (difference.where, difference.kind, difference.user_id) == ("ledger.usage_daily", kind, "counted")
+    which = {"usage_date": "2026-11-22", "model": "claude-haiku-4-5"}
+    assert difference.expected is not None
+    assert (which | expected).items() <= difference.expected.items()
+    assert difference.found == told
+    for scope, differences in (
+        (Scope(), [difference]),
+        (Scope(first=NOON, last=NOON), [difference]),
+        (Scope(last=NOON - DAY), []),
+        (Scope(first=NOON + DAY), []),
+        (Scope("user_2"), []),
+    ):
+        assert (await system.audit(scope)).differences == differences
+
+
+async def test_a_day_that_no_event_explains_is_named(system: System) -> None:
+    await publish(system.nats, COUNTED)
+    await system.deliver()
+    await system.ledger_does("UPDATE usage_daily SET user_id = 'other'")
+    missing, unexplained = (await system.audit()).differences
+    assert (missing.kind, missing.user_id, missing.found) == ("missing", "counted", None)
+    assert (unexplained.kind, unexplained.user_id, unexplained.expected) == ("unexplained", "other", None)
+    assert unexplained.found == missing.expected
+
+
 async def test_events_whose_total_is_gone_are_told(system: System) -> None:
     await publish(system.nats, COUNTED, generation_completed())
     await system.deliver()
@@ -402,6 +451,7 @@ async def test_an_event_that_is_in_quarantine_and_can_be_read_is_told_and_in_no_
         poison = [Poison(COUNTED.type, encode(COUNTED), "a mistake of last week")]
         await database.write(quarantine, poison)
     await system.ledger_does("DELETE FROM usage")
+    await system.ledger_does("DELETE FROM usage_daily")
     await system.quota_does("DELETE FROM settlements")
     await system.quota_does("DELETE FROM usage_totals")
     found = await system.audit()
@@ -469,7 +519,8 @@ async def test_a_stream_that_lost_its_end_does_not_explain_what_was_in_it(system
     await system.quota.write(quota_store.settle, Plans.load(), lost)
     found = await system.audit()
     assert {(d.where, d.id) for d in found.differences if d.kind == "unexplained"} == {
-        (table, event.id) for table in ("ledger.usage", "quota.settlements") for event in lost
+        ("ledger.usage_daily", None),
+        *((table, event.id) for table in ("ledger.usage", "quota.settlements") for event in lost),
     }
     assert [d.user_id for d in found.differences if d.kind == "differs"] == ["lost"]
 

@@ -224,6 +224,8 @@ DAMAGE = {
         "UPDATE usage SET authorized = NULL WHERE authorized IS NOT NULL",
         "DELETE FROM usage WHERE event_type = 'usage.adjusted'",
         "UPDATE subscription_changes SET tier = 'enterprise'",
+        "UPDATE usage_daily SET tokens_used = tokens_used + 5 WHERE user_id = 'user_1'",
+        "DELETE FROM usage_daily WHERE user_id = 'user_2'",
     ],
     "quota": [
         "UPDATE usage_totals SET tokens_used = tokens_used + 5",
@@ -297,7 +299,7 @@ async def test_a_dry_run_names_what_it_would_change_and_changes_nothing(nats: Cl
 
     found = {each.table: (each.changed, each.missing, each.unknown) for each in differences}
     if service.rebuilt.service == "ledger":
-        assert found == {"usage": (1, 2, 0), "subscription_changes": (2, 0, 0)}
+        assert found == {"usage": (1, 2, 0), "subscription_changes": (2, 0, 0), "usage_daily": (2, 1, 0)}
         assert any("user_2" in line and "tokens_used 8095 becomes 8094" in line for line in differences[0].examples)
         assert any("authorized None becomes {" in line for line in differences[0].examples)
     else:
@@ -326,14 +328,16 @@ async def test_a_dry_run_forgives_what_there_was_no_time_for(nats: Client, servi
 
 
 def schema_of(url: str) -> set[tuple[Any, ...]]:
-    """Every table, column, index, constraint, trigger and right, by name and definition."""
+    """Every table, column, index, constraint, partition, trigger and right, by name and definition."""
     if url.startswith("sqlite"):
         return set(sqlite(url, "SELECT type, name, tbl_name, sql FROM sqlite_master"))
     with psycopg.connect(url) as postgres:
         queries = (
-            "SELECT relname, relkind::text, relacl::text, relowner FROM pg_class"
-            " WHERE relnamespace = 'public'::regnamespace",
-            "SELECT attrelid::regclass::text, attnum, attname, format_type(atttypid, atttypmod), attnotnull"
+            "SELECT relname, relkind::text, relacl::text, relowner, pg_get_expr(relpartbound, oid),"
+            " (SELECT inhparent::regclass::text FROM pg_inherits WHERE inhrelid = oid),"
+            " pg_get_partkeydef(oid) FROM pg_class WHERE relnamespace = 'public'::regnamespace",
+            "SELECT attrelid::regclass::text, attnum, attname, format_type(atttypid, atttypmod), attcollation,"
+            " attnotnull"
             " FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid"
             " WHERE relnamespace = 'public'::regnamespace AND attnum > 0",
             "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint"
