@@ -176,15 +176,7 @@ async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: in
         await _end_trimming(js, found)
         await _add_subjects(js, found)
     except NotFoundError:
-        try:
-            await js.add_stream(replace(USAGE_STREAM, max_bytes=max_bytes, num_replicas=replicas))
-        except APIError as error:
-            if isinstance(error, ServiceUnavailableError) or error.err_code == NO_SUITABLE_PEERS:
-                raise
-            raise Misconfigured(
-                f"The broker refuses the stream {STREAM} with {max_bytes} bytes and {replicas} replicas: "
-                f"{error.description}. Free disk space, or set CHATRAIL_STREAM_BYTES_MAX lower."
-            ) from error
+        await _add(js, replace(USAGE_STREAM, max_bytes=max_bytes, num_replicas=replicas))
         print(f"Created the stream {STREAM}")  # noqa: T201 - a command's output
     for other in (ALERTS_STREAM, KEYS_STREAM):
         try:
@@ -198,6 +190,18 @@ async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: in
             await js.add_consumer(STREAM, config)
     for config in DURABLES:
         await check(js, config.durable_name or "")
+
+
+async def _add(js: JetStreamContext, stream: StreamConfig) -> None:
+    try:
+        await js.add_stream(stream)
+    except APIError as error:
+        if isinstance(error, ServiceUnavailableError) or error.err_code == NO_SUITABLE_PEERS:
+            raise
+        raise Misconfigured(
+            f"The broker refuses the stream {stream.name} with {stream.max_bytes} bytes and {stream.num_replicas} "
+            f"replicas: {error.description}. Free disk space, or set CHATRAIL_STREAM_BYTES_MAX lower."
+        ) from error
 
 
 async def _add_subjects(js: JetStreamContext, found: StreamConfig) -> None:

@@ -53,12 +53,12 @@ def brief_tracebacks() -> None:
 
 
 @contextmanager
-def broker_in(folder: Path) -> Iterator[str]:
+def broker_in(folder: Path, *options: str) -> Iterator[str]:
     """The address of a broker that keeps its store in `folder`."""
     executable = Path(sys.executable).with_name("nats-server")
     listen = ["--addr", "127.0.0.1", "--port", "-1", "--ports_file_dir", str(folder)]
     keep = ["--jetstream", "--store_dir", str(folder / "nats"), "--log", str(folder / "nats.log")]
-    process = subprocess.Popen([executable, *listen, *keep])
+    process = subprocess.Popen([executable, *listen, *keep, *options])
     try:
         ports_file = folder / f"nats-server_{process.pid}.ports"
         deadline = time.monotonic() + START_DEADLINE_S

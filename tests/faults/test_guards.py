@@ -66,6 +66,29 @@ def create_app(settings):
 serve("test", ServiceSettings, create_app)
 """
 
+# One that hears when it is told to end, and then ends or not.
+PART = """
+import asyncio, signal, sys
+from shared import broker, guards
+from shared.telemetry import configure_logging
+
+broker.ENDS_WITHIN_S = 0.3
+
+async def fail():
+    raise ValueError("it is broken")
+
+async def main():
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    part = guards.essential(asyncio.create_task(fail(), name="the part"))
+    await told.wait()
+    if sys.argv[1] == "never":
+        await asyncio.Event().wait()
+
+configure_logging("test")
+asyncio.run(main())
+"""
+
 
 @contextmanager
 def guarded_process(blocked_s: float) -> Iterator[subprocess.Popen[str]]:
@@ -113,6 +136,17 @@ async def test_whatever_is_served_ends_when_its_event_loop_is_stuck(tmp_path: Pa
         with suppress(ProcessLookupError):
             process.kill()
     assert "event_loop_blocked" in log.read_text()
+
+
+@pytest.mark.parametrize(("ends", "status"), [("in order", 0), ("never", 1)])
+def test_a_process_ends_when_a_part_fails_that_it_cannot_do_without(ends: str, status: int) -> None:
+    command = [sys.executable, "-c", PART, ends]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=30, check=False)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["reason"] for line in told if line["event"] == "process_ends"] == [
+        "the part failed: ValueError('it is broken')"
+    ]
+    assert done.returncode == status
 
 
 @pytest.mark.parametrize("service", ["ledger", "quota"])

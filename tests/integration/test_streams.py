@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from shared import streams
 from shared.errors import Misconfigured
 from shared.events import decode, encode
 from tests.builders import generation_completed, publish, publish_raw, usage_adjusted
-from tests.fixtures import MIB
+from tests.fixtures import MIB, broker_in
 from tests.stack import PROJECT, environment
 
 ONLY_FIRST = {"Nats-Expected-Last-Subject-Sequence": "0"}
@@ -109,6 +110,16 @@ async def test_the_command_says_what_to_do_where_there_is_no_room(
     status, said = await run(CHATRAIL_NATS_URL=own_nats_server, CHATRAIL_STREAM_BYTES_MAX=str(2**60))
     assert status == 1
     assert "set CHATRAIL_STREAM_BYTES_MAX lower" in said
+    assert "Traceback" not in said
+
+
+async def test_a_store_with_room_for_one_stream_and_not_for_the_other_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "small.conf"
+    config.write_text("jetstream { max_file_store: 100M }")
+    with broker_in(tmp_path, "--config", str(config)) as url:
+        status, said = await run(CHATRAIL_NATS_URL=url, CHATRAIL_STREAM_BYTES_MAX=str(64 * MIB))
+    assert status == 1
+    assert said.startswith(f"The broker refuses the stream {streams.ALERTS} with {64 * MIB} bytes")
     assert "Traceback" not in said
 
 
