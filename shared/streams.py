@@ -182,7 +182,7 @@ async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: in
         try:
             await js.stream_info(other.name or "")
         except NotFoundError:
-            await js.add_stream(replace(other, num_replicas=replicas))
+            await _add(js, replace(other, num_replicas=replicas))
     for config in DURABLES:
         try:
             await js.consumer_info(STREAM, config.durable_name or "")
