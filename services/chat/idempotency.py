@@ -1,12 +1,13 @@
 """Events with an `Idempotency-Key`: the stream itself keeps each key, for ever and for all replicas."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError
+from nats.js.errors import APIError, NotFoundError
 
 from services.chat.problems import Problem
 from services.chat.publisher import publish_promptly
@@ -15,6 +16,9 @@ from shared.errors import Unavailable
 from shared.events import Event, decode
 
 BODY_DIGEST = "Chatrail-Body-Sha256"
+# With what publishing may take, within the two seconds that callers are promised.
+LOOK_TIMEOUT_S = 0.4
+_UNREACHABLE = "The usage stream cannot be reached right now."
 
 
 class Recorded(NamedTuple):
@@ -34,23 +38,41 @@ async def publish_once(
     """
     subject, digest = subject_of(hashlib.sha256(key.encode()).hexdigest()), hashlib.sha256(body).hexdigest()
     only_first = {"Nats-Expected-Last-Subject-Sequence": "0", BODY_DIGEST: digest}
-    try:
-        return Recorded(event.id, await publish_promptly(nc, subject, event, headers=only_first))
-    except APIError:  # the key has its message already
-        first, first_digest = await _first(nc, subject)
+    # Before anything is published: for what was trimmed off the stream, its subject has room again.
+    first = await _trimmed(nc, subject)
+    if first is None:
+        try:
+            return Recorded(event.id, await publish_promptly(nc, subject, event, headers=only_first))
+        except APIError:  # the key has its message already
+            first = await _first(nc, subject)
+    recorded, first_digest = first
     if first_digest != digest:
         raise Problem(
             409,
             "Idempotency key used before",
             "This Idempotency-Key came with another body; use a new key for each report and adjustment.",
         )
-    return first
+    return recorded
+
+
+async def _trimmed(nc: Client, subject: str) -> tuple[Recorded, str | None] | None:
+    """What a key came with whose message has left the stream for the archive."""
+    if not nc.is_connected:
+        raise Unavailable(_UNREACHABLE)
+    try:
+        kept = await nc.jetstream(timeout=LOOK_TIMEOUT_S).get_last_msg(streams.KEYS, streams.kept_key(subject))
+    except NotFoundError:
+        return None
+    except (NatsError, OSError) as error:
+        raise Unavailable(_UNREACHABLE) from error
+    told = json.loads(kept.data or b"")
+    return Recorded(told["id"], told["sequence"]), (kept.headers or {}).get(BODY_DIGEST)
 
 
 async def _first(nc: Client, subject: str) -> tuple[Recorded, str | None]:
     try:
         message = await nc.jetstream().get_last_msg(streams.STREAM, subject)
     except (NatsError, OSError) as error:
-        raise Unavailable("The usage stream cannot be reached right now.") from error
+        raise Unavailable(_UNREACHABLE) from error
     first = Recorded(decode(message.data or b"").id, message.seq or 0)
     return first, (message.headers or {}).get(BODY_DIGEST)
