@@ -94,10 +94,12 @@ async def archive(
 ) -> tuple[list[Manifest], Reach]:
     """What was written, file by file, and how far it could go. `rows` asks the ledger's database.
 
-    Raises Misconfigured when the stream is not what was sealed, or there is something wrong with the archive so far.
+    To be called by one at a time (`alone_in`). Raises Misconfigured when the stream is not what was sealed, or there
+    is something wrong with the archive so far.
     """
     info = await nc.jetstream().stream_info(STREAM)
     assert info.created  # noqa: S101 - every stream was
+    _take_away_drafts(folder)
     kept = await asyncio.to_thread(Archive.at, folder)
     check_origin(kept, info.created)
     begins = max(1, info.state.first_seq)
@@ -199,13 +201,17 @@ class _Writer:
 
 @contextmanager
 def _draft_of(path: Path) -> Iterator[Path]:
-    """A name under which nothing counts. What is not put in place is taken away, also when a dead one left it."""
+    """A name under which nothing counts. What is not put in place is taken away."""
     draft = path.with_name(f".{path.name}.draft")
-    draft.unlink(missing_ok=True)
     try:
         yield draft
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _take_away_drafts(folder: Path) -> None:
+    for draft in folder.glob(".usage-*.draft"):
+        draft.unlink()
 
 
 def _take_away_leftovers(folder: Path, manifest: Manifest) -> None:

@@ -133,8 +133,9 @@ async def _check_archive(nc: Client, folder: Path, ledger: Snapshot, keys: Keys 
     for manifest in archive.manifests:
         path = archive.path(manifest)
         for found in await altered(path, manifest, ledger.rows, before=before, keys=keys):
-            expected = {"file": str(path), "sequence": found.sequence, "was": found.expected}
-            scratch.add(Difference(ARCHIVE, "archive", found.event_id, None, expected, {"is": found.found}))
+            expected = {"sequence": found.sequence, "was": found.expected}
+            where = f"{ARCHIVE} {manifest.name}"
+            scratch.add(Difference(where, "archive", found.event_id, None, expected, {"is": found.found}))
         before = next(sealed_after(ledger.rows, manifest.last - 1), None)
     return archive.last
 

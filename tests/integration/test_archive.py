@@ -1,7 +1,12 @@
 """What is archived and trimmed is read as one with the stream, and whatever is not as it was is named."""
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +15,32 @@ from nats.aio.client import Client
 from sqlalchemy import select
 
 from services.chat.idempotency import BODY_DIGEST, publish_once
+from services.chat.problems import Problem
+from services.ledger import archive as archiving
 from services.ledger import store as ledger_store
-from services.ledger.archive import Reach, archive
+from services.ledger.archive import Reach, alone_in, archive
 from services.ledger.audit import audit
 from services.ledger.checkpoint import Keys
+from services.ledger.handlers import Handlers as LedgerHandlers
 from services.ledger.replay import RebuiltLedger
 from services.ledger.scratch import scratch
 from services.ledger.sealer import Sealer
 from services.ledger.snapshots import Scope, snapshot
 from services.ledger.trim import Trimmed, trim
 from services.quota import store as quota_store
+from services.quota.handlers import Handlers as QuotaHandlers
 from services.quota.replay import RebuiltQuota
 from shared import streams
-from shared.archive import Archive, Manifest
+from shared.archive import Archive, Manifest, sha256_of, writing
+from shared.catchup import catch_up
+from shared.consumer import apply
 from shared.database import sqlite_url
+from shared.errors import Misconfigured
 from shared.events import Event
 from shared.plans import Plans
 from shared.record import Record
 from shared.recorded import Recorded, bounds, recorded
-from shared.replaying import replay
+from shared.replaying import dry_run, rebuild_into, replay
 from tests.builders import (
     generation_completed,
     publish,
@@ -40,6 +52,7 @@ from tests.builders import (
 )
 from tests.fixtures import Postgres, eventually
 from tests.integration.test_audit import Found, System
+from tests.stack import PROJECT, environment
 
 OVERLAP = timedelta(seconds=1)
 KEY, BODY = "invoice-7", b"the body"
@@ -195,3 +208,473 @@ async def test_archived_and_trimmed_all_is_audited_and_replayed_as_before(system
     assert found.differences == []
     assert found.report.compared["archive"] == Archive.at(system.folder).last
     assert found.report.read.first == 1
+
+
+async def test_a_key_is_known_after_its_message_was_trimmed(system: Archiving) -> None:
+    first = await keyed(system.nats)
+    await archived_and_trimmed(system)
+    before = await system.figures()
+    length = (await bounds(system.nats))[1]
+
+    assert await keyed(system.nats) == first
+    with pytest.raises(Problem) as refused:
+        await keyed(system.nats, b"another body")
+
+    assert refused.value.status == 409
+    assert (await bounds(system.nats))[1] == length
+    await system.deliver()
+    assert await system.figures() == before
+
+
+async def test_one_archive_follows_the_other_and_has_what_was_stored_before_a_moment(system: Archiving) -> None:
+    await system.happened(*some_events())
+    await grown_old(system, timedelta(seconds=0.1))
+    moment = datetime.now(UTC)
+    await system.happened(*some_events())
+    await publish(system.nats, usage_reported())
+
+    first, reach = await system.archive(before=moment)
+    assert [(each.first, each.last) for each in first] == [(1, 6)]
+    assert reach == Reach(stored_before=7, handled=13, sealed=13)
+    nothing, _ = await system.archive(before=moment)
+    assert nothing == []
+
+    second, reach = await system.archive()
+    assert [(each.first, each.last) for each in second] == [(7, 13)]
+    assert (reach.stored_before, reach.handled) == (15, 13)
+
+    kept = Archive.at(system.folder)
+    assert [message for batch in kept.read(first=1, last=99) for message in batch] == (await stored(system.nats))[:13]
+    assert [message.sequence for batch in kept.read(first=5, last=8) for message in batch] == [5, 6, 7, 8]
+    assert set(kept.find([2, 9, 14])) == {2, 9}
+
+
+async def test_many_messages_are_kept_in_several_files_that_end_where_a_seal_does(
+    system: Archiving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archiving, "FILE_MESSAGES_MAX", 20)
+    for _ in range(5):
+        await system.happened(*some_events())
+    written, _ = await system.archive()
+    assert [(each.first, each.last) for each in written] == [(1, 20), (21, 34)]
+    assert await whole(system) == await stored(system.nats)
+    assert (await system.audit()).agrees
+
+
+async def test_nothing_is_archived_that_nobody_has_handled_or_sealed(system: Archiving) -> None:
+    await publish(system.nats, *some_events())
+    assert await system.archive() == ([], Reach(stored_before=6, handled=0, sealed=0))
+    await system.deliver(streams.LEDGER)
+    await system.seal()
+    assert await system.archive() == ([], Reach(stored_before=7, handled=0, sealed=6))
+    await system.deliver(streams.QUOTA)
+    written, _ = await system.archive()
+    assert [(each.first, each.last) for each in written] == [(1, 6)]
+
+
+async def test_a_stream_that_is_not_what_was_sealed_is_not_archived(system: Archiving) -> None:
+    await system.happened(*some_events())
+    await system.ledger_does(
+        "UPDATE leaves SET leaf_hash = event_id WHERE stream_sequence = 3".replace(
+            "event_id", "(SELECT leaf_hash FROM leaves AS others WHERE others.stream_sequence = 4)"
+        )
+    )
+    with pytest.raises(Misconfigured, match="Message 3 of the stream is not what was sealed, and nothing behind 0"):
+        await system.archive()
+    assert Archive.at(system.folder).last == 0
+    assert [*system.folder.iterdir()] == []
+
+
+async def test_what_is_not_archived_and_the_end_of_what_is_stays_on_the_stream(system: Archiving) -> None:
+    await system.happened(*some_events())
+    assert await system.trim() == Trimmed(0, 0, 1)
+    await system.archive()
+    assert await system.trim(timedelta(days=1)) == Trimmed(0, 0, 1)
+    assert (await bounds(system.nats))[0] == 1
+    config = (await system.nats.jetstream().stream_info(streams.STREAM)).config
+
+    await archived_and_trimmed(system)
+
+    info = await system.nats.jetstream().stream_info(streams.STREAM)
+    assert (info.config, info.state.first_seq <= Archive.at(system.folder).last) == (config, True)
+    await streams.check(system.nats.jetstream(), streams.LEDGER)
+    again = await system.trim()
+    assert again.messages == 0
+
+
+class Damage:
+    """What somebody may do to an archive's file, and how it is named."""
+
+    def __init__(self, folder: Path) -> None:
+        self.archive = Archive.at(folder)
+        (self.manifest,) = self.archive.manifests
+        self.path = self.archive.path(self.manifest)
+
+    def messages(self) -> list[Recorded]:
+        return [message for batch in self.archive.read(first=1, last=10**9) for message in batch]
+
+    def rewrite(self, messages: list[Recorded], *, is_covered_up: bool = False) -> None:
+        with self.path.open("wb") as out, writing(out) as add:
+            add(messages)
+        if is_covered_up:
+            told = {"sha256": sha256_of(self.path), "size_bytes": self.path.stat().st_size}
+            text = self.manifest.model_copy(update=told).model_dump_json(by_alias=True)
+            self.path.with_suffix(".json").write_text(text)
+
+
+def edited(damage: Damage) -> None:
+    first, second, *rest = damage.messages()
+    damage.rewrite([first, second._replace(body=second.body.replace(b"5282", b"5283")), *rest])
+
+
+def edited_and_covered_up(damage: Damage) -> None:
+    first, second, *rest = damage.messages()
+    damage.rewrite([first, second._replace(body=second.body.replace(b"5282", b"5283")), *rest], is_covered_up=True)
+
+
+def reordered(damage: Damage) -> None:
+    first, second, third, *rest = damage.messages()
+    damage.rewrite([first, third, second, *rest], is_covered_up=True)
+
+
+def moved(damage: Damage) -> None:
+    first, second, third, *rest = damage.messages()
+    damage.rewrite([first, third._replace(sequence=2), second._replace(sequence=3), *rest], is_covered_up=True)
+
+
+def shortened(damage: Damage) -> None:
+    damage.rewrite(damage.messages()[:-1], is_covered_up=True)
+
+
+def truncated(damage: Damage) -> None:
+    damage.path.write_bytes(damage.path.read_bytes()[:-100])
+
+
+def another_bit(damage: Damage) -> None:
+    content = bytearray(damage.path.read_bytes())
+    content[len(content) // 3] ^= 1
+    damage.path.write_bytes(content)
+
+
+def missing(damage: Damage) -> None:
+    damage.path.unlink()
+
+
+def another_root(damage: Damage) -> None:
+    told = damage.manifest.checkpoint.splitlines()
+    told[2] = "A" * 43 + "="
+    manifest = damage.manifest.model_copy(update={"checkpoint": "\n".join([*told, ""])})
+    damage.path.with_suffix(".json").write_text(manifest.model_dump_json(by_alias=True))
+
+
+DAMAGES = [edited, edited_and_covered_up, reordered, moved, shortened, truncated, another_bit, missing, another_root]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_an_archive_that_was_changed_is_named_and_nothing_is_trimmed(
+    system: Archiving, damage: Callable[[Damage], None]
+) -> None:
+    await system.happened(*some_events())
+    await grown_old(system)
+    await system.happened(*some_events())
+    await system.archive()
+    assert (await system.audit()).agrees
+    damage(file := Damage(system.folder))
+
+    found = await system.audit()
+
+    assert {difference.kind for difference in found.differences} == {"archive"}
+    assert file.path.name in found.words
+    sequences = {difference.expected["sequence"] for difference in found.differences if difference.expected}
+    if damage in (edited, edited_and_covered_up):
+        assert 2 in sequences
+    elif damage in (reordered, moved):
+        assert {2, 3} <= sequences
+    with pytest.raises(Misconfigured, match=file.path.name):
+        await system.trim()
+    assert (await bounds(system.nats))[0] == 1
+    # Nobody needs it while the stream has all.
+    await system.replay()
+
+
+@pytest.mark.parametrize("damage", [edited, truncated, another_bit, missing])
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_nothing_is_read_from_an_archive_that_was_changed(
+    system: Archiving, damage: Callable[[Damage], None]
+) -> None:
+    await archived_and_trimmed(system)
+    before = await system.figures()
+    damage(file := Damage(system.folder))
+    with pytest.raises(Misconfigured, match=f"{file.path.name}.*Restore it|{file.path.name}.*restore it"):
+        await system.replay()
+    assert await system.figures() == before
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_of_a_trimmed_message_that_was_changed_with_its_manifest_the_audit_tells(system: Archiving) -> None:
+    await archived_and_trimmed(system)
+    edited_and_covered_up(Damage(system.folder))
+    found = await system.audit()
+    named = {(difference.where, difference.kind) for difference in found.differences}
+    assert any(where.startswith("archive usage-0") and kind == "archive" for where, kind in named)
+    assert ("evidence, message edited", "broken") in named
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_what_is_neither_archived_nor_on_the_stream_is_named(system: Archiving) -> None:
+    await system.happened(*some_events())
+    await system.archive()
+    await archived_and_trimmed(system)
+    begins = (await bounds(system.nats))[0]
+    first, second = Archive.at(system.folder).manifests
+
+    def takes_away(manifest: Manifest) -> None:
+        for suffix in (".json", ".parquet"):
+            path = (system.folder / manifest.name).with_suffix(suffix)
+            path.rename(path.with_name(f"away-{path.name}"))
+
+    takes_away(second)
+    for asked in (system.replay, system.audit):
+        with pytest.raises(Misconfigured, match=f"Messages 7 to {begins - 1} are neither on the stream nor in"):
+            await asked()
+    with pytest.raises(Misconfigured, match=f"Messages 7 to {begins - 1} are neither on the stream nor in"):
+        await system.archive()
+    takes_away(first)
+    with pytest.raises(Misconfigured, match=f"Messages 1 to {begins - 1} are neither .*CHATRAIL_ARCHIVE"):
+        await system.replay()
+    (system.folder / f"away-{second.name}").rename(system.folder / second.name)
+    json_name = second.name.replace(".parquet", ".json")
+    (system.folder / f"away-{json_name}").rename(system.folder / json_name)
+    with pytest.raises(Misconfigured, match="lacks messages 1 to 6: restore the files"):
+        await system.replay()
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_the_archive_of_another_stream_is_refused(system: Archiving) -> None:
+    await archived_and_trimmed(system)
+    for path in system.folder.glob("*.json"):
+        manifest = Manifest.model_validate_json(path.read_bytes())
+        other = manifest.model_copy(update={"stream_created": manifest.stream_created - timedelta(days=1)})
+        path.write_text(other.model_dump_json(by_alias=True))
+    for asked in (system.replay, system.archive, system.trim, system.audit):
+        with pytest.raises(Misconfigured, match="is of another stream"):
+            await asked()
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_a_stream_whose_joint_with_the_archive_does_not_fit_is_not_read(system: Archiving) -> None:
+    await archived_and_trimmed(system)
+    damage, begins = Damage(system.folder), (await bounds(system.nats))[0]
+    damage.rewrite(
+        [each._replace(body=b"other") if each.sequence == begins else each for each in damage.messages()],
+        is_covered_up=True,
+    )
+    with pytest.raises(
+        Misconfigured, match=f"Message {begins} is one thing on the stream and another in the archive"
+    ):
+        await system.replay()
+
+
+async def test_an_older_copy_of_a_database_catches_up_through_the_archive(system: Archiving, tmp_path: Path) -> None:
+    """And one that was lost altogether: nothing that was trimmed is delivered to it any more."""
+    await archived_and_trimmed(system)
+    before = await system.figures()
+    plans = Plans.load()
+    for table in ("usage", "usage_daily", "subscription_changes"):
+        await system.ledger_does(f"DELETE FROM {table}")  # noqa: S608
+    for table in ("settlements", "plan_changes", "usage_totals", "subscriptions"):
+        await system.quota_does(f"DELETE FROM {table}")  # noqa: S608
+
+    gone = (await bounds(system.nats))[0] - 1
+    for durable, database, handle in (
+        (streams.LEDGER, system.ledger, LedgerHandlers(system.ledger, plans).on_usage),
+        (streams.QUOTA, system.quota, QuotaHandlers(system.nats, system.quota, plans).on_usage),
+    ):
+        work = partial(apply, handle)
+        with pytest.raises(Misconfigured, match=f"Messages 1 to {gone} are neither on the stream nor in the archive"):
+            await catch_up(system.nats, durable, database, work, archive=tmp_path / "other")
+        await catch_up(system.nats, durable, database, work, archive=system.folder)
+
+    after = await system.figures()
+    assert (after["usage"], after["plans"]) == (before["usage"], before["plans"])
+    assert (await system.audit()).agrees
+
+
+async def test_lost_databases_have_every_figure_again_after_a_replay(system: Archiving) -> None:
+    await archived_and_trimmed(system)
+    before = await system.figures()
+    for table in ("usage", "usage_daily", "subscription_changes", "leaves", "seals"):
+        await system.ledger_does(f"DELETE FROM {table}")  # noqa: S608
+    for table in ("settlements", "plan_changes", "usage_totals", "subscriptions"):
+        await system.quota_does(f"DELETE FROM {table}")  # noqa: S608
+
+    await system.replay()
+    await system.deliver()
+    await system.seal()
+
+    after = await system.figures()
+    assert (after["usage"], after["plans"]) == (before["usage"], before["plans"])
+    found = await system.audit()
+    assert found.differences == []
+    assert found.report.compared["ledger.leaves"] >= 20
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_the_past_and_what_a_replay_would_change_are_read_from_both(system: Archiving, tmp_path: Path) -> None:
+    await archived_and_trimmed(system)
+    _, differences = await dry_run(system.nats, system.urls.ledger_url, RebuiltLedger(), archive=system.folder)
+    assert [difference.rows for difference in differences] == [0] * len(differences)
+    told = await rebuild_into(system.nats, tmp_path / "past.db", RebuiltLedger(), archive=system.folder)
+    assert told.messages == (await bounds(system.nats))[1]
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_a_reader_that_was_under_way_when_the_stream_was_trimmed_misses_nothing(
+    system: Archiving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await system.happened(*some_events(), *some_events())
+    await grown_old(system)
+    await system.happened(*some_events())
+    await system.archive()
+    everything = await stored(system.nats)
+    begins = Record._stream
+    asked = []
+
+    async def trimmed_behind_our_back(record: Record) -> tuple[int, int]:
+        told = await begins(record)
+        asked.append(told)
+        if len(asked) == 2:  # the first was for the bounds
+            await system.trim()
+        return told
+
+    monkeypatch.setattr(Record, "_stream", trimmed_behind_our_back)
+    assert await whole(system) == everything
+    assert (await bounds(system.nats))[0] > 1
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_a_users_trimmed_records_are_proven(system: Archiving, own_nats_server: str, tmp_path: Path) -> None:
+    await archived_and_trimmed(system)
+    out = tmp_path / "proof.json"
+    status, said = await command(system, own_nats_server, "prove", "--user", "user_2", "--out", str(out))
+    assert (status, "Wrote 9 records" in said) == (0, True), said
+    verifier = PROJECT / "services" / "ledger" / "verify_record.py"
+    process = await asyncio.create_subprocess_exec(sys.executable, str(verifier), str(out))
+    assert await process.wait() == 0
+
+
+def variables(system: Archiving, nats_url: str) -> dict[str, str]:
+    return {
+        "CHATRAIL_NATS_URL": nats_url,
+        "CHATRAIL_LEDGER_DATABASE_URL": system.urls.ledger_url,
+        "CHATRAIL_QUOTA_DATABASE_URL": system.urls.quota_url,
+        "CHATRAIL_ARCHIVE": str(system.folder),
+    }
+
+
+async def command(system: Archiving, nats_url: str, *arguments: str, crash_at: str | None = None) -> tuple[int, str]:
+    """How `python -m services.ledger …` ends, and what it says."""
+    step = {"CHATRAIL_CRASH_AT": crash_at} if crash_at else {}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.faults.failpoints", "services.ledger", *arguments),
+        cwd=PROJECT,
+        env=environment(**variables(system, nats_url), **step),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    return process.returncode or 0, said.decode()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "before services.ledger.archive:sha256_of",
+        "before services.ledger.archive:put_in_place",
+        "after services.ledger.archive:put_in_place",
+        "before services.ledger.archive:_write_down",
+        "before services.ledger.archive:put_in_place#2",
+        "after services.ledger.archive:put_in_place#2",
+    ],
+)
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_an_archive_that_was_killed_leaves_nothing_that_looks_whole_and_the_next_one_ends_the_same(
+    system: Archiving, own_nats_server: str, step: str
+) -> None:
+    await system.happened(*some_events())
+    before = datetime.now(UTC).isoformat()
+
+    assert (await command(system, own_nats_server, "archive", "--before", before, crash_at=step))[
+        0
+    ] == -signal.SIGKILL
+    kept = Archive.at(system.folder)
+    assert kept.last in (0, 6)
+    assert (kept.last == 6) == ("after" in step and "#2" in step)
+    assert [*kept.read(first=1, last=99)] == ([(await stored(system.nats))[:6]] if kept.last else [])
+
+    await system.happened(*some_events())
+    status, said = await command(system, own_nats_server, "archive", "--before", datetime.now(UTC).isoformat())
+    assert (status, "Archived messages " in said) == (0, True), said
+    assert Archive.at(system.folder).last == 13
+    assert not [path for path in system.folder.iterdir() if path.name.endswith(".draft")]
+    assert len([*system.folder.glob("*.parquet")]) == len([*system.folder.glob("*.json")])
+    assert (await system.audit()).agrees
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_a_trim_that_was_killed_is_put_back_by_the_next_start_of_the_bus(
+    system: Archiving, own_nats_server: str
+) -> None:
+    js = system.nats.jetstream()
+    await system.happened(*some_events())
+    await grown_old(system)
+    await system.happened(*some_events())
+    await system.archive()
+    step = "before services.ledger.trim:_begins_behind"
+    status, _ = await command(system, own_nats_server, "trim", "--overlap-s", "1", crash_at=step)
+    assert status == -signal.SIGKILL
+
+    left = (await js.stream_info(streams.STREAM)).config
+    assert left.max_age
+    # For as long as a trim may take, services bear it, and nobody else trims.
+    await streams.check(js, streams.LEDGER)
+    await streams.create(js)
+    assert (await js.stream_info(streams.STREAM)).config == left
+    with pytest.raises(Misconfigured, match="Somebody else trims the stream"):
+        await system.trim()
+
+    past = {**(left.metadata or {}), streams.TRIMMING_UNTIL: datetime.now(UTC).isoformat()}
+    await js.update_stream(replace(left, metadata=past))
+    with pytest.raises(Misconfigured, match=r"was cut off\. Run: python -m shared\.streams"):
+        await streams.check(js, streams.LEDGER)
+    await streams.create(js)
+    await streams.check(js, streams.LEDGER)
+    config = (await js.stream_info(streams.STREAM)).config
+    assert (config.max_age, streams.TRIMMING_UNTIL in (config.metadata or {})) == (0, False)
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_the_commands_say_what_they_did_and_what_to_do(system: Archiving, own_nats_server: str) -> None:
+    status, said = await command(system, own_nats_server, "archive", "--before", "2999-01-01")
+    assert (status, "is still to come" in said) == (2, True), said
+    await system.happened(*some_events())
+    await grown_old(system)
+    await system.happened(*some_events())
+    now = datetime.now(UTC).isoformat()
+
+    status, said = await command(system, own_nats_server, "archive", "--before", now)
+    assert status == 0, said
+    assert "Archived messages 1 to 13 in " in said
+    assert "1 more messages were stored before then and are not archived: ledger and quota have not handled" in said
+    assert "make trim takes off the stream what is archived, but for its last day" in said
+    status, said = await command(system, own_nats_server, "archive", "--before", now)
+    assert (status, said.startswith("Nothing new is archived")) == (0, True), said
+
+    status, said = await command(system, own_nats_server, "trim")
+    assert (status, said.startswith("Nothing was trimmed")) == (0, True), said
+    status, said = await command(system, own_nats_server, "trim", "--overlap-s", "1")
+    assert (status, "messages left the stream, which begins at message " in said) == (0, True), said
+    with alone_in(system.folder):
+        status, said = await command(system, own_nats_server, "trim")
+    assert (status, "Somebody else works on the archive" in said) == (1, True), said
