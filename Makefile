@@ -13,6 +13,8 @@
 # make replay  ledger and totals anew from the stream, while the services run; ARGS=--dry-run shows what would change,
 #              UNTIL=time rebuilds the past (OUT=folder keeps it), WEIGHTS=plans.toml what usage would come to under it
 # make export  every record, to read elsewhere: FORMAT=csv|ndjson|parquet OUT=file, and USER= FROM= TO= to choose
+# make archive   what the stream had before a moment, as verified Parquet: BEFORE=2026-10-01, OUT=folder; then
+#              make trim takes off the stream what is archived, but for its last day
 # make prove   a user's own records with what proves that they are in the ledger as they were sealed: USER= OUT=file
 # make lock    requirements*.lock from pyproject.toml; make lock ARGS=--upgrade takes newer versions
 # make clean   everything that make made, except data/
@@ -20,7 +22,7 @@
 PYTHON ?= python3
 bin := .venv/bin
 
-.PHONY: run run-cluster test check bench bench-quota bench-ingest bench-audit faults mutations quarantine audit explain replay export prove lock clean
+.PHONY: run run-cluster test check bench bench-quota bench-ingest bench-audit faults mutations quarantine audit explain replay export archive trim prove lock clean
 
 # exec: a signal for make reaches the program itself, with no shell in between.
 run: .venv/installed-run
@@ -82,6 +84,12 @@ replaying = $(call told,UNTIL,until) $(call told,OUT,out) $(ARGS)
 
 prove: .venv/installed-run
 	@exec $(bin)/python -m services.ledger prove $(call told,USER,user) $(call told,OUT,out) $(ARGS)
+
+archive: .venv/installed-run
+	@exec $(bin)/python -m services.ledger archive $(call told,BEFORE,before) $(call told,OUT,out) $(ARGS)
+
+trim: .venv/installed-run
+	@exec $(bin)/python -m services.ledger trim $(call told,OUT,out) $(ARGS)
 
 export: .venv/installed-run
 	@exec $(bin)/python -m services.ledger export $(call told,FORMAT,format) $(call told,OUT,out) \

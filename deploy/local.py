@@ -171,8 +171,9 @@ def environment(settings: Settings, endpoints: Endpoints, data: Path) -> dict[st
         "CHATRAIL_DATA": str(data),
         "CHATRAIL_NATS_URL": endpoints.nats,
     }
-    if settings.plans:
-        ours["CHATRAIL_PLANS"] = str(settings.plans.absolute())
+    for name, path in (("CHATRAIL_PLANS", settings.plans), ("CHATRAIL_ARCHIVE", settings.archive)):
+        if path:
+            ours[name] = str(path.absolute())
     if settings.simulated:
         # A proxy of the machine's owner has no way back to this machine's loopback.
         ours |= {

@@ -19,6 +19,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=1, le=65535)
     data: Path = Path("data")
     plans: Path | None = None
+    archive: Path | None = None
     nats_url: str | None = None
     # Three nodes with replicated streams, instead of one.
     nats_cluster: bool = False
