@@ -1,0 +1,87 @@
+"""An operator archives and trims beside a running stack, and later loses both databases: every figure stays."""
+
+import asyncio
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from shared.archive import Archive
+from shared.bus_of_folder import bus_of_folder
+from shared.recorded import bounds
+from shared.server import ServiceSettings
+from tests.fixtures import eventually
+from tests.people import ask, client_of, open_holds, recorded, totalled
+from tests.stack import PROJECT, Stack, environment
+
+USERS = ("user_1", "user_2", "user_3")
+REPORT = {"userId": "user_3", "actionType": "chat_generation", "tokensUsed": 1_000, "metadata": {}}
+KEY = {"Idempotency-Key": "invoice-7"}
+
+
+async def command(data: Path, *arguments: str, service: str = "ledger") -> str:
+    """What it says; it ends with 0."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", f"services.{service}", *arguments),
+        cwd=PROJECT,
+        env=environment(CHATRAIL_DATA=str(data)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    async with asyncio.timeout(120):
+        output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+async def begins(data: Path) -> int:
+    async with bus_of_folder(ServiceSettings(data=data), name="test") as nc:
+        return (await bounds(nc))[0]
+
+
+async def test_archived_and_trimmed_beside_people_and_rebuilt_from_both(tmp_path: Path) -> None:
+    stack = Stack(tmp_path / "data", CHATRAIL_SEAL_EVERY_S="0.5")
+    with stack:
+        async with client_of(stack) as client:
+            (await client.post("/api/usage", json=REPORT, headers=KEY)).raise_for_status()
+            for user_id in USERS:
+                await ask(client, user_id, "[usage input=40 output=7]")
+            (await client.put("/api/subscriptions/user_2", json={"tier": "pro"})).raise_for_status()
+
+            async def is_archived_with_what_is_newer() -> bool:
+                await ask(client, "user_1", "[usage input=40 output=7]")
+                await command(stack.data, "archive", "--before", datetime.now(UTC).isoformat())
+                manifests = Archive.at(stack.data / "archive").manifests
+                return bool(
+                    manifests and (manifests[-1].last_stored_at - manifests[0].first_stored_at).total_seconds() > 4
+                )
+
+            await eventually(is_archived_with_what_is_newer, deadline_s=90)
+            parts = stack.parts()
+            said = await command(stack.data, "trim", "--overlap-s", "2")
+            assert "messages left the stream" in said
+            assert await begins(stack.data) > 5
+
+            # Nobody had to end for it, and a key of before is known.
+            await ask(client, "user_1", "[usage input=40 output=7]")
+            (await client.post("/api/usage", json=REPORT, headers=KEY)).raise_for_status()
+            assert (await client.post("/api/usage", json=REPORT | {"tokensUsed": 7}, headers=KEY)).status_code == 409
+            assert stack.parts() == parts
+
+        async def is_settled() -> bool:
+            return recorded(stack) == totalled(stack) and open_holds(stack) == 0
+
+        await eventually(is_settled)
+        assert (await stack.usage("user_3"))["tokensUsed"] == 1_047
+        assert "All agree." in await command(stack.data, "audit")
+        for service in ("ledger", "quota"):
+            await command(stack.data, "replay", service=service)
+        figures = [await stack.usage(user_id) for user_id in USERS]
+    assert "All agree." in await command(stack.data, "audit")
+
+    for service in ("ledger", "quota"):
+        for file in stack.data.glob(f"{service}.db*"):
+            file.unlink()
+    with stack:
+        assert [await stack.usage(user_id) for user_id in USERS] == figures
+        assert "All agree." in await command(stack.data, "audit")
