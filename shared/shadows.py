@@ -1,8 +1,8 @@
 """Where tables are built anew, and how they change places with those in use.
 
 On PostgreSQL a schema of its own holds them, found before the usual one: the same statements count there. They move
-over as they are. On SQLite it is a file of its own, written at full speed and in nobody's way; its rows are copied
-into the database a little at a time, since whoever writes there keeps all others from writing.
+over as they are, with their partitions. On SQLite it is a file of its own, written at full speed and in nobody's way;
+its rows are copied into the database a little at a time, since whoever writes there keeps all others from writing.
 """
 
 import asyncio
@@ -360,14 +360,21 @@ class PostgresShadow:
             db.exec_driver_sql(f'CREATE SCHEMA "{SCHEMA}"')
             for table in self._tables:
                 self._create(db, table)
+            self.partitions = {table: _partitions(db, self.live, table) for table in self._tables}
 
     def _create(self, db: Connection, table: str) -> None:
+        """With its partitions. Its key comes last, and takes theirs for its own."""
         named = {"table": f'"{self.live}"."{table}"'}
-        if db.execute(_POSTGRES_KIND, named).scalar_one() != "r":
+        kind, parted_by = db.execute(_POSTGRES_KIND, named).one()
+        if kind not in ("r", "p"):
             raise Misconfigured(f"The table {table} is none of this release: it cannot be replayed.")
         db.exec_driver_sql(
             f'CREATE TABLE "{SCHEMA}"."{table}" (LIKE "{self.live}"."{table}" INCLUDING ALL EXCLUDING INDEXES)'
+            f" {parted_by}"
         )
+        for partition, bounds in _partitions(db, self.live, table).items():
+            self._create(db, partition)
+            db.exec_driver_sql(f'ALTER TABLE "{SCHEMA}"."{table}" ATTACH PARTITION "{SCHEMA}"."{partition}" {bounds}')
         for name, definition in db.execute(_POSTGRES_KEYS, named).all():
             db.exec_driver_sql(f'ALTER TABLE "{SCHEMA}"."{table}" ADD CONSTRAINT "{name}" {definition}')
 
@@ -386,9 +393,10 @@ class PostgresShadow:
         """All of them: they cost least when the rows are there."""
         with self.begin() as db:
             for table in self._tables:
-                found = db.execute(_POSTGRES_INDEXES, {"table": f'"{self.live}"."{table}"'}).scalars().all()
-                for definition in found:
-                    db.exec_driver_sql(_in_schema(definition))
+                # An index of a partitioned table takes those of its partitions for its own.
+                for each in (*self.partitions[table], table):
+                    for definition in _all(db, _POSTGRES_INDEXES, self.live, each):
+                        db.exec_driver_sql(_in_schema(definition))
                 db.exec_driver_sql(f'ANALYZE "{SCHEMA}"."{table}"')
 
     def write_live(self, work: Callable[[Connection], None]) -> None:
@@ -434,15 +442,20 @@ class _PostgresLock:
         with self._shadow.begin() as building:
             added = add(building)
         self._older_readers_are_done()
-        triggers = [_all(db, _POSTGRES_TRIGGERS, live, table) for table in tables]
-        grants = [_all(db, _POSTGRES_GRANTS, live, table) for table in tables]
+        partitions = self._shadow.partitions
+        if partitions != {table: _partitions(db, live, table) for table in tables}:
+            raise Misconfigured("The tables have other partitions by now: replay once more.")
+        parts = [each for table in tables for each in (table, *partitions[table])]
+        triggers = [_all(db, _POSTGRES_TRIGGERS, live, part) for part in parts]
+        grants = [_all(db, _POSTGRES_GRANTS, live, part) for part in parts]
         # In the order in which statements of ours come to them.
         for table in reversed(tables):
             db.exec_driver_sql(f'LOCK TABLE "{live}"."{table}" IN ACCESS EXCLUSIVE MODE')
         adopt(db, lambda table: f'"{live}"."{table}"')
         for table in tables:
             db.exec_driver_sql(f'DROP TABLE "{live}"."{table}"')
-            db.exec_driver_sql(f'ALTER TABLE "{SCHEMA}"."{table}" SET SCHEMA "{live}"')
+        for part in parts:
+            db.exec_driver_sql(f'ALTER TABLE "{SCHEMA}"."{part}" SET SCHEMA "{live}"')
         for statements in (*triggers, *grants):
             for statement in statements:
                 db.exec_driver_sql(statement)
@@ -467,14 +480,27 @@ def _all(db: Connection, statement: Any, live: str, table: str) -> list[str]:
     return list(db.execute(statement, {"table": f'"{live}"."{table}"'}).scalars())
 
 
+def _partitions(db: Connection, live: str, table: str) -> dict[str, str]:
+    """Their names and bounds; none of a table that is not partitioned."""
+    found = db.execute(_POSTGRES_PARTITIONS, {"table": f'"{live}"."{table}"'})
+    return {row.relname: row.bounds for row in found}
+
+
 def _in_schema(definition: str) -> str:
-    """The index, on the table under construction."""
-    changed, number = re.subn(r"( ON (?:ONLY )?)\S+?\.(\S+ USING )", rf'\1"{SCHEMA}".\2', definition, count=1)
+    """The index, on the table under construction and all of its partitions."""
+    changed, number = re.subn(r" ON (?:ONLY )?\S+?\.(\S+ USING )", rf' ON "{SCHEMA}".\1', definition, count=1)
     assert number == 1, definition  # noqa: S101 - as PostgreSQL writes it
     return changed
 
 
-_POSTGRES_KIND = text("SELECT relkind FROM pg_class WHERE oid = CAST(:table AS regclass)")
+_POSTGRES_KIND = text(
+    "SELECT relkind, coalesce('PARTITION BY ' || pg_get_partkeydef(oid), '') FROM pg_class"
+    " WHERE oid = CAST(:table AS regclass)"
+)
+_POSTGRES_PARTITIONS = text(
+    "SELECT relname, pg_get_expr(relpartbound, pg_class.oid) AS bounds FROM pg_inherits"
+    " JOIN pg_class ON pg_class.oid = inhrelid WHERE inhparent = CAST(:table AS regclass) ORDER BY relname"
+)
 _POSTGRES_KEYS = text(
     "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint"
     " WHERE conrelid = CAST(:table AS regclass) AND contype IN ('p', 'u')"

@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 from services.ledger import store
 from services.ledger.checkpoint import signing_keys
 from services.ledger.handlers import Handlers
+from services.ledger.partitions import keep_ahead
 from services.ledger.sealer import Sealer
 from services.ledger.settings import Settings
 from shared import streams
@@ -48,10 +49,11 @@ def create_app(settings: Settings) -> Starlette:
             archive=settings.archive_folder,
         ):
             sealing = essential(asyncio.create_task(sealer.run(), name="the sealer"))
+            parting = essential(asyncio.create_task(keep_ahead(database), name="the maker of partitions"))
             try:
                 yield
             finally:
-                await cancelled(sealing)
+                await cancelled(sealing, parting)
         await database.close()
 
     app = Starlette(lifespan=lifespan)

@@ -4,17 +4,21 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from uuid import uuid4
 
 import pytest
+from nats.aio.client import Client
 from sqlalchemy import Connection, make_url, select, text
 from sqlalchemy.exc import DatabaseError
 
 from services.ledger import __main__ as ledger_service
 from services.ledger import store as ledger_store
+from services.ledger.partitions import MONTHS_AHEAD, make_ahead
+from services.ledger.replay import RebuiltLedger
 from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
 from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
-from tests.builders import generation_completed, subscription_changed
+from shared.replaying import replay
+from tests.builders import generation_completed, publish, subscription_changed
 from tests.fixtures import Postgres
 
 OF_LEDGER = ("usage", "subscription_changes", "leaves", "seals")
@@ -112,6 +116,29 @@ async def test_the_ledgers_role_has_no_right_to_change_a_record(
     column = {"usage": "user_id", "seals": "signature"}.get(table, "event_id")
     with pytest.raises(DatabaseError, match=f"permission denied for table {table}"):
         await served_ledger.write(do(statement.format(table, column, column)))
+
+
+@pytest.mark.parametrize("statement", ["UPDATE {} SET id = id", "DELETE FROM {}", "TRUNCATE {}"])
+async def test_the_ledgers_role_has_no_right_to_change_a_record_through_a_partition(
+    served_ledger: Database, statement: str
+) -> None:
+    await make_ahead(served_ledger)
+    of_usage = text("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'usage'::regclass")
+    partitions = await served_ledger.read(lambda db: db.execute(of_usage).scalars().all())
+    assert len(partitions) == 2 + MONTHS_AHEAD
+    for partition in partitions:
+        with pytest.raises(DatabaseError, match=f"permission denied for table {partition}"):
+            await served_ledger.write(do(statement.format(partition)))
+
+
+async def test_the_ledgers_role_replays_what_it_has_no_right_to_change(
+    nats: Client, role_url: str, served_ledger: Database
+) -> None:
+    await make_ahead(served_ledger)
+    await publish(nats, *EVENTS)
+    await replay(nats, role_url, RebuiltLedger())
+    with pytest.raises(DatabaseError, match="permission denied for table usage_default"):
+        await served_ledger.write(do("DELETE FROM usage_default"))
 
 
 async def test_rights_that_are_granted_back_meet_the_trigger(served_ledger: Database) -> None:

@@ -19,6 +19,7 @@ from nats.aio.client import Client
 from sqlalchemy import Connection, Table, make_url, select, text
 
 from services.ledger import store as ledger_store
+from services.ledger.partitions import make_ahead
 from services.ledger.replay import RebuiltLedger
 from services.quota import store as quota_store
 from services.quota.replay import RebuiltQuota, periods_used, standing_at
@@ -149,6 +150,7 @@ async def quota_on(url: str, plans: Plans) -> Service:
 async def ledger_on(url: str) -> Service:
     rebuilt, database = RebuiltLedger(), Database(url)
     await asyncio.to_thread(database.migrate, rebuilt.migrations)
+    await make_ahead(database)
     return Service(rebuilt, url, database, ledger_store.record)
 
 
@@ -363,6 +365,20 @@ async def test_after_a_replay_the_schema_is_what_the_migrations_made(nats: Clien
     assert schema_of(service.url) == before
     if service.url.startswith("sqlite"):
         assert sqlite(service.url, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("service", ["ledger"], indirect=True)
+async def test_a_replay_that_does_not_know_all_partitions_changes_nothing(nats: Client, service: Service) -> None:
+    await service.handles(usage_reported())
+    before = await service.rows()
+    tables, migrations = service.rebuilt.tables, service.rebuilt.migrations
+    with open_shadow(service.url, tables, migrations) as shadow:
+        await service.does("ALTER TABLE usage DETACH PARTITION usage_default")
+        with pytest.raises(Misconfigured, match="other partitions by now"), shadow.locked() as lock:
+            lock.exchange(lambda db: None, lambda db, old: None)
+    assert await service.rows() == before
+    await service.does("ALTER TABLE usage ATTACH PARTITION usage_default DEFAULT")
 
 
 async def test_connections_that_knew_the_tables_before_know_them_afterwards(nats: Client, service: Service) -> None:
