@@ -755,15 +755,46 @@ async def test_a_top_up_lasts_for_its_period_or_until_it_is_used_up(quota: Quota
     assert (before.tokens_limit, before.tokens_remaining) == (LIMIT + 11_000, 6_000)
 
 
-async def test_a_lasting_top_up_survives_a_change_of_plan(quota: Quota) -> None:
+async def test_a_lasting_top_up_survives_a_change_of_plan_and_what_was_used_of_it_does_not(quota: Quota) -> None:
     now = datetime.now(UTC)
     await quota.settle(subscription_changed(tier="daily", changed_at=now - 40 * DAY))
     await quota.settle(topped_up(lasts=True, effective_at=now - 35 * DAY))
     await quota.settle(usage_reported(tokens_used=52_000, started_at=now - 35 * DAY))
     await quota.settle(subscription_changed(tier="free", changed_at=now))
-    assert (await quota.account()).usage.tokens_limit == LIMIT + 5_000
+    assert (await quota.account()).usage.tokens_limit == LIMIT + 3_000
     await quota.settle(subscription_changed(tier="daily", changed_at=now + TICK))
     assert (await quota.account()).usage.tokens_limit == 50_000 + 3_000
+
+
+@pytest.mark.parametrize(
+    ("tier", "time_zone", "changed_after"),
+    [
+        ("free", "Asia/Tokyo", TICK),  # whose month began before the one that has ended
+        ("free", "America/Los_Angeles", TICK),
+        ("anchored", None, 15 * DAY),  # whose month begins in the middle of one
+    ],
+)
+async def test_what_was_used_of_a_lasting_top_up_stays_used_when_periods_move(
+    quota: Quota, tier: str, time_zone: str | None, changed_after: timedelta
+) -> None:
+    begin = (await quota.account()).tightest.period.start
+    used_at = begin + changed_after - 10 * DAY
+    await quota.settle(topped_up(tokens=5_000, lasts=True, effective_at=used_at))
+    await quota.settle(usage_reported(tokens_used=LIMIT + 2_000, started_at=used_at))
+    await quota.settle(subscription_changed(tier=tier, time_zone=time_zone, changed_at=begin + changed_after))
+    usage = (await quota.account_at(begin + changed_after + DAY)).usage
+    assert (usage.tokens_used, usage.tokens_limit) == (0, LIMIT + 3_000)
+
+
+async def test_what_two_periods_have_of_a_lasting_top_up_is_used_once(quota: Quota) -> None:
+    begin = (await quota.account()).tightest.period.start
+    await quota.settle(topped_up(tokens=5_000, lasts=True, effective_at=begin - 10 * DAY))
+    await quota.settle(usage_reported(tokens_used=LIMIT + 2_000, started_at=begin - 10 * DAY))
+    # Over there, the month that has ended here has some hours left.
+    await quota.settle(subscription_changed(tier="free", time_zone="America/Los_Angeles", changed_at=begin + TICK))
+    await quota.settle(usage_reported(tokens_used=100, started_at=begin + 2 * TICK))
+    usage = (await quota.account_at(begin + DAY)).usage
+    assert (usage.tokens_used, usage.tokens_limit) == (0, LIMIT + 2_900)
 
 
 async def test_one_generation_at_a_time_where_the_plan_says_so(quota: Quota) -> None:
