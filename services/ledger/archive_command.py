@@ -67,17 +67,12 @@ def _written_in_words(folder: Path, written: Sequence[Manifest], reach: Reach) -
     for manifest in written:
         yield f"Archived messages {manifest.first:,} to {manifest.last:,} in {kept.path(manifest)}"
     if not written:
-        yield f"Nothing new is archived: the archive {folder} has all up to message {kept.last:,}."
+        so_far = f"has all up to message {kept.last:,}" if kept.last else "is empty"
+        yield f"Nothing new is archived: the archive {folder} {so_far}."
     if (left := reach.stored_before - kept.last) > 0:
-        why = (
-            "ledger and quota have not handled them yet"
-            if reach.handled < reach.stored_before
-            else "no seal is there"
-        )
-        yield (
-            f"{left:,} more messages were stored before then and are not archived: {why} yet. "
-            "The ledger seals once a minute while it runs; archive again then."
-        )
+        is_handled = reach.handled >= reach.stored_before
+        why = "they are not sealed yet" if is_handled else "ledger and quota have not handled them all yet"
+        yield f"Of what was stored before, {left:,} at the end are not archived: {why}. The ledger seals every minute."
     if kept.last:
         yield (
             f"The archive is as it was sealed, up to message {kept.last:,}. Keep a copy of it elsewhere; then "
