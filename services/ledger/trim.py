@@ -17,7 +17,7 @@ from typing import NamedTuple
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.api import StreamConfig
-from nats.js.errors import APIError
+from nats.js.errors import APIError, NotFoundError
 
 from services.ledger.archive import acknowledged, altered, sealed_at, stored_before
 from services.ledger.checkpoint import Keys
@@ -74,6 +74,7 @@ async def trim(
     last = await stored_before(nc, cut_at, first=begins, last=archive.last)
     if last < begins:
         return Trimmed(0, 0, begins)
+    await _check_that_a_seal_stays(nc, after=last)
     kept = await _keep_keys(nc, archive, first=begins, last=last)
     if kept:
         await asyncio.sleep(settled_s)
@@ -99,11 +100,25 @@ async def _verify(nc: Client, rows: Rows, archive: Archive, keys: Keys | None) -
             )
 
 
+async def _check_that_a_seal_stays(nc: Client, *, after: int) -> None:
+    """Without one on the stream, the ledger would tell of all its seals anew."""
+    try:
+        newest = (await nc.jetstream().get_last_msg(STREAM, streams.LEDGER_SEALED)).seq or 0
+    except NotFoundError:
+        newest = 0
+    if newest <= after:
+        raise Misconfigured("The ledger has not told the stream of its newest seal: let it run for a minute first.")
+
+
 async def _keep_keys(nc: Client, archive: Archive, *, first: int, last: int) -> int:
     """The number of keys among what is to go, all of which are kept now.
 
     Raises Misconfigured where a message is not the same on the stream and in the archive.
     """
+    try:
+        await nc.jetstream().stream_info(streams.KEYS)
+    except NotFoundError as error:
+        raise Misconfigured(f"The broker has no stream {streams.KEYS}. Run: python -m shared.streams") from error
     kept, archived = 0, chain.from_iterable(archive.read(first=first, last=last))
     async with aclosing(recorded(nc, first=first, last=last)) as on_stream:
         async for theirs in on_stream:

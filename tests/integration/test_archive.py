@@ -302,6 +302,51 @@ async def test_what_is_not_archived_and_the_end_of_what_is_stays_on_the_stream(s
     assert again.messages == 0
 
 
+async def test_the_newest_seal_that_the_stream_tells_of_is_never_trimmed(
+    system: Archiving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dies_before_it_tells(_: Sealer) -> None:
+        pass
+
+    await system.happened(*some_events())
+    await publish(system.nats, usage_reported())
+    await grown_old(system)
+    await publish(system.nats, *some_events())
+    await system.deliver()
+    monkeypatch.setattr(Sealer, "_tell", dies_before_it_tells)
+    await system.seal()
+    await system.archive()
+    with pytest.raises(Misconfigured, match="has not told the stream of its newest seal"):
+        await system.trim()
+    monkeypatch.undo()
+    await system.seal()
+    assert (await system.trim()).messages == 8
+    await system.seal()
+    assert (await system.audit()).agrees
+
+
+async def test_a_durable_that_was_made_anew_delivers_no_archive_and_needs_none(
+    system: Archiving, tmp_path: Path
+) -> None:
+    """A database that has all of it goes on; one that was lost reads the archive."""
+    work = partial(apply, LedgerHandlers(system.ledger, Plans.load()).on_usage)
+    await archived_and_trimmed(system)
+    await catch_up(system.nats, streams.LEDGER, system.ledger, work, archive=system.folder)
+    js, before = system.nats.jetstream(), await system.figures()
+    await js.delete_consumer(streams.STREAM, streams.LEDGER)
+    await streams.create(js)
+
+    await catch_up(system.nats, streams.LEDGER, system.ledger, work, archive=tmp_path / "none")
+
+    for table in ("usage", "usage_daily", "subscription_changes", "stream_position"):
+        await system.ledger_does(f"DELETE FROM {table}")  # noqa: S608
+    with pytest.raises(Misconfigured, match="CHATRAIL_ARCHIVE"):
+        await catch_up(system.nats, streams.LEDGER, system.ledger, work, archive=tmp_path / "none")
+    await catch_up(system.nats, streams.LEDGER, system.ledger, work, archive=system.folder)
+    await system.deliver()
+    assert await system.figures() == before
+
+
 class Damage:
     """What somebody may do to an archive's file, and how it is named."""
 
