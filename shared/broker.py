@@ -40,12 +40,22 @@ class Connection(Client):
 
     It also reads what comes on a subject that is not UTF-8, which the broker lets everybody publish. By itself it
     then stops reading for good, and again after each restart, because the stream delivers the message again.
+
+    And whoever asks while the first attempts to connect fail is answered afterwards. By itself it then takes its
+    inbox for subscribed, which it never will be.
     """
 
     async def _attempt_reconnect(self) -> None:
         if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
             self._transport._io_writer.transport.abort()
         await super()._attempt_reconnect()
+
+    async def _init_request_sub(self) -> None:
+        try:
+            await super()._init_request_sub()
+        except NatsError:
+            self._resp_sub_prefix = None
+            raise
 
     def _build_message(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None

@@ -76,8 +76,9 @@ class Proxy:
             else:
                 await link.run(reader, self._upstream)
         except OSError:
-            link.reset()  # the server refuses, or either side has reset its connection
+            pass  # the server refuses, or either side has reset its connection
         finally:
+            link.reset()
             self._links.discard(link)
 
 

@@ -14,6 +14,8 @@ from shared.streams import quota_updated
 
 # Pushes are not durable, and a new period begins without one: ask again this often, which also keeps the line open.
 ASK_AGAIN_S = 15.0
+# What is subscribed before the broker is reached for the first time is forgotten when that fails.
+SUBSCRIBE_AGAIN_S = 1.0
 _CHANGED, _CLOSED = True, False
 
 
@@ -42,14 +44,14 @@ class Watchers:
         try:
             while True:
                 try:
-                    if subscription is None:
+                    if subscription is None and self._nc.is_connected:
                         subscription = await self._nc.subscribe(quota_updated(user_id), cb=changed)
                     usage = (await self._quota.usage(user_id)).body
                 except (Unavailable, NatsError):
                     usage = shown  # the rail counts locally meanwhile, and is told as soon as quota answers
                 yield frame(b"usage", usage) if usage != shown else KEEPALIVE
                 shown = usage
-                if not await _wait(news):
+                if not await _wait(news, ASK_AGAIN_S if subscription else SUBSCRIBE_AGAIN_S):
                     return
         finally:
             self._open.discard(news)
@@ -57,10 +59,10 @@ class Watchers:
                 await subscription.unsubscribe()
 
 
-async def _wait(news: asyncio.Queue[bool]) -> bool:
+async def _wait(news: asyncio.Queue[bool], ask_again_s: float) -> bool:
     """Until something changed, or it is time to ask again. False once the reader has gone."""
     try:
-        async with asyncio.timeout(ASK_AGAIN_S):
+        async with asyncio.timeout(ask_again_s):
             is_open = await news.get()
     except TimeoutError:
         return True

@@ -4,13 +4,17 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 from nats.aio.client import Client
+from nats.errors import ConnectionClosedError
+from nats.errors import Error as NatsError
 
-from shared.broker import cancelled, connect
+from shared.broker import Connection, cancelled, connect, connect_options
 from tests.fixtures import MIB, broker_in, eventually
+from tests.proxy import Proxy
 
 Node = tuple[str, psutil.Process]
 
@@ -45,6 +49,41 @@ async def test_a_node_that_takes_no_more_bytes_is_left_for_another(two_nodes: li
         await eventually(is_with_the_other, deadline_s=15)
     finally:
         stopped.resume()
+        await client.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_who_asks_while_the_first_attempts_to_connect_fail_is_answered_afterwards(nats_server: str) -> None:
+    address = urlsplit(nats_server)
+    async with Proxy("127.0.0.1", address.port or 0) as proxy:
+        proxy.set("half_open")
+        client, failed = Connection(), asyncio.Event()
+        url = f"nats://127.0.0.1:{proxy.port}"
+        connecting = asyncio.create_task(client.connect(pending_size=0, **connect_options(url, "test")))
+
+        async def is_attempted() -> bool:
+            return proxy.connections > 0
+
+        async def ask() -> bool:
+            """As a service does, whether it is connected or not."""
+            try:
+                await client.jetstream(timeout=0.2).account_info()
+            except ConnectionClosedError:
+                failed.set()
+                return False
+            except (NatsError, OSError):
+                return False
+            return True
+
+        async def an_attempt_has_failed() -> bool:
+            await ask()
+            return failed.is_set()
+
+        await eventually(is_attempted)
+        await eventually(an_attempt_has_failed)
+        proxy.set("pass")
+        await connecting
+        await eventually(ask, deadline_s=5)
         await client.close()
 
 
