@@ -4,7 +4,7 @@
 # make check   style, types and boundaries
 # make bench   what ChatRail adds to a call of Claude; make bench-quota how fast quota authorizes;
 #              make bench-ingest how fast events get from the stream into both databases; make bench-audit how fast
-#              the record is audited and exported, and in what memory
+#              the record is audited, exported and replayed, in what memory, and how long a page of it takes
 # make faults  everything that can die does, under load, and a checker counts; SEED=7 MINUTES=5;
 #              make mutations puts back classic mistakes, each of which it must find
 # make quarantine   what ledger and quota could not handle; ARGS=--redrive counts what can be read after a fix
@@ -53,6 +53,7 @@ bench-ingest: .venv/installed-dev
 
 bench-audit: .venv/installed-dev
 	@$(bin)/python -m tests.bench.audit $(ARGS)
+	@$(bin)/python -m tests.bench.pages $(ARGS)
 	@$(bin)/python -m tests.bench.export $(ARGS)
 	@exec $(bin)/python -m tests.bench.replay $(ARGS)
 

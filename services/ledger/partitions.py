@@ -74,7 +74,7 @@ async def make_ahead(database: Database) -> None:
 async def _make_one(database: Database, month: date) -> None:
     name = _name(month)
     try:
-        if await database.write(_make, month):
+        if await database.write(make, month):
             log.info("partition_made", partition=name)
     except SQLAlchemyError as error:
         log.warning("partition_not_made", partition=name, error=repr(error))
@@ -86,10 +86,12 @@ def _missing(db: Connection) -> list[date]:
     return list(without_partition(db.execute(_BOUNDS).scalars(), now(db).astimezone(UTC).date()))
 
 
-def _make(db: Connection, month: date) -> bool:
+def make(db: Connection, month: date) -> bool:
     """False when somebody else has made it, or is about to, or a replay has its own idea of what there is."""
     free = text("SELECT pg_try_advisory_xact_lock(:key)")
-    if not db.execute(free, {"key": REPLAY_KEY}).scalar_one() or month not in _missing(db):
+    if not db.execute(free, {"key": REPLAY_KEY}).scalar_one():
+        return False
+    if month not in without_partition(db.execute(_BOUNDS).scalars(), month):
         return False
     name, first, end = _name(month), least_id(month), least_id(month_after(month))
     db.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_WITHIN_MS}ms'")
