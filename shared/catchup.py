@@ -77,14 +77,12 @@ async def _catch_up(record: Record, durable: str, database: Database, apply: App
     kept = await database.read(_kept, durable)
     # A stream that was made anew counts from the beginning, and so does one that was cut back.
     known = kept.acknowledged if kept and kept.stream_created == created else 0
-    # What was trimmed is not delivered either, also where the durable was made anew.
-    delivered = max(acknowledged, begins - 1)
-    # Of a stream that was cut back, what was trimmed had been acknowledged before.
-    after = known if known <= delivered else begins - 1
-    if after < delivered:
-        log.info("reading_again", durable=durable, after=after, up_to=delivered)
-        await _read_again(record, after, delivered, apply)
-    await database.write(_note, durable, created, delivered)
+    # Also then, what was trimmed is there; a durable that was made anew says that it has acknowledged so much.
+    after = known if known <= acknowledged else begins - 1
+    if after < acknowledged:
+        log.info("reading_again", durable=durable, after=after, up_to=acknowledged)
+        await _read_again(record, after, acknowledged, apply)
+    await database.write(_note, durable, created, acknowledged)
 
 
 async def keep_position(nc: Client, durable: str, database: Database) -> None:

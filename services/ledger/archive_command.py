@@ -84,7 +84,7 @@ def trim(
     *,
     out: Folder = None,
     overlap_s: Annotated[
-        float, typer.Option(min=0, help="So much of the archive's end stays on the stream, too; less is a risk.")
+        float, typer.Option(min=1, help="So much of the archive's end stays on the stream, too; less is a risk.")
     ] = DAY_S,
 ) -> None:
     """Take off the stream what is archived, once both are compared with what was sealed. Services may run."""

@@ -78,7 +78,7 @@ async def trim(
     kept = await _keep_keys(nc, archive, first=begins, last=last)
     if kept:
         await asyncio.sleep(settled_s)
-    begins_now = await _expire(nc, cut_at, last=last)
+    begins_now = await _expire(nc, cut_at, last=last, within=min(TRIM_WITHIN, overlap) / 2)
     if begins_now > archive.last + 1:
         raise Misconfigured(
             f"The stream begins at message {begins_now}, and the archive ends at {archive.last}: more was deleted "
@@ -158,16 +158,18 @@ async def _keep_key(nc: Client, message: Recorded) -> None:
             raise
 
 
-async def _expire(nc: Client, cut_at: datetime, *, last: int) -> int:
-    """Where the stream begins, once all up to `last` is gone and nothing expires any more."""
-    js = nc.jetstream()
+async def _expire(nc: Client, cut_at: datetime, *, last: int, within: timedelta) -> int:
+    """Where the stream begins, once all up to `last` is gone and nothing expires any more.
+
+    What is left after so long goes with the next trim: meanwhile what is behind `last` grows older, too.
+    """
+    js = nc.jetstream(timeout=within.total_seconds())
     found = (await js.stream_info(STREAM)).config
     age = await _server_time(nc) - cut_at
     try:
-        await js.update_stream(streams.trimmed(found, max_age_s=age.total_seconds(), within=TRIM_WITHIN))
-        # What is left after so long goes with the next trim.
         with suppress(TimeoutError):
-            async with asyncio.timeout(TRIM_WITHIN.total_seconds() / 2):
+            async with asyncio.timeout(within.total_seconds()):
+                await js.update_stream(streams.trimmed(found, max_age_s=age.total_seconds(), within=TRIM_WITHIN))
                 await _begins_behind(nc, last)
     finally:
         await asyncio.shield(_put_back(nc, found))
