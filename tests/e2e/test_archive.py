@@ -10,6 +10,7 @@ from shared.archive import Archive
 from shared.bus_of_folder import bus_of_folder
 from shared.recorded import bounds
 from shared.server import ServiceSettings
+from shared.streams import STREAM
 from tests.fixtures import eventually
 from tests.people import ask, client_of, open_holds, recorded, totalled
 from tests.stack import PROJECT, Stack, environment
@@ -85,3 +86,41 @@ async def test_archived_and_trimmed_beside_people_and_rebuilt_from_both(tmp_path
     with stack:
         assert [await stack.usage(user_id) for user_id in USERS] == figures
         assert "All agree." in await command(stack.data, "audit")
+
+
+async def test_on_three_nodes_what_is_trimmed_is_gone_from_each(tmp_path: Path) -> None:
+    with Stack(tmp_path / "data", CHATRAIL_NATS_CLUSTER="true", CHATRAIL_SEAL_EVERY_S="0.5") as stack:
+        for nth in range(20):
+            await stack.report("user_1", nth)
+
+        async def is_archived_with_what_is_newer() -> bool:
+            await stack.report("user_1", 1)
+            await command(stack.data, "archive", "--before", datetime.now(UTC).isoformat())
+            manifests = Archive.at(stack.data / "archive").manifests
+            return bool(
+                manifests and (manifests[-1].last_stored_at - manifests[0].first_stored_at).total_seconds() > 4
+            )
+
+        await eventually(is_archived_with_what_is_newer, deadline_s=90)
+        await command(stack.data, "trim", "--overlap-s", "2")
+        begun = await begins(stack.data)
+        assert begun > 20
+
+        leaders = set()
+        for _ in range(2):
+            async with bus_of_folder(ServiceSettings(data=stack.data), name="test") as nc:
+                cluster = (await nc.jetstream().stream_info(STREAM)).cluster
+                assert cluster is not None
+                leader = cluster.leader
+                await nc.request(f"$JS.API.STREAM.LEADER.STEPDOWN.{STREAM}", timeout=10)
+            leaders.add(leader)
+
+            async def another_leads(leader: str | None = leader) -> bool:
+                async with bus_of_folder(ServiceSettings(data=stack.data), name="test") as nc:
+                    info = await nc.jetstream().stream_info(STREAM)
+                return info.cluster is not None and info.cluster.leader not in (None, "", leader)
+
+            await eventually(another_leads)
+            assert await begins(stack.data) == begun
+            assert "All agree." in await command(stack.data, "audit")
+        assert len(leaders) == 2
