@@ -135,13 +135,19 @@ class Authorize(Contract):
 class Granted(Contract):
     """The hold stands. `started_at` is the database's clock: it names the period that the hold is in.
 
-    `authorized` is what the generation's event is to say of it; null of a hold that an earlier release made.
+    The rest is for the record: what is held, as weighed, until when, and by which limit of which plan, the tightest.
+    Of a hold that an earlier release made it is null; so are the bounds of a period without an end.
     """
 
     kind: Literal["granted"] = "granted"
     output_tokens_max: int
     started_at: datetime
-    authorized: Authorized | None = None
+    hold_tokens: int | None = None
+    expires_at: datetime | None = None
+    tier: str | None = None
+    period: PeriodKind | None = None
+    period_start: datetime | None = None
+    resets_at: datetime | None = None
     limits: tuple[LimitState, ...] = ()
 
 

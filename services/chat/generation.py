@@ -15,14 +15,14 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from services.chat.claude import Claude, Finished, Prompt, ProviderError, Started, Step, Text
-from services.chat.metering import Meter
+from services.chat.metering import Held, Meter
 from services.chat.outbox import Outbox
 from services.chat.problems import Problem
 from services.chat.publisher import Publisher
 from services.chat.quota import Quota
 from services.chat.sse import KEEPALIVE, frame
 from services.chat.waiting import HasLeft
-from shared.calls import LimitState
+from shared.calls import Granted, LimitState
 from shared.errors import BadCall, Unanswered, Unavailable
 from shared.events import Authorized, GenerationCompleted, Metadata, OnDisconnect, Outcome, utc_now
 from shared.events import Generation as Usage
@@ -139,10 +139,10 @@ class Generation:
         except Exception as refusal:
             await self._withdraw(intent, intending, may_be_held=_is_doubtful(refusal))
             raise
+        self._authorized = _authorized(self._prompt, held, granted)
         self._is_clamped = granted.output_tokens_max < self._prompt.output_tokens_max
         self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)
         self._started_at, self.limits = granted.started_at, granted.limits
-        self._authorized = granted.authorized
         try:
             await intending
             self._meter.asked(held)
@@ -363,6 +363,20 @@ class Generation:
                 metadata=self._metadata,
             ),
         )
+
+
+def _authorized(prompt: Prompt, held: Held, granted: Granted) -> Authorized | None:
+    """For the record; None where quota, of an earlier release, does not say."""
+    if granted.tier is None:
+        return None
+    return Authorized.model_validate(
+        {
+            **vars(granted),
+            "input_tokens_max": held.input_tokens_max,
+            "output_tokens_asked": prompt.output_tokens_max,
+            "output_tokens_granted": granted.output_tokens_max,
+        }
+    )
 
 
 def _is_doubtful(refusal: Exception) -> bool:

@@ -112,8 +112,17 @@ def _authorization(answer: Grant | Taken | Refusal, account: Account, at: dateti
         return BadCall("generation_id is of a generation that is over, or another user's: make a new one")
     limits = account.limits(at)
     if isinstance(answer, Grant):
-        output_tokens, started_at, authorized = answer
-        return Granted(output_tokens_max=output_tokens, started_at=started_at, authorized=authorized, limits=limits)
+        return Granted(
+            output_tokens_max=answer.output_tokens,
+            started_at=answer.started_at,
+            hold_tokens=answer.tokens,
+            expires_at=answer.expires_at,
+            tier=answer.tier,
+            period=answer.period,
+            period_start=answer.resets_at and answer.period_start,
+            resets_at=answer.resets_at,
+            limits=limits,
+        )
     return Refused(
         reason=answer.reason,
         tokens_available=account.tokens_available,

@@ -49,7 +49,7 @@ from shared.events import (
     UsageAdjusted,
     encode,
 )
-from shared.plans import COUNTS, Counts, Limit, Period, Plan, Plans
+from shared.plans import COUNTS, Counts, Limit, Period, PeriodKind, Plan, Plans
 from shared.quarantine import Poison, quarantine
 from shared.story import counted
 from shared.subscriptions import Calendar, Change, subscribed
@@ -81,11 +81,23 @@ def lock(db: Connection, user_ids: Iterable[str]) -> datetime:
 
 
 class Grant(NamedTuple):
-    """The output that a generation may have, the database's clock when it was granted, and what is to be recorded."""
+    """A hold as its row has it. What was asked and which limit decided is None where an earlier release made it."""
 
+    generation_id: str
+    user_id: str
+    period_start: datetime
+    tokens: int
     output_tokens: int
     started_at: datetime
-    authorized: Authorized | None
+    expires_at: datetime
+    input_tokens_max: int | None
+    output_tokens_asked: int | None
+    tier: str | None
+    period: PeriodKind | None
+    resets_at: datetime | None
+
+    def stands(self, user_id: str, at: datetime) -> bool:
+        return self.user_id == user_id and self.expires_at > at
 
 
 class Taken(Exception):
@@ -106,65 +118,25 @@ def authorize(
     settled, held = _known(db, [*pending, *(request.generation_id for request in requests)])
     _include(standing, pending, settled, held, at=at)
     answers: list[Grant | Taken | Refusal] = []
-    added: list[_Hold] = []
+    added: list[Grant] = []
     for request in requests:
         user, hold = standing[request.user_id], held.get(request.generation_id)
         if request.generation_id in settled or (hold and not hold.stands(request.user_id, at)):
             answers.append(Taken())
         elif hold:
-            answers.append(hold.grant)
-        elif isinstance(reserved := _reserve(user, request, at=at), _Hold):
+            answers.append(hold)
+        elif isinstance(reserved := _reserve(user, request, at=at), Grant):
             held[request.generation_id] = reserved
             standing[request.user_id] = user.holding(reserved.tokens, since=at)
             added.append(reserved)
-            answers.append(reserved.grant)
+            answers.append(reserved)
         else:
             answers.append(reserved)
     insert_new(db, holds, [hold._asdict() for hold in added])
     return answers, standing, at
 
 
-class _Hold(NamedTuple):
-    generation_id: str
-    user_id: str
-    period_start: datetime
-    tokens: int
-    output_tokens: int
-    started_at: datetime
-    expires_at: datetime
-    input_tokens_max: int | None
-    output_tokens_asked: int | None
-    tier: str | None
-    period: str | None
-    resets_at: datetime | None
-
-    @property
-    def grant(self) -> Grant:
-        return Grant(self.output_tokens, self.started_at, self.authorized)
-
-    @property
-    def authorized(self) -> Authorized | None:
-        """None of a hold that an earlier release made."""
-        if self.tier is None:
-            return None
-        decided: dict[str, Any] = {
-            "input_tokens_max": self.input_tokens_max,
-            "output_tokens_asked": self.output_tokens_asked,
-            "output_tokens_granted": self.output_tokens,
-            "hold_tokens": self.tokens,
-            "tier": self.tier,
-            "period": self.period,
-            "period_start": None if self.resets_at is None else self.period_start,
-            "resets_at": self.resets_at,
-            "expires_at": self.expires_at,
-        }
-        return Authorized.model_construct(**decided)
-
-    def stands(self, user_id: str, at: datetime) -> bool:
-        return self.user_id == user_id and self.expires_at > at
-
-
-def _reserve(user: Account, request: Authorize, *, at: datetime) -> _Hold | Refusal:
+def _reserve(user: Account, request: Authorize, *, at: datetime) -> Grant | Refusal:
     """The hold for as much of what is asked as fits."""
     reserved = user.reserve(
         input_tokens_max=request.input_tokens_max,
@@ -176,7 +148,7 @@ def _reserve(user: Account, request: Authorize, *, at: datetime) -> _Hold | Refu
     if isinstance(reserved, Refusal):
         return reserved
     decided, asked = user.tightest, request.output_tokens_asked
-    return _Hold(
+    return Grant(
         request.generation_id,
         request.user_id,
         decided.period.start,
@@ -274,15 +246,22 @@ def explain(db: Connection, plans: Plans, query: ExplainQuery) -> CountedStory:
 
 
 def _open_hold(row: Row[Any], at: datetime) -> OpenHold:
-    hold = _Hold(*(getattr(row, name) for name in _Hold._fields))
+    hold = Grant(*(getattr(row, name) for name in Grant._fields))
     return OpenHold(
         user_id=hold.user_id,
         tokens=hold.tokens,
         started_at=hold.started_at,
         expires_at=hold.expires_at,
         is_expired=hold.expires_at <= at,
-        authorized=hold.authorized,
+        authorized=_authorized(hold),
     )
+
+
+def _authorized(hold: Grant) -> Authorized | None:
+    if hold.tier is None:
+        return None
+    decided = hold._asdict() | {"output_tokens_granted": hold.output_tokens, "hold_tokens": hold.tokens}
+    return Authorized.model_validate(decided | {"period_start": hold.resets_at and hold.period_start})
 
 
 def _counted(db: Connection, plans: Plans, row: Row[Any]) -> Counted:
@@ -460,11 +439,11 @@ def _pending(asked: Sequence[Authorize | UsageQuery]) -> dict[str, Pending]:
     return {usage.id: usage for each in asked for usage in each.pending if usage.user_id == each.user_id}
 
 
-def _known(db: Connection, event_ids: list[str]) -> tuple[set[str], dict[str, _Hold]]:
+def _known(db: Connection, event_ids: list[str]) -> tuple[set[str], dict[str, Grant]]:
     """Which of these are settled, and the holds that have not been settled, expired ones included."""
     rows = db.execute(_settled_or_held(db.dialect.name), {"event_ids": json.dumps(event_ids)}).all()
     settled = {row.event_id for row in rows if row.is_settled}
-    held = {row.event_id: _Hold(*row[2:]) for row in rows if row.user_id is not None}
+    held = {row.event_id: Grant(*row[2:]) for row in rows if row.user_id is not None}
     return settled, held
 
 
@@ -472,7 +451,7 @@ def _include(
     standing: dict[str, Account],
     pending: dict[str, Pending],
     settled: set[str],
-    held: dict[str, _Hold],
+    held: dict[str, Grant],
     *,
     at: datetime,
 ) -> None:
@@ -529,7 +508,7 @@ def _settled_or_held(dialect: str) -> Select[Any]:
     return select(
         events.c.item.label("event_id"),
         exists().where(settlements.c.event_id == events.c.item).label("is_settled"),
-        *holds.c[*_Hold._fields],
+        *holds.c[*Grant._fields],
     ).select_from(events.outerjoin(holds, holds.c.generation_id == events.c.item))
 
 
