@@ -1,10 +1,11 @@
 """The story of one generation, as record and quota tell it: asked, granted, held, given, settled, in which event."""
 
+import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from shared.calls import Counted, CountedIn, CountedStory, Given, OnRecord, OpenHold, Place, RecordedStory, View
 from shared.events import Authorized
@@ -174,7 +175,7 @@ def _given(given: Given) -> Iterator[str]:
     if given.completed_at:
         yield f"           until {_moment(given.completed_at)}"
     if given.metadata:
-        yield f"           {', '.join(f'{name}: {value}' for name, value in given.metadata.items())}"
+        yield f"           {', '.join(f'{_shown(name)}: {_shown(value)}' for name, value in given.metadata.items())}"
 
 
 def _settled(done: Counted) -> Iterator[str]:
@@ -201,6 +202,12 @@ def _period(period: CountedIn) -> str:
     if period.period_start is None or period.resets_at is None:
         return "without a period"
     return f"in the {period.period} from {_moment(period.period_start)} to {_moment(period.resets_at)}"
+
+
+def _shown(fact: JsonValue) -> str:
+    """On one line, whatever is in it, and nothing that a terminal would obey."""
+    text = fact if isinstance(fact, str) else json.dumps(fact, ensure_ascii=False)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _moment(moment: datetime) -> str:
