@@ -45,7 +45,7 @@ from shared.plans import Plans
 from shared.recorded import Recorded, bounds, recorded
 from tests.bench.processes import Processes, listens
 from tests.bench.quota import postgresql
-from tests.builders import NOON, generation_completed
+from tests.builders import NOON, authorized, generation_completed
 from tests.stack import PROJECT, environment, free_port
 
 USERS = 1000
@@ -100,7 +100,10 @@ async def publish(nc: Client, number: int) -> None:
         for nth in range(start, min(number, start + PUBLISHED_AT_ONCE)):
             at = NOON + timedelta(seconds=nth * 3 % 2_000_000)
             event = generation_completed(
-                f"user_{nth % USERS}", started_at=at, provider_request_id="req_011CSHoEeqs5C35K2UUqR7Fy"
+                f"user_{nth % USERS}",
+                started_at=at,
+                provider_request_id="req_011CSHoEeqs5C35K2UUqR7Fy",
+                authorized=authorized(expires_at=at + timedelta(minutes=15)),
             )
             await nc.publish(event.type, encode(event))
         while (await bounds(nc))[1] < min(number, start + PUBLISHED_AT_ONCE):  # noqa: ASYNC110 - of the broker

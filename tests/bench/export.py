@@ -31,7 +31,7 @@ from services.ledger.export import BATCH_ROWS, Format, Selection, export, replac
 from shared.database import Database, insert_new, snapshot, sqlite_url
 from shared.events import new_id
 from tests.bench.quota import postgresql
-from tests.builders import NOON, generation_completed
+from tests.builders import NOON, authorized, generation_completed
 from tests.stack import PROJECT, environment
 
 USERS = 1000
@@ -79,7 +79,7 @@ async def fill(url: str, number: int) -> None:
     """So many records of a thousand users, as the services would have made them in three seconds each."""
     database = Database(url)
     database.migrate(MIGRATIONS)
-    event = generation_completed(provider_request_id="req_011CSHoEeqs5C35K2UUqR7Fy")
+    event = generation_completed(provider_request_id="req_011CSHoEeqs5C35K2UUqR7Fy", authorized=authorized())
     await database.write(store.record, [event])
     template = dict(await database.read(lambda db: db.execute(select(store.usage)).mappings().one()))
 

@@ -16,7 +16,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -38,7 +38,7 @@ from shared.events import CONTENT_TYPE, encode
 from tests.bench import bare_ingest
 from tests.bench.processes import Cores, Processes, answers, python
 from tests.bench.quota import broker_in, cpu_s, postgresql
-from tests.builders import generation_completed
+from tests.builders import authorized, generation_completed
 from tests.stack import free_port
 
 USERS = 1000
@@ -130,7 +130,12 @@ class Bench:
     async def _publish(self, user_id: str) -> None:
         """An event as chat publishes it; returns once the stream has it."""
         now = datetime.now(UTC)
-        event = generation_completed(user_id, provider_request_id="req_011CSHoEeqs5C35K2UUqR7Fy", started_at=now)
+        event = generation_completed(
+            user_id,
+            started_at=now,
+            provider_request_id="req_011CSHoEeqs5C35K2UUqR7Fy",
+            authorized=authorized(expires_at=now + timedelta(minutes=15)),
+        )
         headers = {"Content-Type": CONTENT_TYPE, "Nats-Msg-Id": event.id}
         await self._nc.jetstream().publish(event.type, encode(event), headers=headers, timeout=30)
         self._published += 1
