@@ -268,6 +268,8 @@ COUNTS = ("tokens_used", "input_tokens", "output_tokens", "cache_creation_input_
 
 def weighted_tokens(weights: Weights, counts: Iterable[tuple[str | None, Counts]]) -> int:
     """What counts against the limit, rounded up as a whole. Tokens that a report did not split are of weight 1."""
+    if weights.are_plain:
+        return sum(counted.tokens_used for _, counted in counts)
     exact = sum((weights.of_model(model) * _by_kind(weights, counted) for model, counted in counts), start=Decimal(0))
     return int(exact.to_integral_value(rounding=ROUND_CEILING))
 

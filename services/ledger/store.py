@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, date
 from decimal import Decimal
+from functools import reduce
 from itertools import accumulate, groupby
 from operator import add
 from typing import Any, NamedTuple
@@ -296,17 +297,17 @@ def _sums_by_day_and_tier(user_id: str, days: Collection[date]) -> Select[Any]:
 
 def _day(plans: Plans, day: date, parts: Iterable[_Part]) -> Day:
     """One day, in a part for each plan and model that the user had on it. Its input includes both cache counts."""
-    used, generations = Counts(), 0
+    of_day = list(parts)
     by_tier: defaultdict[str | None, list[tuple[str | None, Counts]]] = defaultdict(list)
-    for part in parts:
+    for part in of_day:
         by_tier[part.tier].append((part.model, part.counts))
-        used, generations = used + part.counts, generations + part.generations
+    used = reduce(add, (part.counts for part in of_day))
     return Day(
         date=day,
         tokens_used=used.tokens_used,
         input_tokens=used.input_tokens + used.cache_creation_input_tokens + used.cache_read_input_tokens,
         output_tokens=used.output_tokens,
-        generations=generations,
+        generations=sum(part.generations for part in of_day),
         # From 0.00: what a correction takes from a free plan is Decimal("-0.00").
         cost_usd=str(sum((_cost_usd(plans.of(tier), used) for tier, used in by_tier.items()), start=Decimal("0.00"))),
     )

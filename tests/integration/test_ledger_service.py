@@ -8,18 +8,19 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import httpx2
 import pytest
 from nats.aio.client import Client
-from sqlalchemy import make_url, select
+from sqlalchemy import make_url, select, text
 from starlette.applications import Starlette
 
 from services.ledger import store
 from services.ledger.__main__ import MIGRATIONS
 from services.ledger.app import create_app
+from services.ledger.partitions import without_partition
 from services.ledger.settings import Settings
 from shared import broker, calls, streams
 from shared.calls import History, HistoryQuery, Logs, LogsQuery
@@ -90,6 +91,18 @@ async def quarantined(database: Database) -> list[bytes]:
 async def get(app: Starlette, path: str) -> httpx2.Response:
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://ledger") as client:
         return await client.get(path)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_while_it_serves_there_are_partitions_for_the_months_to_come(
+    ledger: Starlette, database: Database
+) -> None:
+    async def made() -> bool:
+        of_usage = text("SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE relispartition AND relkind = 'r'")
+        bounds = await database.read(lambda db: db.execute(of_usage).scalars().all())
+        return not list(without_partition(bounds, datetime.now(UTC).date()))
+
+    await eventually(made)
 
 
 async def test_what_is_published_is_recorded_and_can_be_asked_for(ledger: Starlette, nats: Client) -> None:

@@ -23,7 +23,7 @@ from tests.builders import NOON, generation_completed, usage_reported
 from tests.fixtures import Postgres
 from tests.integration.test_ledger_history import migrate_to
 
-MONTHS = st.dates(date(1970, 1, 1), date(9998, 12, 1)).map(lambda day: day.replace(day=1))
+MONTHS = st.dates(date(1970, 2, 1), date(9998, 12, 1)).map(lambda day: day.replace(day=1))
 DAY = timedelta(days=1)
 
 
@@ -263,3 +263,19 @@ async def test_one_users_page_is_read_from_the_indexes_of_all_partitions(databas
     assert "Sort  " not in told
     assert "Merge Append" in told
     assert told.count("Index Scan Backward") == len(await partitions(database))
+
+
+async def test_an_id_is_looked_for_in_its_partition_alone(database: Database) -> None:
+    first, second, *_ = months_ahead()
+    ids = [uuid7_at(midnight(month)) for month in (first, second)]
+
+    def plan(db: Connection) -> str:
+        # As audits ask, and as ingestion does when something came again.
+        found = db.exec_driver_sql("EXPLAIN SELECT * FROM usage WHERE id = ANY(%s)", (ids,))
+        return "\n".join(found.scalars())
+
+    told = await database.read(plan)
+    assert f"usage_{first:%Y_%m}" in told
+    assert f"usage_{second:%Y_%m}" in told
+    assert "usage_before" not in told
+    assert "usage_default" not in told
