@@ -1,11 +1,11 @@
 """Kept so that a change of the record is found: a leaf for each message, and sealed heads of the tree over them.
 
-Leaf i of the tree (RFC 9162) is the body of the message with stream sequence i + 1. An audit hands the stream, as it
+Leaf i of the tree (RFC 9162) is the body of the message with stream sequence i + 1. An audit hands the record, as it
 reads it from its beginning, to a `SealCheck`, and is told what is not as it was sealed:
 
     check = seal_check(snapshot.rows, known_up_to=floors[LEDGER], keys=load_keys(path), seals_file=path)
-    first, last = await bounds(nc)
-    async for batch in recorded(nc, first=first, last=last):
+    first, last = await record.bounds()
+    async for batch in record.read(first=first, last=last):
         check.take(batch)
     result = check.end()
 """

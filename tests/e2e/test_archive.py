@@ -3,14 +3,17 @@
 import asyncio
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+
+from nats.js.api import StreamConfig
 
 from shared.archive import Archive
 from shared.bus_of_folder import bus_of_folder
 from shared.recorded import bounds
 from shared.server import ServiceSettings
-from shared.streams import STREAM
+from shared.streams import STREAM, trimmed
 from tests.fixtures import eventually
 from tests.people import ask, client_of, open_holds, recorded, totalled
 from tests.stack import PROJECT, Stack, environment
@@ -18,6 +21,7 @@ from tests.stack import PROJECT, Stack, environment
 USERS = ("user_1", "user_2", "user_3")
 REPORT = {"userId": "user_3", "actionType": "chat_generation", "tokensUsed": 1_000, "metadata": {}}
 KEY = {"Idempotency-Key": "invoice-7"}
+OVERLAP = timedelta(seconds=2)
 
 
 async def command(data: Path, *arguments: str, service: str = "ledger") -> str:
@@ -40,6 +44,20 @@ async def begins(data: Path) -> int:
         return (await bounds(nc))[0]
 
 
+async def has_grown_old(stack: Stack) -> bool:
+    """Whether there is something on the stream that is older than what stays of an archive in these tests."""
+    async with bus_of_folder(ServiceSettings(data=stack.data), name="test") as nc:
+        stored_at = (await nc.jetstream().get_msg(STREAM, 1)).time
+    return stored_at is not None and datetime.now(UTC) - stored_at > 2 * OVERLAP
+
+
+async def is_archived(stack: Stack) -> bool:
+    """Whether what is archived by now has something that is so old, and something that is not."""
+    await command(stack.data, "archive", "--before", datetime.now(UTC).isoformat())
+    manifests = Archive.at(stack.data / "archive").manifests
+    return bool(manifests) and manifests[-1].last_stored_at - manifests[0].first_stored_at > 2 * OVERLAP
+
+
 async def test_archived_and_trimmed_beside_people_and_rebuilt_from_both(tmp_path: Path) -> None:
     stack = Stack(tmp_path / "data", CHATRAIL_SEAL_EVERY_S="0.5")
     with stack:
@@ -49,17 +67,11 @@ async def test_archived_and_trimmed_beside_people_and_rebuilt_from_both(tmp_path
                 await ask(client, user_id, "[usage input=40 output=7]")
             (await client.put("/api/subscriptions/user_2", json={"tier": "pro"})).raise_for_status()
 
-            async def is_archived_with_what_is_newer() -> bool:
-                await ask(client, "user_1", "[usage input=40 output=7]")
-                await command(stack.data, "archive", "--before", datetime.now(UTC).isoformat())
-                manifests = Archive.at(stack.data / "archive").manifests
-                return bool(
-                    manifests and (manifests[-1].last_stored_at - manifests[0].first_stored_at).total_seconds() > 4
-                )
-
-            await eventually(is_archived_with_what_is_newer, deadline_s=90)
+            await eventually(partial(has_grown_old, stack))
+            await ask(client, "user_1", "[usage input=40 output=7]")
+            await eventually(partial(is_archived, stack), deadline_s=60)
             parts = stack.parts()
-            said = await command(stack.data, "trim", "--overlap-s", "2")
+            said = await command(stack.data, "trim", "--overlap-s", str(OVERLAP.total_seconds()))
             assert "messages left the stream" in said
             assert await begins(stack.data) > 5
 
@@ -78,7 +90,10 @@ async def test_archived_and_trimmed_beside_people_and_rebuilt_from_both(tmp_path
         for service in ("ledger", "quota"):
             await command(stack.data, "replay", service=service)
         figures = [await stack.usage(user_id) for user_id in USERS]
+    # The stack is stopped: both start a broker for themselves.
     assert "All agree." in await command(stack.data, "audit")
+    assert "Archived messages" in await command(stack.data, "archive", "--before", datetime.now(UTC).isoformat())
+    assert (await command(stack.data, "trim")).startswith("Nothing was trimmed")
 
     for service in ("ledger", "quota"):
         for file in stack.data.glob(f"{service}.db*"):
@@ -88,21 +103,37 @@ async def test_archived_and_trimmed_beside_people_and_rebuilt_from_both(tmp_path
         assert "All agree." in await command(stack.data, "audit")
 
 
+async def test_what_a_trim_that_died_has_left_is_put_back_by_the_stack_itself(tmp_path: Path) -> None:
+    with Stack(tmp_path / "data") as stack:
+        parts = stack.parts()
+
+        async def config() -> StreamConfig:
+            async with bus_of_folder(ServiceSettings(data=stack.data), name="test") as nc:
+                return (await nc.jetstream().stream_info(STREAM)).config
+
+        before = await config()
+        left = trimmed(before, max_age_s=24 * 3600, within=timedelta(seconds=1))
+        async with bus_of_folder(ServiceSettings(data=stack.data), name="test") as nc:
+            await nc.jetstream().update_stream(left)
+
+        async def nothing_expires_any_more() -> bool:
+            return await config() == before
+
+        await eventually(nothing_expires_any_more, deadline_s=60)
+        for part in ("chat", "ledger", "quota"):
+            await stack.answers(f"{stack.endpoints[part]}/readyz")
+        assert stack.parts()["broker"] == parts["broker"]
+
+
 async def test_on_three_nodes_what_is_trimmed_is_gone_from_each(tmp_path: Path) -> None:
     with Stack(tmp_path / "data", CHATRAIL_NATS_CLUSTER="true", CHATRAIL_SEAL_EVERY_S="0.5") as stack:
         for nth in range(20):
             await stack.report("user_1", nth)
 
-        async def is_archived_with_what_is_newer() -> bool:
-            await stack.report("user_1", 1)
-            await command(stack.data, "archive", "--before", datetime.now(UTC).isoformat())
-            manifests = Archive.at(stack.data / "archive").manifests
-            return bool(
-                manifests and (manifests[-1].last_stored_at - manifests[0].first_stored_at).total_seconds() > 4
-            )
-
-        await eventually(is_archived_with_what_is_newer, deadline_s=90)
-        await command(stack.data, "trim", "--overlap-s", "2")
+        await eventually(partial(has_grown_old, stack))
+        await stack.report("user_1", 1)
+        await eventually(partial(is_archived, stack), deadline_s=60)
+        await command(stack.data, "trim", "--overlap-s", str(OVERLAP.total_seconds()))
         begun = await begins(stack.data)
         assert begun > 20
 

@@ -18,9 +18,9 @@ from services.chat.idempotency import BODY_DIGEST, publish_once
 from services.chat.problems import Problem
 from services.ledger import archive as archiving
 from services.ledger import store as ledger_store
-from services.ledger.archive import Reach, alone_in, archive
+from services.ledger.archive import Reach, alone_in, altered, archive
 from services.ledger.audit import audit
-from services.ledger.checkpoint import Keys
+from services.ledger.checkpoint import Keys, load_keys
 from services.ledger.handlers import Handlers as LedgerHandlers
 from services.ledger.replay import RebuiltLedger
 from services.ledger.scratch import scratch
@@ -52,6 +52,7 @@ from tests.builders import (
 )
 from tests.fixtures import Postgres, eventually
 from tests.integration.test_audit import Found, System
+from tests.integration.test_seals import new_key
 from tests.stack import PROJECT, environment
 
 OVERLAP = timedelta(seconds=1)
@@ -441,6 +442,28 @@ async def test_an_archive_that_was_changed_is_named_and_nothing_is_trimmed(
     assert (await bounds(system.nats))[0] == 1
     # Nobody needs it while the stream has all.
     await system.replay()
+
+
+@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+async def test_the_head_of_a_file_is_signed_as_seals_are_and_no_other_signature_will_do(
+    system: Archiving, tmp_path: Path
+) -> None:
+    keys, others = (load_keys(new_key(tmp_path / name)) for name in ("seal.pem", "other.pem"))
+    await publish(system.nats, *some_events())
+    await system.deliver()
+    await Sealer(system.nats, system.ledger, keys=keys, every_s=1e-9).seal()
+    with snapshot(streams.LEDGER, system.urls.ledger_url, ("leaves", "seals")) as ledger:
+        (manifest,), _ = await archive(
+            system.nats, ledger.rows, system.folder, before=datetime.now(UTC), keys=keys, advance=lambda _: None
+        )
+        path = system.folder / manifest.name
+        unsigned = manifest.model_copy(update={"checkpoint": "".join(manifest.checkpoint.partition("=\n")[:2])})
+
+        assert "— chatrail/usage " in manifest.checkpoint
+        assert await altered(path, manifest, ledger.rows, before=None, keys=keys) == []
+        for told, believed in ((manifest, others), (unsigned, keys)):
+            (found,) = await altered(path, told, ledger.rows, before=None, keys=believed)
+            assert found.expected == "a signature by a key that is believed"
 
 
 @pytest.mark.parametrize("damage", [edited, truncated, another_bit, missing])
