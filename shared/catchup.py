@@ -1,14 +1,15 @@
 """A database that was put back from an older copy, or lost: it reads again what its durable has acknowledged.
 
-A durable never delivers again what was acknowledged, whatever became of the effect. So the database itself keeps how
-far the durable had come; what lies between that and where the durable is now is read from the stream once more, and
-counted once.
+A durable never delivers again what was acknowledged, whatever became of the effect. So the database itself keeps up
+to where all of the stream was acknowledged. What lies between that and the last message that was delivered, which may
+be acknowledged although one before it is not, is read from the stream once more, and counted once.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 from nats.aio.client import Client
@@ -73,15 +74,15 @@ async def catch_up(
 
 
 async def _catch_up(record: Record, durable: str, database: Database, apply: Apply) -> None:
-    created, begins, acknowledged = await _reached(record.nc, durable)
+    created, begins, acknowledged, delivered = await _reached(record.nc, durable)
     kept = await database.read(_kept, durable)
     # A stream that was made anew counts from the beginning, and so does one that was cut back.
     known = kept.acknowledged if kept and kept.stream_created == created else 0
     # Also then, what was trimmed is there; a durable that was made anew says that it has acknowledged so much.
     after = known if known <= acknowledged else begins - 1
-    if after < acknowledged:
-        log.info("reading_again", durable=durable, after=after, up_to=acknowledged)
-        await _read_again(record, after, acknowledged, apply)
+    if after < delivered:
+        log.info("reading_again", durable=durable, after=after, up_to=delivered)
+        await _read_again(record, after, delivered, apply)
     await database.write(_note, durable, created, acknowledged)
 
 
@@ -91,8 +92,8 @@ async def keep_position(nc: Client, durable: str, database: Database) -> None:
     while True:
         try:
             # Asked first, noted afterwards: what is acknowledged by now is committed.
-            created, _, acknowledged = await _reached(nc, durable)
-            notes = await database.write(_note, durable, created, acknowledged, at_least=notes)
+            reached = await _reached(nc, durable)
+            notes = await database.write(_note, durable, reached.created, reached.acknowledged, at_least=notes)
         except Restored:
             return end_process("the database is an older copy: what it has not is read again")
         except (Unavailable, SQLAlchemyError, OSError) as error:
@@ -100,8 +101,16 @@ async def keep_position(nc: Client, durable: str, database: Database) -> None:
         await asyncio.sleep(NOTE_EVERY_S)
 
 
-async def _reached(nc: Client, durable: str) -> tuple[datetime, int, int]:
-    """When the stream was made, where it begins, and up to where the durable has acknowledged all of it."""
+class _Reached(NamedTuple):
+    """When the stream was made and where it begins; up to where the durable has acknowledged all, or some, of it."""
+
+    created: datetime
+    begins: int
+    acknowledged: int
+    delivered: int
+
+
+async def _reached(nc: Client, durable: str) -> _Reached:
     js = nc.jetstream()
     try:
         stream, consumer = await js.stream_info(STREAM), await js.consumer_info(STREAM, durable)
@@ -110,8 +119,11 @@ async def _reached(nc: Client, durable: str) -> tuple[datetime, int, int]:
     if stream.created is None:
         raise Unavailable(f"The broker does not say when the stream {STREAM} was made.")
     # After a power cut a durable may be ahead of its stream.
-    acknowledged = consumer.ack_floor.stream_seq if consumer.ack_floor else 0
-    return stream.created, max(1, stream.state.first_seq), min(acknowledged, stream.state.last_seq)
+    acknowledged, delivered = (
+        min(place.stream_seq if place else 0, stream.state.last_seq)
+        for place in (consumer.ack_floor, consumer.delivered)
+    )
+    return _Reached(stream.created, max(1, stream.state.first_seq), acknowledged, delivered)
 
 
 async def _read_again(record: Record, after: int, up_to: int, apply: Apply) -> None:

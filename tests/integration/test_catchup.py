@@ -112,6 +112,26 @@ async def test_an_older_copy_reads_again_what_it_does_not_have(settings: Setting
         assert await recorded_ids(settings) == sorted(event.id for event in events)
 
 
+async def test_what_was_acknowledged_before_its_turn_is_read_again_too(settings: Settings, nats: Client) -> None:
+    """Two replicas had one event each; one of them died with its own, and then the database."""
+    copies, events = Copies(settings.database_url), [generation_completed(f"user_{n}") for n in range(3)]
+    await record(settings, nats, events[:1])
+    copies.copy()
+    await publish(nats, *events[1:])
+    js = nats.jetstream()
+    pulling = await js.pull_subscribe_bind(streams.LEDGER, streams.STREAM)
+    await pulling.fetch(1)
+    (last,) = await pulling.fetch(1)
+    database = Database(settings.database_url)
+    await database.write(store.record, events[2:])
+    await database.close()
+    await last.ack_sync()
+    await pulling.unsubscribe()
+    copies.put_back()
+    async with ledger(settings):
+        assert {event.id for event in events} == {*await recorded_ids(settings)}
+
+
 async def test_a_database_that_was_lost_is_rebuilt(
     settings: Settings, nats: Client, tmp_path: Path, database_url: str
 ) -> None:
