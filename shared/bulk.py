@@ -183,7 +183,7 @@ def _sqlite_column(table: Table, name: str, values: list[Any]) -> Iterable[Any]:
     if isinstance(kind, Date):
         return [None if value is None else value.isoformat() for value in values]
     if isinstance(kind, JSON):
-        return [None if value is None else json.dumps(value) for value in values]
+        return [None if value is None else to_json(value).decode() for value in values]
     return values
 
 

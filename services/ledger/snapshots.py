@@ -198,12 +198,12 @@ def as_sqlite_has_it(moment: datetime) -> str:
     return f"{text[:-6]}Z" if text.endswith("+00:00") else iso(moment)
 
 
+_AS_POSTGRESQL_HAS_IT: dict[str, Callable[[Any], Any]] = {"json": lambda value: to_json(value).decode()}
 _AS_SQLITE_HAS_IT: dict[str, Callable[[Any], Any]] = {
+    **_AS_POSTGRESQL_HAS_IT,
     "moment": as_sqlite_has_it,
     "date": date.isoformat,
-    "json": json.dumps,
 }
-_AS_POSTGRESQL_HAS_IT: dict[str, Callable[[Any], Any]] = {"json": lambda value: to_json(value).decode()}
 
 
 def _kind(column: str) -> str:
