@@ -446,19 +446,15 @@ class _PostgresLock:
         if partitions != {table: _partitions(db, live, table) for table in tables}:
             raise Misconfigured("The tables have other partitions by now: replay once more.")
         parts = [each for table in tables for each in (table, *partitions[table])]
-        triggers = [_all(db, _POSTGRES_TRIGGERS, live, part) for part in parts]
-        grants = [_all(db, _POSTGRES_GRANTS, live, part) for part in parts]
+        guards = [*_all(db, _POSTGRES_TRIGGERS, live, *parts), *_all(db, _POSTGRES_GRANTS, live, *parts)]
         # In the order in which statements of ours come to them.
         for table in reversed(tables):
             db.exec_driver_sql(f'LOCK TABLE "{live}"."{table}" IN ACCESS EXCLUSIVE MODE')
         adopt(db, lambda table: f'"{live}"."{table}"')
-        for table in tables:
-            db.exec_driver_sql(f'DROP TABLE "{live}"."{table}"')
-        for part in parts:
-            db.exec_driver_sql(f'ALTER TABLE "{SCHEMA}"."{part}" SET SCHEMA "{live}"')
-        for statements in (*triggers, *grants):
-            for statement in statements:
-                db.exec_driver_sql(statement)
+        dropped = [f'DROP TABLE "{live}"."{table}"' for table in tables]
+        moved = [f'ALTER TABLE "{SCHEMA}"."{part}" SET SCHEMA "{live}"' for part in parts]
+        # All at once: a table may have dozens of partitions, and others wait.
+        db.exec_driver_sql("; ".join((*dropped, *moved, *guards)))
         return added
 
     def _older_readers_are_done(self) -> None:
@@ -476,8 +472,8 @@ class _PostgresLock:
             return {tuple(row) for row in db.execute(_POSTGRES_READERS)}
 
 
-def _all(db: Connection, statement: Any, live: str, table: str) -> list[str]:
-    return list(db.execute(statement, {"table": f'"{live}"."{table}"'}).scalars())
+def _all(db: Connection, statement: Any, live: str, *tables: str) -> list[str]:
+    return list(db.execute(statement, {"tables": [f'"{live}"."{table}"' for table in tables]}).scalars())
 
 
 def _partitions(db: Connection, live: str, table: str) -> dict[str, str]:
@@ -506,20 +502,21 @@ _POSTGRES_KEYS = text(
     " WHERE conrelid = CAST(:table AS regclass) AND contype IN ('p', 'u')"
 )
 _POSTGRES_INDEXES = text(
-    "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = CAST(:table AS regclass)"
+    "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = ANY(CAST(:tables AS regclass[]))"
     " AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)"
 )
 _POSTGRES_TRIGGERS = text(
-    "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgrelid = CAST(:table AS regclass) AND NOT tgisinternal"
+    "SELECT pg_get_triggerdef(oid) FROM pg_trigger"
+    " WHERE tgrelid = ANY(CAST(:tables AS regclass[])) AND NOT tgisinternal"
 )
 # From nothing: where nobody was ever granted anything, the owner has all rights, and the list is empty.
 _POSTGRES_GRANTS = text(
     "SELECT format('REVOKE ALL ON %s FROM %I', oid::regclass, pg_get_userbyid(relowner)) FROM pg_class"
-    " WHERE oid = CAST(:table AS regclass) AND relacl IS NOT NULL"
+    " WHERE oid = ANY(CAST(:tables AS regclass[])) AND relacl IS NOT NULL"
     " UNION ALL SELECT format('GRANT %s ON %s TO %s%s', privilege_type, class.oid::regclass,"
     " CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END,"
     " CASE WHEN is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)"
-    " FROM pg_class class, aclexplode(relacl) WHERE class.oid = CAST(:table AS regclass)"
+    " FROM pg_class class, aclexplode(relacl) WHERE class.oid = ANY(CAST(:tables AS regclass[]))"
 )
 _POSTGRES_READERS = text(
     "SELECT pid, xact_start FROM pg_stat_activity WHERE datname = current_database() AND backend_xmin IS NOT NULL"
