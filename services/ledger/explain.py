@@ -33,7 +33,8 @@ def explain(
     as_document: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Tell what was asked, granted, held, given and settled, by which plan and period, and in which event."""
-    query = ExplainQuery(event_id=_named(record, "'--id'"), user_id=user and _named(user, "'--user'"))
+    mine = None if user is None else _named(user, "'--user'")
+    query = ExplainQuery(event_id=_named(record, "'--id'"), user_id=mine)
     with one_sentence("ledger"):
         told = told_of(Settings(), query)
         if told is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, insert, update
+from typer.testing import CliRunner
 
 from services.ledger import __main__ as ledger_service
 from services.ledger import store as ledger_store
@@ -296,3 +297,12 @@ async def test_where_there_is_no_database_the_command_says_which(both: Both, tmp
         settings = both.settings.model_copy(update={name: sqlite_url(tmp_path, "gone.db")})
         with pytest.raises(Misconfigured, match=r"gone\.db"):
             told_of(settings, ExplainQuery(event_id="g"))
+
+
+@pytest.mark.parametrize("option", ["--id", "--user"])
+@pytest.mark.parametrize("name", ["", "x" * 129, "a\nb"])
+def test_what_is_no_name_is_refused_by_the_command_in_words(option: str, name: str) -> None:
+    arguments = ["explain", *(part for pair in {"--id": "g", option: name}.items() for part in pair)]
+    told = CliRunner().invoke(ledger_service.cli, arguments)
+    assert told.exit_code == 2
+    assert f"Invalid value for '{option}': it has 1 to 128 characters" in told.output
