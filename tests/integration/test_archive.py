@@ -479,14 +479,17 @@ async def test_nothing_is_read_from_an_archive_that_was_changed(
     assert await system.figures() == before
 
 
+@pytest.mark.parametrize("damage", [edited_and_covered_up, reordered, moved])
 @pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
-async def test_of_a_trimmed_message_that_was_changed_with_its_manifest_the_audit_tells(system: Archiving) -> None:
+async def test_of_trimmed_messages_that_were_changed_with_their_manifest_the_audit_tells(
+    system: Archiving, damage: Callable[[Damage], None]
+) -> None:
     await archived_and_trimmed(system)
-    edited_and_covered_up(Damage(system.folder))
+    damage(Damage(system.folder))
     found = await system.audit()
     named = {(difference.where, difference.kind) for difference in found.differences}
     assert any(where.startswith("archive usage-0") and kind == "archive" for where, kind in named)
-    assert ("evidence, message edited", "broken") in named
+    assert any(where.startswith("evidence, message ") and kind == "broken" for where, kind in named)
 
 
 @pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
