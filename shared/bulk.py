@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from pydantic_core import to_json
-from sqlalchemy import JSON, Connection, Date, Table, select
+from sqlalchemy import JSON, Connection, Date, FromClause, Table, Text, bindparam, cast, func, select
 from sqlalchemy.dialects import postgresql
 
 from shared.database import Rows, UtcDateTime, is_sqlite, iso
@@ -148,6 +148,14 @@ def _arrays(columns: tuple[str, ...]) -> str:
 
 def _names(columns: tuple[str, ...]) -> str:
     return ", ".join(f'"{name}"' for name in columns)
+
+
+def listed(dialect: str, parameter: str) -> FromClause:
+    """A parameter that is a JSON array of texts, as rows of `item`: one statement asks about one or five hundred."""
+    items = bindparam(parameter, type_=Text)
+    if dialect == "sqlite":
+        return select(func.json_each(items).table_valued("value").c.value.label("item")).subquery("listed")
+    return select(func.json_array_elements_text(cast(items, JSON)).column_valued("item")).subquery("listed")
 
 
 def _key(table: Table) -> str:

@@ -29,7 +29,20 @@ from sqlalchemy import (
 
 from services.quota import store
 from services.quota.domain import Account, Totals
-from services.quota.store import SUMS, alerts, changes, settlements, subscriptions, totals
+from services.quota.store import alerts
+from services.quota.subscriptions import change_subscriptions, changes, changes_of, plan_change, subscriptions
+from services.quota.totals import (
+    SUMS,
+    add_to_totals,
+    keep_totals,
+    models_text,
+    of_model,
+    settlement,
+    settlements,
+    sums_of,
+    totals,
+    totals_of,
+)
 from shared.bulk import insert_once, sorted_out
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, patient_engine
 from shared.events import Event, SubscriptionChanged, ThresholdReached
@@ -74,8 +87,8 @@ class RebuiltQuota:
         events = [message.event for message in messages if message.event]
         changed = [event for event in events if isinstance(event, SubscriptionChanged)]
         used = [event for event in events if not isinstance(event, SubscriptionChanged)]
-        _, others = sorted_out(changed, insert_once(db, changes, [store.plan_change(event) for event in changed]))
-        _, contradicting = sorted_out(used, insert_once(db, settlements, [store.settlement(event) for event in used]))
+        _, others = sorted_out(changed, insert_once(db, changes, [plan_change(event) for event in changed]))
+        _, contradicting = sorted_out(used, insert_once(db, settlements, [settlement(event) for event in used]))
         return [*others, *contradicting]
 
     def derive(self, db: Connection, live: str | None) -> None:
@@ -96,13 +109,13 @@ class RebuiltQuota:
         events = [message.event for message in messages if message.event]
         changed = [event for event in events if isinstance(event, SubscriptionChanged)]
         used = [event for event in events if not isinstance(event, SubscriptionChanged)]
-        _, others = sorted_out(changed, store.change_subscriptions(db, changed))
-        rows = [store.settlement(event) for event in used]
+        _, others = sorted_out(changed, change_subscriptions(db, changed))
+        rows = [settlement(event) for event in used]
         outcomes = insert_once(db, settlements, rows)
         new, _ = sorted_out(rows, outcomes)
-        store.add_to_totals(db, new)
+        add_to_totals(db, new)
         standing = store.accounts(db, self._plans, {event.data.user_id for event in events}, at=now(db))
-        store.keep_totals(db, standing.values())
+        keep_totals(db, standing.values())
         store.keep_totals_of_other_periods(db, self._plans, standing, new)
         return [*others, *sorted_out(used, outcomes)[1]]
 
@@ -167,7 +180,7 @@ def periods_used(db: Connection, plans: Plans) -> Iterator[PeriodUsed]:
     )
     by_user = groupby(rows, lambda row: str(row.user_id))
     for chunk in _chunks((user_id, list(of_user)) for user_id, of_user in by_user):
-        changed = store.changes_of(db, [user_id for user_id, _ in chunk])
+        changed = changes_of(db, [user_id for user_id, _ in chunk])
         for user_id, of_user in chunk:
             for row in of_user:
                 then = subscribed(change for change in changed[user_id] if change.changed_at < row.period_end)
@@ -175,7 +188,7 @@ def periods_used(db: Connection, plans: Plans) -> Iterator[PeriodUsed]:
                 periods = {calendar.period(row.period_start, plan, limit).bounds: limit for limit in plan.limits}
                 if limit := periods.get((row.period_start, row.period_end)):
                     period = calendar.period(row.period_start, plan, limit)
-                    yield PeriodUsed(user_id, plan, period, store.totals_of(row))
+                    yield PeriodUsed(user_id, plan, period, totals_of(row))
 
 
 def standing_at(db: Connection, plans: Plans, at: datetime) -> Iterator[Account]:
@@ -204,7 +217,7 @@ def _periods_of_users(db: Connection, plans: Plans) -> Iterator[list[dict[str, A
     hours = db.execute(_hours(db), execution_options={"yield_per": CHUNK})
     by_user = groupby(hours, lambda row: str(row.user_id))
     for chunk in _chunks((user_id, [_hour(row.hour) for row in of_user]) for user_id, of_user in by_user):
-        changed = store.changes_of(db, [user_id for user_id, _ in chunk])
+        changed = changes_of(db, [user_id for user_id, _ in chunk])
         for user_id, moments in chunk:
             found = {period for moment in moments for period in _deciding(plans, sorted(changed[user_id]), moment)}
             yield [
@@ -255,14 +268,14 @@ def _totals(db: Connection) -> Iterator[dict[str, Any]]:
         parts = [row for row in of_period if row.tokens_used is not None]
         if not parts and not is_in_use:
             continue
-        by_model = (store.of_model(row.model, *(int(getattr(row, name)) for name in SUMS)) for row in parts)
+        by_model = (of_model(row.model, *(int(getattr(row, name)) for name in SUMS)) for row in parts)
         total = sum(by_model, start=Totals())
         yield {
             "user_id": user_id,
             "period_start": start,
             "period_end": end,
-            **dict(zip(SUMS, store.sums_of(total), strict=True)),
-            "models": store.models_text(total.models),
+            **dict(zip(SUMS, sums_of(total), strict=True)),
+            "models": models_text(total.models),
         }
 
 

@@ -7,19 +7,15 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, NamedTuple
 
-from pydantic_core import to_json
 from sqlalchemy import (
     JSON,
     Connection,
     DateTime,
     Executable,
-    FromClause,
     Row,
     Select,
-    Text,
     and_,
     bindparam,
-    cast,
     delete,
     exists,
     func,
@@ -32,36 +28,42 @@ from services.quota.domain import (
     Account,
     LimitStanding,
     Refusal,
-    Totals,
-    carried_tokens,
     is_kept_and_quiet,
 )
-from services.quota.models import Alert, Hold, PlanChange, Settlement, Subscription, UsageTotal
-from shared.bulk import Outcome, insert_once, sorted_out, update_each
+from services.quota.models import Alert, Hold
+from services.quota.subscriptions import change_subscriptions, changes_of, subscriptions
+from services.quota.top_ups import carried
+from services.quota.totals import (
+    NOTHING,
+    Kept,
+    add_to_totals,
+    keep_totals,
+    settlement,
+    settlements,
+    sums_of_settlements,
+    totals,
+    totals_of,
+)
+from shared.bulk import insert_once, listed, sorted_out
 from shared.calls import Authorize, Counted, CountedStory, ExplainQuery, OpenHold, Pending, UsageQuery
-from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of, upsert
+from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of
 from shared.events import (
     Authorized,
     Event,
     GenerationCompleted,
     SubscriptionChanged,
     ThresholdReached,
-    UsageAdjusted,
     encode,
 )
-from shared.plans import COUNTS, Counts, Limit, Period, PeriodKind, Plan, Plans
+from shared.plans import COUNTS, Counts, Limit, Period, PeriodKind, Plans
 from shared.quarantine import Poison, quarantine
 from shared.story import counted
-from shared.subscriptions import Calendar, Change, subscribed
+from shared.subscriptions import Calendar
 
 # Longer than the longest generation: a hold never ends before the generation that it covers.
 HOLD_TTL = timedelta(minutes=15)
 
-holds, settlements, totals = table_of(Hold), table_of(Settlement), table_of(UsageTotal)
-subscriptions, changes, alerts = table_of(Subscription), table_of(PlanChange), table_of(Alert)
-NOTHING = Totals()
-SUMS = (*COUNTS, "top_up_tokens", "lasting_top_up_tokens")
-_NO_COUNTS = dict.fromkeys(SUMS, 0)
+holds, alerts = table_of(Hold), table_of(Alert)
 
 # SQLite has one writer. On PostgreSQL an advisory lock a user, taken in one order: no row need exist yet, and two
 # batches that share users wait for each other instead of deadlocking.
@@ -198,12 +200,12 @@ def settle(db: Connection, plans: Plans, events: Sequence[Event], poison: Sequen
 
 
 def _all_done(
-    plans: Plans, kept: Mapping[str, list["_Kept"]], arrived: Sequence[dict[str, Any]], at: datetime
+    plans: Plans, kept: Mapping[str, list[Kept]], arrived: Sequence[dict[str, Any]], at: datetime
 ) -> set[str]:
     """The users for whom nothing is left to do once their totals are added to: nearly all of a batch."""
     moments: dict[str, list[datetime]] = defaultdict(list)
-    for settlement in arrived:
-        moments[settlement["user_id"]].append(settlement["started_at"])
+    for row in arrived:
+        moments[row["user_id"]].append(row["started_at"])
     return {
         user_id
         for user_id, rows in kept.items()
@@ -301,7 +303,7 @@ def _accounts(
         if found[user_id].has_settlements:
             by_period[period].append(user_id)
     for period, users in by_period.items():
-        for user_id, sums in _sums_of_settlements(db, period, users).items():
+        for user_id, sums in sums_of_settlements(db, period, users).items():
             kept[user_id, *period.bounds] = sums
     standing = {}
     for user_id, row in found.items():
@@ -313,7 +315,7 @@ def _accounts(
                 plan.weights,
                 kept.get((user_id, *period.bounds), NOTHING),
                 held_tokens=_held(db, user_id, open_holds, period, at),
-                carried_tokens=_carried(db, plans, user_id, limit, period, at=at) if row.has_lasting_top_ups else 0,
+                carried_tokens=carried(db, plans, user_id, limit, period, at=at) if row.has_lasting_top_ups else 0,
             )
             for limit, period in periods[user_id]
         ]
@@ -340,87 +342,6 @@ def _held(db: Connection, user_id: str, open_holds: _OpenHolds, period: Period, 
         return int(open_holds.tokens or 0)
     of_period = (holds.c.user_id == user_id, holds.c.expires_at > at, holds.c.started_at >= period.start)
     return int(db.execute(select(func.coalesce(func.sum(holds.c.tokens), 0)).where(*of_period)).scalar_one())
-
-
-def _carried(db: Connection, plans: Plans, user_id: str, limit: Limit, period: Period, *, at: datetime) -> int:
-    """What earlier periods left of the top-ups that outlive them."""
-    lasting = select(settlements.c.started_at, settlements.c.lasting_top_up_tokens).where(
-        settlements.c.user_id == user_id,
-        settlements.c.lasting_top_up_tokens != 0,
-        settlements.c.started_at < period.start,
-    )
-    top_ups = [(row.started_at, int(row.lasting_top_up_tokens)) for row in db.execute(lasting)]
-    if not top_ups:
-        return 0
-    spent = []
-    since = min(moment for moment, _ in top_ups)
-    for lived in _lived_through(db, plans, user_id, limit, since=since, at=at):
-        if (over := lived.until(period.start)) is None:
-            continue
-        had = over.totals or _sums_of_settlements(db, over.period, [user_id]).get(user_id, NOTHING)
-        standing = LimitStanding.of(over.limit, over.period, over.plan.weights, had)
-        spent.append((over.period.bounds[1], standing.beyond_tokens))
-    return carried_tokens(top_ups, spent)
-
-
-class _Lived(NamedTuple):
-    """A period as a user had it, with the limit of their plan that stands for one of today's.
-
-    `totals` are of all of it; None where nobody has kept them, since it was ended early.
-    """
-
-    plan: Plan
-    limit: Limit
-    period: Period
-    totals: Totals | None = None
-
-    @classmethod
-    def at(cls, plans: Plans, changed: Sequence[Change], limit: Limit, moment: datetime) -> "_Lived":
-        """Under the plan that these changes come to."""
-        then = subscribed(changed)
-        plan = plans.of(then.tier if then else None)
-        calendar = Calendar(then.time_zone, then.subscribed_at) if then else Calendar()
-        had = next((had for had in plan.limits if had.period == limit.period), plan.limits[0])
-        return cls(plan, had, calendar.period(moment, plan, had))
-
-    def until(self, moment: datetime) -> "_Lived | None":
-        """What of it was over when the next began."""
-        start, end = self.period.bounds
-        if end <= moment:
-            return self
-        return self._replace(period=Period(start, moment), totals=None) if start < moment else None
-
-
-def _lived_through(
-    db: Connection, plans: Plans, user_id: str, limit: Limit, *, since: datetime, at: datetime
-) -> list[_Lived]:
-    """The periods that ended from `since` to `at`, each under the plan that it ended with, none twice.
-
-    A change of plan or time zone may end one early, or go back to before the beginning of one: what was used
-    belongs to the last period that has it.
-    """
-    changed = sorted(changes_of(db, [user_id])[user_id])
-    ended: list[tuple[datetime, _Lived]] = []
-    past = select(totals).where(totals.c.user_id == user_id, totals.c.period_end > since, totals.c.period_end <= at)
-    for row in db.execute(past):
-        known = [change for change in changed if change.changed_at < row.period_end]
-        whole = _Lived.at(plans, known, limit, row.period_start)
-        if whole.period.bounds == (row.period_start, row.period_end):
-            ended.append((row.period_end, whole._replace(totals=totals_of(row))))
-    for nth, change in enumerate(changed):
-        if since < change.changed_at <= at:
-            before, after = (_Lived.at(plans, changed[:n], limit, change.changed_at) for n in (nth, nth + 1))
-            if cut := before.until(after.period.start):
-                ended.append((change.changed_at, cut))
-    ended.sort(key=lambda lived: lived[0])
-    through: list[_Lived] = []
-    for _, lived in ended:
-        while through:
-            if over := through.pop().until(lived.period.start):
-                through.append(over)
-                break
-        through.append(lived)
-    return through
 
 
 def expired_holds(db: Connection) -> list[tuple[str, str, int]]:
@@ -468,18 +389,10 @@ def _include(
 # Statements of the hot path are built once: building one costs more than running it.
 
 
-def _listed(dialect: str, parameter: str) -> FromClause:
-    """A parameter that is a JSON array of texts, as rows of `item`: one statement asks about one or five hundred."""
-    items = bindparam(parameter, type_=Text)
-    if dialect == "sqlite":
-        return select(func.json_each(items).table_valued("value").c.value.label("item")).subquery("listed")
-    return select(func.json_array_elements_text(cast(items, JSON)).column_valued("item")).subquery("listed")
-
-
 @cache
 def _standing(dialect: str) -> Select[Any]:
     """A row for each user and each of the totals that cover `at`: plan, holds, raw sums."""
-    users, at = _listed(dialect, "user_ids"), bindparam("at", type_=UtcDateTime)
+    users, at = listed(dialect, "user_ids"), bindparam("at", type_=UtcDateTime)
     # One scan of the user's holds for all three, through their index: joined as a table, PostgreSQL reads all holds.
     as_json = func.json_array if dialect == "sqlite" else func.json_build_array
     open_holds = (
@@ -504,7 +417,7 @@ def _standing(dialect: str) -> Select[Any]:
 @cache
 def _settled_or_held(dialect: str) -> Select[Any]:
     """A row for each event: whether it is settled, and its hold, if it has one."""
-    events = _listed(dialect, "event_ids")
+    events = listed(dialect, "event_ids")
     return select(
         events.c.item.label("event_id"),
         exists().where(settlements.c.event_id == events.c.item).label("is_settled"),
@@ -514,151 +427,9 @@ def _settled_or_held(dialect: str) -> Select[Any]:
 
 @cache
 def _release(dialect: str) -> Executable:
-    generations = _listed(dialect, "generation_ids")
+    generations = listed(dialect, "generation_ids")
     released = delete(holds).where(holds.c.generation_id.in_(select(generations.c.item)))
     return released.returning(*holds.c["generation_id", "expires_at"])
-
-
-@cache
-def _kept_periods(dialect: str) -> Select[Any]:
-    users = _listed(dialect, "user_ids")
-    return (
-        select(
-            *totals.c["user_id", "period_start", "period_end", "tokens_used", "models"],
-            *subscriptions.c["tier", "time_zone", "subscribed_at"],
-        )
-        .select_from(
-            users.join(totals, totals.c.user_id == users.c.item).outerjoin(
-                subscriptions, subscriptions.c.user_id == users.c.item
-            )
-        )
-        .where(totals.c.period_end > bindparam("after", type_=UtcDateTime))
-    )
-
-
-@cache
-def _sums_by_model(dialect: str) -> Select[Any]:
-    users = _listed(dialect, "user_ids")
-    return (
-        select(*settlements.c["user_id", "model"], *(func.sum(settlements.c[name]).label(name) for name in SUMS))
-        .join(users, users.c.item == settlements.c.user_id)
-        .where(
-            settlements.c.started_at >= bindparam("start", type_=UtcDateTime),
-            settlements.c.started_at < bindparam("end", type_=UtcDateTime),
-        )
-        .group_by(settlements.c.user_id, settlements.c.model)
-    )
-
-
-def _sums_of_settlements(db: Connection, period: Period, user_ids: list[str]) -> dict[str, Totals]:
-    start, end = period.bounds
-    known = {"user_ids": json.dumps(user_ids), "start": start, "end": end}
-    sums: defaultdict[str, Totals] = defaultdict(Totals)
-    for row in db.execute(_sums_by_model(db.dialect.name), known):
-        sums[row.user_id] += of_model(row.model, *(int(getattr(row, name)) for name in SUMS))
-    return sums
-
-
-def of_model(model: str | None, *sums: int) -> Totals:
-    counts = Counts(*sums[: len(COUNTS)])
-    return Totals(counts, {model: counts} if model else {}, *sums[len(COUNTS) :])
-
-
-def totals_of(row: Any) -> Totals:
-    counts = Counts(*(int(getattr(row, name)) for name in COUNTS))
-    return Totals(counts, _models(row.models), int(row.top_up_tokens), int(row.lasting_top_up_tokens))
-
-
-def _models(text: str) -> dict[str, Counts]:
-    return {model: Counts(*counts) for model, counts in json.loads(text).items()}
-
-
-def models_text(models: Mapping[str, Counts]) -> str:
-    return _json({model: counts.as_tuple for model, counts in models.items()})
-
-
-def _json(models: Mapping[str, Sequence[int]]) -> str:
-    return to_json(models).decode()
-
-
-def settlement(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
-    row: dict[str, Any] = {"event_id": event.id, "user_id": event.data.user_id} | _NO_COUNTS
-    if isinstance(event, GenerationCompleted):
-        generation = event.data
-        counts = {name: getattr(generation, name) or 0 for name in COUNTS}
-        return row | counts | {"started_at": generation.started_at, "model": generation.model}
-    adjustment = event.data
-    topped_up = "lasting_top_up_tokens" if adjustment.outlives_period else "top_up_tokens"
-    counts = {"tokens_used": adjustment.tokens_used, topped_up: adjustment.top_up_tokens}
-    return row | counts | {"started_at": adjustment.effective_at, "model": None}
-
-
-class _Kept(NamedTuple):
-    """A total of a user, and the plan that the user has by now."""
-
-    user_id: str
-    period_start: datetime
-    period_end: datetime
-    tokens_used: int
-    models: str
-    tier: str | None
-    time_zone: str | None
-    subscribed_at: datetime | None
-
-
-def add_to_totals(db: Connection, arrived: Sequence[dict[str, Any]]) -> dict[str, list[_Kept]]:
-    """Add to every total that covers a settlement: also to one of a plan that the user had before.
-
-    Returns each user's totals of these periods and later ones as they are then, where any are kept.
-    """
-    if not arrived:
-        return {}
-    by_user: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for settlement in arrived:
-        by_user[settlement["user_id"]].append(settlement)
-    known = {"user_ids": json.dumps(list(by_user)), "after": min(s["started_at"] for s in arrived)}
-    added, kept = [], defaultdict(list)
-    for row in map(_Kept._make, db.execute(_kept_periods(db.dialect.name), known)):
-        user_id, start, end, *_ = row
-        covered = [s for s in by_user[user_id] if start <= s["started_at"] < end]
-        sums = [sum(s[name] for s in covered) for name in SUMS]
-        kept[user_id].append(row._replace(tokens_used=row.tokens_used + sums[0]))
-        if covered:
-            added.append((user_id, start, end, *sums, _with_models(row.models, covered)))
-    if added:
-        update_each(
-            db, totals, ("user_id", "period_start", "period_end"), adding=SUMS, setting=("models",), rows=added
-        )
-    return kept
-
-
-def _with_models(text: str, arrived: Sequence[dict[str, Any]]) -> str:
-    """What a total says of its models, with these settlements. Plain lists: it is done for each user of a batch."""
-    models: dict[str, list[int]] = json.loads(text)
-    for settlement in arrived:
-        if (model := settlement["model"]) is not None:
-            counts = [settlement[name] for name in COUNTS]
-            models[model] = [a + b for a, b in zip(models[model], counts, strict=True)] if model in models else counts
-    return _json(models)
-
-
-def sums_of(totals: Totals) -> tuple[int, ...]:
-    return (*totals.counts.as_tuple, totals.top_up_tokens, totals.lasting_top_up_tokens)
-
-
-def keep_totals(db: Connection, standing: Iterable[Account]) -> None:
-    rows = [
-        {
-            "user_id": user.user_id,
-            "period_start": limit.period.bounds[0],
-            "period_end": limit.period.bounds[1],
-            **dict(zip(SUMS, sums_of(limit.totals), strict=True)),
-            "models": models_text(limit.totals.models),
-        }
-        for user in standing
-        for limit in user.standings
-    ]
-    insert_new(db, totals, rows)
 
 
 def keep_totals_of_other_periods(
@@ -675,37 +446,6 @@ def keep_totals_of_other_periods(
         if not latest[user_id].covers(moment):
             latest |= accounts(db, plans, {user_id for _, user_id in late}, at=moment)
             keep_totals(db, [user for user in latest.values() if any(s.totals != NOTHING for s in user.standings)])
-
-
-def change_subscriptions(db: Connection, events: Sequence[SubscriptionChanged]) -> list[Outcome]:
-    """Note each change once, and what all changes of its user come to."""
-    outcomes = insert_once(db, changes, [plan_change(event) for event in events])
-    new, _ = sorted_out(events, outcomes)
-    changed = changes_of(db, sorted({event.data.user_id for event in new}))
-    come_to = {user_id: subscribed(known) for user_id, known in changed.items()}
-    upsert(db, subscriptions, [{"user_id": user_id, **now._asdict()} for user_id, now in come_to.items() if now])
-    return outcomes
-
-
-def plan_change(event: SubscriptionChanged) -> dict[str, Any]:
-    return {
-        "event_id": event.id,
-        "user_id": event.data.user_id,
-        "tier": event.data.tier,
-        "time_zone": event.data.time_zone,
-        "changed_at": event.data.changed_at,
-    }
-
-
-def changes_of(db: Connection, user_ids: list[str]) -> defaultdict[str, list[Change]]:
-    found: defaultdict[str, list[Change]] = defaultdict(list)
-    if user_ids:
-        for row in db.execute(_CHANGES, {"user_ids": user_ids}):
-            found[row.user_id].append(Change(row.changed_at, row.event_id, row.tier, row.time_zone))
-    return found
-
-
-_CHANGES = select(changes).where(changes.c.user_id.in_(bindparam("user_ids", expanding=True)))
 
 
 def _alert(db: Connection, standing: Iterable[Account], at: datetime) -> list[str]:

@@ -23,6 +23,8 @@ from sqlalchemy import Connection, column, create_engine, make_url, select, text
 from services.quota import store
 from services.quota.__main__ import MIGRATIONS
 from services.quota.domain import Account
+from services.quota.subscriptions import subscriptions
+from services.quota.totals import settlements, totals
 from shared.broker import connect
 from shared.calls import Authorization, Authorize, Granted, Refused, Usage
 from shared.database import Database, is_sqlite, now, sqlite_url
@@ -310,13 +312,13 @@ def check_states(states: Sequence[State]) -> None:
 
 async def check_the_end(callers: Callers, database: Database, user_id: str) -> None:
     """What is open and what is settled is what the callers were told, and nothing else."""
-    settled = select(*store.settlements.c["event_id", "tokens_used"]).where(store.settlements.c.user_id == user_id)
+    settled = select(*settlements.c["event_id", "tokens_used"]).where(settlements.c.user_id == user_id)
     held = select(*store.holds.c["generation_id", "tokens", "output_tokens", "started_at"]).where(
         store.holds.c.user_id == user_id
     )
-    settlements, holds = await database.read(lambda db: (db.execute(settled).all(), db.execute(held).all()))
-    assert {row.event_id: row.tokens_used for row in settlements} == callers.settled
-    assert {row.generation_id: tuple(row)[1:] for row in holds} == {
+    ended, under_way = await database.read(lambda db: (db.execute(settled).all(), db.execute(held).all()))
+    assert {row.event_id: row.tokens_used for row in ended} == callers.settled
+    assert {row.generation_id: tuple(row)[1:] for row in under_way} == {
         generation_id: (told.hold_tokens, told.granted.output_tokens_max, told.granted.started_at)
         for generation_id, told in callers.open.items()
     }
@@ -357,8 +359,8 @@ def _moment(told: Told) -> datetime:
 def settled_in_order(db: Connection, user_id: str) -> list[list[tuple[str, int]]]:
     """(generation, tokens used) of each transaction; on SQLite, which does not tell, of each row."""
     order = "rowid" if is_sqlite(db) else "CAST(CAST(xmin AS text) AS bigint)"
-    columns = (*store.settlements.c["event_id", "tokens_used"], text(f"{order} AS place"))
-    query = select(*columns).where(store.settlements.c.user_id == user_id).order_by(text("place"))
+    columns = (*settlements.c["event_id", "tokens_used"], text(f"{order} AS place"))
+    query = select(*columns).where(settlements.c.user_id == user_id).order_by(text("place"))
     rows = db.execute(query).all()
     return [[(row[0], row[1]) for row in group] for _, group in groupby(rows, key=itemgetter(2))]
 
@@ -609,7 +611,7 @@ async def test_the_period_is_the_databases_where_it_is_another_day_by_a_processs
     after = await apart.database.read(now)
 
     days = {Period.containing(moment, "day", zone) for moment in (before, after)}
-    kept = select(*store.totals.c["period_start", "period_end"]).where(store.totals.c.user_id == user_id)
+    kept = select(*totals.c["period_start", "period_end"]).where(totals.c.user_id == user_id)
     assert {Period(*row) for row in await apart.database.read(lambda db: db.execute(kept).all())} <= days
     assert {hold.period_start for hold in await apart.holds(user_id)} <= {day.start for day in days}
     assert {(usage.period_start, usage.resets_at) for usage in usages} <= {day.bounds for day in days}
@@ -664,16 +666,16 @@ class Counted(NamedTuple):
 
 
 def counted(db: Connection, plans: Plans) -> Counted:
-    totals = {}
-    for row in db.execute(select(store.totals).where(store.totals.c.user_id != CHANGING)):
+    kept = {}
+    for row in db.execute(select(totals).where(totals.c.user_id != CHANGING)):
         key, sums, models = tuple(row)[:3], tuple(row)[3:-1], json.loads(row.models)
         if any(sums):  # what begins just now is kept, too
-            totals[key] = (*sums, models)
+            kept[key] = (*sums, models)
     users = {f"user_{n}" for n in range(4)}
     return Counted(
-        {row.event_id: tuple(row) for row in db.execute(select(store.settlements))},
-        {tuple(row) for row in db.execute(select(store.subscriptions))},
-        totals,
+        {row.event_id: tuple(row) for row in db.execute(select(settlements))},
+        {tuple(row) for row in db.execute(select(subscriptions))},
+        kept,
         [store.accounts(db, plans, users, at=NOON - 9 * n * DAY) for n in range(21)],
     )
 

@@ -14,6 +14,8 @@ from services.ledger.partitions import MONTHS_AHEAD, make_ahead
 from services.ledger.replay import RebuiltLedger
 from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
+from services.quota import subscriptions as quota_subscriptions
+from services.quota import totals as quota_totals
 from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
@@ -56,7 +58,7 @@ async def quota(database_url: str) -> AsyncIterator[Database]:
 async def test_what_is_settled_is_neither_changed_nor_deleted(quota: Database, statement: str, refused: str) -> None:
     with pytest.raises(DatabaseError, match=refused):
         await quota.write(do(statement))
-    kept = await quota.read(lambda db: db.execute(select(quota_store.settlements.c.tokens_used)).scalars().all())
+    kept = await quota.read(lambda db: db.execute(select(quota_totals.settlements.c.tokens_used)).scalars().all())
     assert kept == [8_094]
 
 
@@ -71,7 +73,7 @@ async def test_replacing_what_is_settled_on_sqlite_changes_nothing(quota: Databa
         return db.execute(text(f"SELECT * FROM {table}")).all()  # noqa: S608
 
     before = await quota.read(row)
-    rows = quota_store.settlements if table == "settlements" else quota_store.changes
+    rows = quota_totals.settlements if table == "settlements" else quota_subscriptions.changes
     columns = ", ".join(column.name for column in rows.c if column.name != "user_id")
     replace = f"INSERT OR REPLACE INTO {table} (user_id, {columns}) SELECT 'other', {columns} FROM {table}"  # noqa: S608
     await quota.write(do(replace))

@@ -27,7 +27,8 @@ from services.ledger.scratch import scratch
 from services.ledger.sealer import Sealer
 from services.ledger.snapshots import Scope, snapshot
 from services.ledger.trim import Trimmed, trim
-from services.quota import store as quota_store
+from services.quota import subscriptions as quota_subscriptions
+from services.quota import totals as quota_totals
 from services.quota.handlers import Handlers as QuotaHandlers
 from services.quota.replay import RebuiltQuota
 from shared import streams
@@ -93,14 +94,14 @@ class Archiving(System):
 
     async def figures(self) -> dict[str, list[Any]]:
         """All that both databases say of usage."""
-        usage, totals = ledger_store.usage, quota_store.totals
+        usage, totals = ledger_store.usage, quota_totals.totals
         return {
             "usage": await self.ledger.read(lambda db: [*map(tuple, db.execute(select(usage).order_by(usage.c.id)))]),
             "totals": await self.quota.read(
                 lambda db: [*map(tuple, db.execute(select(totals).order_by(*totals.primary_key)))]
             ),
             "plans": await self.quota.read(
-                lambda db: [*map(tuple, db.execute(select(quota_store.subscriptions).order_by("user_id")))]
+                lambda db: [*map(tuple, db.execute(select(quota_subscriptions.subscriptions).order_by("user_id")))]
             ),
         }
 

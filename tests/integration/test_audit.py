@@ -20,6 +20,7 @@ from services.ledger.scratch import scratch
 from services.ledger.snapshots import Scope
 from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
+from services.quota import totals as quota_totals
 from services.quota.handlers import Handlers as QuotaHandlers
 from shared import streams
 from shared.consumer import Handler, apply
@@ -272,7 +273,7 @@ async def test_deleted_records_are_named_each(system: System, table: str, key: s
     assert "make replay" in found.words
 
 
-@pytest.mark.parametrize("table", [ledger_store.usage, quota_store.settlements])
+@pytest.mark.parametrize("table", [ledger_store.usage, quota_totals.settlements])
 async def test_a_record_that_no_event_explains_is_named(system: System, table: Table) -> None:
     await publish(system.nats, COUNTED)
     await system.deliver()

@@ -115,7 +115,7 @@ async def test_an_older_copy_reads_again_what_it_does_not_have(settings: Setting
 async def test_what_was_acknowledged_before_its_turn_is_read_again_too(settings: Settings, nats: Client) -> None:
     """Two replicas had one event each; one of them died with its own, and then the database."""
     copies, events = Copies(settings.database_url), [generation_completed(f"user_{n}") for n in range(3)]
-    await record(settings, nats, events[:1])
+    await record(settings, nats, [*events[:1]])
     copies.copy()
     await publish(nats, *events[1:])
     js = nats.jetstream()

@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from structlog.testing import capture_logs
 
 from services.quota import app, store
+from services.quota import totals as quota_totals
 from services.quota.settings import Settings
 from shared import broker, calls, streams
 from shared.broker import connect
@@ -119,7 +120,7 @@ def spent(user_id: str, tokens: int = 8_094) -> GenerationCompleted:
 
 
 async def settled_ids(database: Database, user_id: str) -> list[str]:
-    mine = select(store.settlements.c.event_id).where(store.settlements.c.user_id == user_id)
+    mine = select(quota_totals.settlements.c.event_id).where(quota_totals.settlements.c.user_id == user_id)
     return await database.read(lambda db: list(db.execute(mine).scalars()))
 
 

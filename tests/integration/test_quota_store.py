@@ -17,6 +17,7 @@ from sqlalchemy import Connection, RowMapping, select, update
 from sqlalchemy.exc import DatabaseError
 
 from services.quota import store
+from services.quota import totals as quota_totals
 from services.quota.__main__ import MIGRATIONS
 from services.quota.domain import Account, LimitStanding, Refusal
 from shared.calls import Authorize, Pending, UsageQuery
@@ -146,7 +147,7 @@ class Quota:
 
     async def totals(self, user_id: str = "user_1") -> dict[tuple[datetime, datetime], int]:
         """What is kept for each period."""
-        kept = select(store.totals).where(store.totals.c.user_id == user_id)
+        kept = select(quota_totals.totals).where(quota_totals.totals.c.user_id == user_id)
         rows = await self.database.read(lambda db: db.execute(kept).all())
         return {(row.period_start, row.period_end): row.tokens_used for row in rows}
 
@@ -156,7 +157,7 @@ class Quota:
         def work(db: Connection) -> list[Any]:
             kept, settled = (
                 db.execute(select(table).where(table.c.user_id == user_id)).mappings().all()
-                for table in (store.totals, store.settlements)
+                for table in (quota_totals.totals, quota_totals.settlements)
             )
             return [total for total in kept if any(total[name] != _sum(name, total, settled) for name in COUNTS)]
 
@@ -282,7 +283,7 @@ async def test_a_settlement_after_its_holds_time_counts_and_is_marked_late(quota
     await quota.settle(ending(late), ending(in_time), report)
     await quota.settle(ending(late))
 
-    marks = select(*store.settlements.c["event_id", "is_late"])
+    marks = select(*quota_totals.settlements.c["event_id", "is_late"])
     rows = await quota.database.read(lambda db: db.execute(marks).all())
     assert {row.event_id: row.is_late for row in rows} == {
         in_time.generation_id: False,
@@ -663,7 +664,7 @@ async def test_a_late_generation_is_marked_when_it_is_settled_and_repeated_witho
     for new in (1, 0):
         settled = await database.write(store.settle, quota.plans, [late])
         assert (settled.events, settled.contradicting) == (new, [])
-    marks = await database.read(lambda db: db.execute(select(store.settlements.c.is_late)).scalars().all())
+    marks = await database.read(lambda db: db.execute(select(quota_totals.settlements.c.is_late)).scalars().all())
     assert marks == [True]
 
 

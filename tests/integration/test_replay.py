@@ -22,6 +22,7 @@ from services.ledger import store as ledger_store
 from services.ledger.partitions import make_ahead
 from services.ledger.replay import RebuiltLedger
 from services.quota import store as quota_store
+from services.quota import totals as quota_totals
 from services.quota.replay import RebuiltQuota, periods_used, standing_at
 from shared.calls import Authorize
 from shared.database import Database, patient_engine, table_of
@@ -604,7 +605,7 @@ async def test_whatever_happened_in_whatever_order_a_replay_comes_to_the_same(
             for settled in after["settlements"].values()
             if settled["user_id"] == user_id and start <= settled["started_at"] < end
         ]
-        assert all(row[name] == sum(settled[name] for settled in covered) for name in quota_store.SUMS)
+        assert all(row[name] == sum(settled[name] for settled in covered) for name in quota_totals.SUMS)
 
 
 @given(happened=happenings())

@@ -21,6 +21,7 @@ from sqlalchemy import Connection
 
 from services.chat import publisher
 from services.quota import handlers, store
+from services.quota import totals as quota_totals
 from shared import consumer, streams
 from shared.events import Event, encode
 from shared.plans import Plans
@@ -97,7 +98,7 @@ def dedupe_outside_the_transaction() -> None:
 
         def and_no_more(db: Connection, table: Any, rows: Any) -> Any:
             outcomes = insert_once(db, table, rows)
-            if table is store.settlements:
+            if table is quota_totals.settlements:
                 marked.extend(outcomes)
                 raise _Marked
             return outcomes
@@ -110,7 +111,7 @@ def dedupe_outside_the_transaction() -> None:
         db: Connection, plans: Plans, events: Sequence[Event], poison: Sequence[Poison], marked: list[Any]
     ) -> store.Settled:
         def known(db: Connection, table: Any, rows: Any) -> Any:
-            return marked if table is store.settlements else insert_once(db, table, rows)
+            return marked if table is quota_totals.settlements else insert_once(db, table, rows)
 
         with _instead(known):
             return store.settle(db, plans, events, poison)
