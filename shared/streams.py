@@ -171,10 +171,9 @@ async def create(js: JetStreamContext, *, max_bytes: int = 8 * GIB, replicas: in
         if (found.num_replicas or 1) < replicas:
             raise Misconfigured(
                 f"The stream {STREAM} has fewer replicas ({found.num_replicas}) than CHATRAIL_STREAM_REPLICAS "
-                f"({replicas}). Run: nats stream edit {STREAM} --replicas {replicas}, and for {ALERTS} likewise."
+                f"({replicas}). Run: nats stream edit {STREAM} --replicas {replicas}; {ALERTS} and {KEYS} likewise."
             )
-        await _end_trimming(js, found)
-        await _add_subjects(js, found)
+        await _add_subjects(js, await _end_trimming(js, found))
     except NotFoundError:
         await _add(js, replace(USAGE_STREAM, max_bytes=max_bytes, num_replicas=replicas))
         print(f"Created the stream {STREAM}")  # noqa: T201 - a command's output
@@ -213,10 +212,11 @@ async def _add_subjects(js: JetStreamContext, found: StreamConfig) -> None:
         await js.update_stream(updated)
 
 
-async def _end_trimming(js: JetStreamContext, found: StreamConfig) -> None:
-    """Of somebody who died over it: from now on nothing expires any more."""
-    if TRIMMING_UNTIL in (found.metadata or {}) and not is_being_trimmed(found):
-        await js.update_stream(untrimmed(found))
+async def _end_trimming(js: JetStreamContext, found: StreamConfig) -> StreamConfig:
+    """Of somebody who died over it: from now on nothing expires any more. The stream's config."""
+    if TRIMMING_UNTIL not in (found.metadata or {}) or is_being_trimmed(found):
+        return found
+    return (await js.update_stream(untrimmed(found))).config
 
 
 def is_being_trimmed(found: StreamConfig) -> bool:
