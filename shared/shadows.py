@@ -365,12 +365,12 @@ class PostgresShadow:
     def _create(self, db: Connection, table: str) -> None:
         """With its partitions. Its key comes last, and takes theirs for its own."""
         named = {"table": f'"{self.live}"."{table}"'}
-        kind, parted_by = db.execute(_POSTGRES_KIND, named).one()
+        kind, parted_by, options = db.execute(_POSTGRES_KIND, named).one()
         if kind not in ("r", "p"):
             raise Misconfigured(f"The table {table} is none of this release: it cannot be replayed.")
         db.exec_driver_sql(
             f'CREATE TABLE "{SCHEMA}"."{table}" (LIKE "{self.live}"."{table}" INCLUDING ALL EXCLUDING INDEXES)'
-            f" {parted_by}"
+            f" {parted_by} {options}"
         )
         for partition, bounds in _partitions(db, self.live, table).items():
             self._create(db, partition)
@@ -490,8 +490,9 @@ def _in_schema(definition: str) -> str:
 
 
 _POSTGRES_KIND = text(
-    "SELECT relkind, coalesce('PARTITION BY ' || pg_get_partkeydef(oid), '') FROM pg_class"
-    " WHERE oid = CAST(:table AS regclass)"
+    "SELECT relkind, coalesce('PARTITION BY ' || pg_get_partkeydef(oid), ''),"
+    " coalesce('WITH (' || array_to_string(reloptions, ', ') || ')', '')"
+    " FROM pg_class WHERE oid = CAST(:table AS regclass)"
 )
 _POSTGRES_PARTITIONS = text(
     "SELECT relname, pg_get_expr(relpartbound, pg_class.oid) AS bounds FROM pg_inherits"

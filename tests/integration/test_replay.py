@@ -336,7 +336,8 @@ def schema_of(url: str) -> set[tuple[Any, ...]]:
         return set(sqlite(url, "SELECT type, name, tbl_name, sql FROM sqlite_master"))
     with psycopg.connect(url) as postgres:
         queries = (
-            "SELECT relname, relkind::text, relacl::text, relowner, pg_get_expr(relpartbound, oid),"
+            "SELECT relname, relkind::text, relacl::text, relowner, reloptions::text,"
+            " pg_get_expr(relpartbound, oid),"
             " (SELECT inhparent::regclass::text FROM pg_inherits WHERE inhrelid = oid),"
             " pg_get_partkeydef(oid) FROM pg_class WHERE relnamespace = 'public'::regnamespace",
             "SELECT attrelid::regclass::text, attnum, attname, format_type(atttypid, atttypmod), attcollation,"
