@@ -187,6 +187,19 @@ async def test_a_day_that_comes_to_nothing_by_corrections_is_a_day_and_one_of_no
     assert (day.date, day.tokens_used, day.generations, day.cost_usd) == (NOON.date(), 0, 1, "0.00")
 
 
+async def test_a_day_costs_what_the_plan_of_that_day_costs_however_late_the_change_arrives(
+    database: Database, plans: Plans
+) -> None:
+    days = [NOON + n * DAY for n in range(6)]
+    await database.write(store.record, [usage_reported(tokens_used=1000, started_at=day) for day in days])
+    later, sooner = (subscription_changed(tier=tier, changed_at=days[n]) for tier, n in (("free", 4), ("pro", 1)))
+    for change in (later, sooner):
+        await database.write(store.record, [change])
+    query = HistoryQuery(user_id="user_1", from_date=date.min, to_date=date.max)
+    costs = [day.cost_usd for day in (await database.read(store.history, plans, query)).days]
+    assert costs == ["0.00", "0.00", "7.77", "7.77", "7.77", "0.00"]
+
+
 async def test_replicas_that_add_to_the_same_days_at_once_lose_nothing(database: Database) -> None:
     def batch(nth: int) -> list[Event]:
         days = [NOON + n % 3 * DAY for n in range(40)]
