@@ -296,10 +296,10 @@ class CountedIn(View):
 class Counted(View):
     """What counts against the limits, as weighed, in the periods of the plan that the user had at that moment.
 
-    `is_late`: it came after its hold had expired.
+    `counts_at` is the moment that decides which. `is_late`: it came after its hold had expired.
     """
 
-    at: datetime
+    counts_at: datetime
     tokens_counted: int
     top_up_tokens: int
     is_late: bool

@@ -119,7 +119,7 @@ def counted(
         calendar = Calendar(then.time_zone, then.subscribed_at)
     periods = [(limit.period, calendar.period(at, plan, limit)) for limit in plan.limits]
     return Counted(
-        at=at,
+        counts_at=at,
         tokens_counted=weighted_tokens(plan.weights, [(model, counts)]),
         top_up_tokens=top_up_tokens,
         is_late=is_late,
@@ -181,7 +181,8 @@ def _given(given: Given) -> Iterator[str]:
 def _settled(done: Counted) -> Iterator[str]:
     top_up = f", and a top-up of {done.top_up_tokens:,}" if done.top_up_tokens else ""
     late = ", late: its hold had expired" if done.is_late else ""
-    yield f"  settled  {done.tokens_counted:,} tokens{top_up}, at {_moment(done.at)} under the plan {done.tier}{late}"
+    plan = f"the plan {done.tier} of {_moment(done.counts_at)}"
+    yield f"  settled  {done.tokens_counted:,} tokens{top_up}, by {plan}{late}"
     for period in done.counted_in:
         yield f"           {_period(period)}"
 

@@ -105,7 +105,7 @@ async def test_a_generation_that_was_cut_short_is_told_from_asking_to_its_seal(
     assert (given["tokensUsed"], given["outcome"]) == (answer.data["tokensUsed"], "completed")
     assert moment(granted["at"]) <= moment(given["completedAt"])
     assert told["settled"] == {
-        "at": granted["at"],
+        "countsAt": granted["at"],
         "tokensCounted": answer.data["tokensUsed"],
         "topUpTokens": 0,
         "isLate": False,
@@ -196,7 +196,7 @@ async def test_an_adjustment_is_told_by_the_id_of_its_event(http: httpx2.AsyncCl
     assert (credit["asked"], credit["held"], credit["event"]["type"]) == (None, None, "usage.adjusted")
     assert (credit["given"]["actionType"], credit["given"]["tokensUsed"]) == ("adjustment", -94)
     assert credit["given"]["metadata"] == {"reason": "invoice 7", "actor": "billing"}
-    assert (credit["settled"]["at"], credit["settled"]["tokensCounted"]) == ("2026-02-28T23:59:59Z", -94)
+    assert (credit["settled"]["countsAt"], credit["settled"]["tokensCounted"]) == ("2026-02-28T23:59:59Z", -94)
     assert credit["settled"]["countedIn"] == [
         {"period": "month", "periodStart": "2026-02-01T00:00:00Z", "resetsAt": "2026-03-01T00:00:00Z"}
     ]

@@ -86,7 +86,7 @@ def test_a_settled_generation_is_told_from_beginning_to_end() -> None:
         "           claude-haiku-4-5, completed, counted: provider",
         "           until 2026-11-22 12:00:00 UTC",
         "           conversationId: c",
-        "  settled  3,120 tokens, at 2026-11-22 12:00:00 UTC under the plan free",
+        "  settled  3,120 tokens, by the plan free of 2026-11-22 12:00:00 UTC",
         "           in the month from 2026-11-01 00:00:00 UTC to 2026-12-01 00:00:00 UTC",
         "  event    generation.completed, message 7 of the stream",
         "           leaf ff",
@@ -123,11 +123,11 @@ def test_what_is_not_sealed_yet_is_told_as_such() -> None:
 def test_what_came_late_and_what_was_topped_up_are_told() -> None:
     assert any(line.endswith(", late: its hold had expired") for line in words(on_record(), at_quota(is_late=True)))
     topped_up = words(on_record(), at_quota(top_up_tokens=5_000))
-    assert any("tokens, and a top-up of 5,000, at" in line for line in topped_up)
+    assert any("tokens, and a top-up of 5,000, by the plan" in line for line in topped_up)
 
 
 def test_a_plan_that_is_gone_from_the_file_is_the_default_one() -> None:
-    assert any("under the plan free" in line for line in words(on_record(), at_quota(tier="discontinued")))
+    assert any("by the plan free" in line and "settled" in line for line in words(on_record(), at_quota(tier="discontinued")))
 
 
 def test_of_what_neither_knows_there_is_no_story() -> None:

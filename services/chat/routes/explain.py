@@ -54,7 +54,7 @@ _EXAMPLE = {
         "metadata": {},
     },
     "settled": {
-        "at": "2026-11-23T05:44:10.863752Z",
+        "countsAt": "2026-11-23T05:44:10.863752Z",
         "tokensCounted": 120,
         "topUpTokens": 0,
         "isLate": False,
