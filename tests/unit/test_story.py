@@ -127,7 +127,8 @@ def test_what_came_late_and_what_was_topped_up_are_told() -> None:
 
 
 def test_a_plan_that_is_gone_from_the_file_is_the_default_one() -> None:
-    assert any("by the plan free" in line and "settled" in line for line in words(on_record(), at_quota(tier="discontinued")))
+    told = words(on_record(), at_quota(tier="discontinued"))
+    assert any("settled" in line and "by the plan free" in line for line in told)
 
 
 def test_of_what_neither_knows_there_is_no_story() -> None:
