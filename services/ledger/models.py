@@ -13,10 +13,7 @@ class Usage(SQLModel, table=True):
     """One event that used or corrected tokens, as it came. The database itself refuses to change or delete it."""
 
     __tablename__ = "usage"
-    __table_args__ = (
-        Index("usage_by_time", "user_id", "created_at", "id"),
-        Index("usage_by_date", "user_id", "usage_date"),
-    )
+    __table_args__ = (Index("usage_by_time", "user_id", "created_at", "id"),)
 
     # The event's id: recording it twice is impossible, however often it is delivered.
     id: str = Field(primary_key=True, sa_type=Text)

@@ -4,7 +4,7 @@ import base64
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from datetime import UTC, date
+from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import reduce
 from itertools import accumulate, groupby
@@ -23,6 +23,7 @@ from sqlalchemy import (
     insert,
     literal,
     literal_column,
+    or_,
     select,
     tuple_,
 )
@@ -286,13 +287,18 @@ def _sums_by_day_and_tier(user_id: str, days: Collection[date]) -> Select[Any]:
         select(*usage.c["usage_date", "event_type", "model", *COUNTS], tier.label("tier"))
         .where(
             usage.c.user_id == user_id,
-            usage.c.usage_date.in_(days),
+            or_(*(usage.c.created_at.between(*_bounds(day)) for day in days)),
             usage.c.tokens_used != 0,  # Claude was never asked, or gave nothing
         )
         .subquery()
     )
     key = (used.c.usage_date, used.c.tier, used.c.model)
     return select(*key, _generations(used), *_sums(used)).group_by(*key)
+
+
+def _bounds(day: date) -> tuple[datetime, datetime]:
+    """Its first moment and its last, in UTC."""
+    return datetime.combine(day, time.min, UTC), datetime.combine(day, time.max, UTC)
 
 
 def _day(plans: Plans, day: date, parts: Iterable[_Part]) -> Day:
