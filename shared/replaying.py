@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
@@ -30,8 +30,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import OperationalError
 
 from shared.database import Database, patient_engine
-from shared.errors import Misconfigured, PoisonMessage, Unavailable
-from shared.events import Event, decode
+from shared.errors import Misconfigured, Unavailable
+from shared.events import Event
+from shared.loading import Loads, by_the_book, load
 from shared.quarantine import ANOTHER_BODY, Poison, alarm, quarantine
 from shared.record import Record
 from shared.recorded import Recorded, bounds
@@ -47,14 +48,7 @@ AGAIN_S = 0.1
 EXAMPLES_MAX = 20
 
 
-class Message(NamedTuple):
-    """One message of the stream. `event` is None where it is none of ours."""
-
-    recorded: Recorded
-    event: Event | None
-
-
-class Rebuilt(Protocol):
+class Rebuilt(Loads, Protocol):
     """What a service says of the tables that are built from the stream alone. All that it does, it does to them."""
 
     service: str
@@ -69,15 +63,11 @@ class Rebuilt(Protocol):
     # Indexes that `derive` needs.
     indexes: tuple[str, ...]
 
-    def load(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
-        """Keep a row for each event, in bulk. Returns the events that contradict an earlier one of the same id."""
-        ...
-
     def derive(self, db: Connection, live: str | None) -> None:
         """What follows from all that was loaded; `live` qualifies the tables that are in use."""
         ...
 
-    def add(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
+    def add(self, db: Connection, events: Sequence[Event]) -> list[Event]:
         """As `load`, and with what follows from it, after `derive`."""
         ...
 
@@ -159,9 +149,9 @@ async def dry_run(
         with shadow.snapshot() as db:
             _, last = await bounds(nc)
             async for messages in _messages(record, acknowledged + 1, last, told):
-                ids = {message.event.id for message in messages if message.event}
-                known = _known(db, shadow.live, rebuilt.kept, ids)
-                rebuilt.load(db, [each for each in messages if each.event and each.event.id in known])
+                by_the_book(
+                    db, lambda db, events: rebuilt.load(db, _known(db, shadow.live, rebuilt, events)), messages
+                )
             rebuilt.derive(db, shadow.live)
             differences = [_difference(db, shadow.live, table, rebuilt.optional) for table in rebuilt.tables]
     return told, differences
@@ -227,49 +217,30 @@ async def _load(
 ) -> None:
     with _progress(rebuilt.service, last) as advance:
         async for messages in _messages(record, first, last, told):
-            arrived = [each for each in messages if until is None or each.recorded.stored_at <= until]
+            arrived = [each for each in messages if until is None or each.stored_at <= until]
             with shadow.begin() as db:
-                contradicting = rebuilt.load(db, arrived)
-            _set_aside(shadow, arrived, contradicting, told, is_kept=is_kept)
+                refused = load(db, rebuilt, arrived)
+            _set_aside(shadow, refused, told, is_kept=is_kept)
             advance(len(messages))
             if len(arrived) < len(messages):
                 break
 
 
-async def _messages(record: Record, first: int, last: int, told: Told) -> AsyncIterator[list[Message]]:
+async def _messages(record: Record, first: int, last: int, told: Told) -> AsyncIterator[list[Recorded]]:
     async for batch in record.read(first=first, last=last):
         # Seals say something of the record, and are no part of what it says.
-        yield [Message(each, _event(each)) for each in batch if each.subject != LEDGER_SEALED]
+        yield [message for message in batch if message.subject != LEDGER_SEALED]
         told.messages += len(batch)
 
 
-def _event(message: Recorded) -> Event | None:
-    try:
-        return decode(message.body)
-    except PoisonMessage:
-        return None
-
-
-def _set_aside(
-    shadow: Shadow, messages: Sequence[Message], contradicting: Sequence[Event], told: Told, *, is_kept: bool
-) -> None:
+def _set_aside(shadow: Shadow, refused: Sequence[Poison], told: Told, *, is_kept: bool) -> None:
     """Into quarantine, where a deleted database has lost it."""
-    seconds = {id(event) for event in contradicting}
-    poison = [_poison(each) for each in messages if each.event is None or id(each.event) in seconds]
+    contradicting = [poison for poison in refused if poison.reason == ANOTHER_BODY]
     told.contradicting += len(contradicting)
-    told.poison += len(poison) - len(contradicting)
-    if poison and is_kept:
-        shadow.write_live(lambda db: quarantine(db, poison))
-        alarm([each for each in poison if each.reason == ANOTHER_BODY])
-
-
-def _poison(message: Message) -> Poison:
-    subject, body = message.recorded.subject, message.recorded.body
-    try:
-        decode(body)
-    except PoisonMessage as problem:
-        return Poison(subject, body, str(problem))
-    return Poison(subject, body, ANOTHER_BODY)
+    told.poison += len(refused) - len(contradicting)
+    if refused and is_kept:
+        shadow.write_live(lambda db: quarantine(db, refused))
+        alarm(contradicting)
 
 
 async def _catch_up(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told, *, after: int) -> None:
@@ -281,8 +252,8 @@ async def _catch_up(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told
             break
         async for messages in _messages(record, after + 1, last, told):
             with shadow.begin() as db:
-                contradicting = rebuilt.add(db, messages)
-            _set_aside(shadow, messages, contradicting, told, is_kept=True)
+                refused = by_the_book(db, rebuilt.add, messages)
+            _set_aside(shadow, refused, told, is_kept=True)
         after = last
         await shadow.publish(rebuilt.kept)
     await shadow.publish([table for table in rebuilt.tables if table not in rebuilt.kept])
@@ -305,9 +276,9 @@ async def _switch(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told, 
             _, last = await bounds(record.nc)
             # What the service has is on the stream by now; what it handles later is known to be counted already.
             tail = [each async for messages in _messages(record, after + 1, last, Told()) for each in messages]
-        contradicting = lock.exchange(lambda db: rebuilt.add(db, tail), rebuilt.adopt)
+        refused = lock.exchange(lambda db: by_the_book(db, rebuilt.add, tail), rebuilt.adopt)
     told.messages += len(tail)
-    _set_aside(shadow, tail, contradicting, told, is_kept=True)
+    _set_aside(shadow, refused, told, is_kept=True)
     return lock.held_s
 
 
@@ -326,13 +297,14 @@ def _key(table: Table) -> list[str]:
     return [column.name for column in table.primary_key]
 
 
-def _known(db: Connection, live: str, tables: Sequence[Table], ids: set[str]) -> set[str]:
+def _known(db: Connection, live: str, rebuilt: Rebuilt, events: Sequence[Event]) -> list[Event]:
     """Of these events, those that the tables in use have."""
+    ids = {event.id for event in events}
     known: set[str] = set()
-    for table in tables:
+    for table in rebuilt.kept:
         key = _in(live, table).c[_key(table)[0]]
         known |= set(db.execute(select(key).where(key.in_(ids))).scalars())
-    return known
+    return [event for event in events if event.id in known]
 
 
 def _difference(db: Connection, live: str, table: Table, optional: Sequence[Table]) -> Difference:

@@ -11,9 +11,60 @@ from services.ledger import store
 from services.ledger.settings import Settings
 from shared.database import patient_engine
 from shared.events import Event
+from shared.loading import PlainRows, Value
+from shared.plain import PlainAuthorized, PlainGeneration, utc_text
+from shared.plans import COUNTS
 from shared.replay_command import as_of, console
-from shared.replaying import Message
 from shared.streams import LEDGER
+
+PLAIN_COLUMNS = (
+    *("id", "event_type", "user_id", "action_type", "model", *COUNTS, "outcome", "usage_source", "on_disconnect"),
+    *("metadata", "created_at", "usage_date", "completed_at", "generation_id", "provider_request_id", "authorized"),
+)
+
+
+def plain_row(generation: PlainGeneration) -> tuple[Value, ...]:
+    """What `store.usage_row` makes of the same event, in the order of PLAIN_COLUMNS and as a database keeps it."""
+    data = generation.data
+    created_at = utc_text(data.started_at)
+    return (
+        generation.id,
+        generation.type,
+        data.user_id,
+        data.action_type,
+        data.model,
+        data.tokens_used,
+        data.input_tokens,
+        data.output_tokens,
+        data.cache_creation_input_tokens,
+        data.cache_read_input_tokens,
+        data.outcome,
+        data.usage_source,
+        data.on_disconnect,
+        bytes(data.metadata).decode(),
+        created_at,
+        created_at[:10],
+        utc_text(data.completed_at),
+        data.generation_id,
+        data.provider_request_id,
+        _authorized(data.authorized),
+    )
+
+
+def _authorized(told: PlainAuthorized | None) -> str | None:
+    """JSON; the texts of what is plain need no escape."""
+    if told is None:
+        return None
+    return (
+        f'{{"input_tokens_max":{told.input_tokens_max},"output_tokens_asked":{told.output_tokens_asked},'
+        f'"output_tokens_granted":{told.output_tokens_granted},"hold_tokens":{told.hold_tokens},'
+        f'"tier":"{told.tier}","period":"{told.period}","period_start":{_moment(told.period_start)},'
+        f'"resets_at":{_moment(told.resets_at)},"expires_at":{_moment(told.expires_at)}}}'
+    )
+
+
+def _moment(moment: datetime | None) -> str:
+    return "null" if moment is None else f'"{utc_text(moment)}"'
 
 
 class RebuiltLedger:
@@ -26,15 +77,16 @@ class RebuiltLedger:
     kept: tuple[Table, ...] = (store.usage, store.subscription_changes)
     optional: tuple[Table, ...] = ()
     indexes: tuple[str, ...] = ()
+    plain = PlainRows(store.usage, PLAIN_COLUMNS, plain_row)
 
-    def load(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
-        return store.keep(db, [message.event for message in messages if message.event]).contradicting
+    def load(self, db: Connection, events: Sequence[Event]) -> list[Event]:
+        return store.keep(db, events).contradicting
 
     def derive(self, db: Connection, live: str | None) -> None:
         store.sum_up_days(db)
 
-    def add(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
-        return store.record(db, [message.event for message in messages if message.event]).contradicting
+    def add(self, db: Connection, events: Sequence[Event]) -> list[Event]:
+        return store.record(db, events).contradicting
 
     def adopt(self, db: Connection, old: Callable[[str], str]) -> None:
         pass

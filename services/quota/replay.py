@@ -46,9 +46,10 @@ from services.quota.totals import (
 from shared.bulk import insert_once, sorted_out
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, patient_engine
 from shared.events import Event, SubscriptionChanged, ThresholdReached
+from shared.loading import PlainRows, Value
+from shared.plain import PlainGeneration, utc_text
 from shared.plans import FOR_EVER, Period, Plan, Plans
 from shared.recorded import bounds, recorded
-from shared.replaying import Message
 from shared.streams import ALERTS, QUOTA
 from shared.subscriptions import Calendar, Change, Subscribed, subscribed
 
@@ -68,6 +69,26 @@ _periods = Table(
     prefixes=["TEMPORARY"],
 )
 
+PLAIN_COLUMNS = ("event_id", "user_id", *SUMS, "started_at", "model")
+
+
+def plain_row(generation: PlainGeneration) -> tuple[Value, ...]:
+    """What `settlement` makes of the same event, in the order of PLAIN_COLUMNS and as a database keeps it."""
+    data = generation.data
+    return (
+        generation.id,
+        data.user_id,
+        data.tokens_used,
+        data.input_tokens or 0,
+        data.output_tokens or 0,
+        data.cache_creation_input_tokens or 0,
+        data.cache_read_input_tokens or 0,
+        0,
+        0,
+        utc_text(data.started_at),
+        data.model,
+    )
+
 
 class RebuiltQuota:
     """Settlements and plan changes follow from their events alone; totals and subscriptions from those."""
@@ -79,12 +100,12 @@ class RebuiltQuota:
     kept: tuple[Table, ...] = (changes, settlements)
     optional: tuple[Table, ...] = (totals,)
     indexes: tuple[str, ...] = ("plan_changes_by_user", "settlements_by_user")
+    plain = PlainRows(settlements, PLAIN_COLUMNS, plain_row)
 
     def __init__(self, plans: Plans) -> None:
         self._plans = plans
 
-    def load(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
-        events = [message.event for message in messages if message.event]
+    def load(self, db: Connection, events: Sequence[Event]) -> list[Event]:
         changed = [event for event in events if isinstance(event, SubscriptionChanged)]
         used = [event for event in events if not isinstance(event, SubscriptionChanged)]
         _, others = sorted_out(changed, insert_once(db, changes, [plan_change(event) for event in changed]))
@@ -105,8 +126,7 @@ class RebuiltQuota:
             insert_new(db, totals, rows)
         _periods.drop(db)
 
-    def add(self, db: Connection, messages: Sequence[Message]) -> list[Event]:
-        events = [message.event for message in messages if message.event]
+    def add(self, db: Connection, events: Sequence[Event]) -> list[Event]:
         changed = [event for event in events if isinstance(event, SubscriptionChanged)]
         used = [event for event in events if not isinstance(event, SubscriptionChanged)]
         _, others = sorted_out(changed, change_subscriptions(db, changed))

@@ -28,6 +28,7 @@ from shared.calls import Authorize
 from shared.database import Database, patient_engine, table_of
 from shared.errors import Misconfigured
 from shared.events import Event, GenerationCompleted, encode, new_id
+from shared.plain import plain_generation
 from shared.plans import Plans
 from shared.quarantine import Quarantined
 from shared.recorded import BATCH_SIZE
@@ -413,6 +414,31 @@ async def test_of_two_bodies_under_one_id_the_first_counts_and_the_other_is_in_q
     assert [row["tokens_used"] for row in (kept.get("usage") or kept["settlements"]).values()] == [1]
     found = await service.database.read(lambda db: db.execute(select(table_of(Quarantined))).all())
     assert {bytes(row.body) for row in found} == {encode(second), b"no event"}
+
+
+@pytest.mark.parametrize("distance", [0, BATCH_SIZE], ids=["in one batch", "in two"])
+@pytest.mark.parametrize("is_plain_first", [True, False])
+async def test_the_first_of_two_bodies_counts_also_where_only_one_of_them_can_be_read_in_bulk(
+    nats: Client, service: Service, is_plain_first: bool, distance: int
+) -> None:
+    plain = usage_reported(tokens_used=1)
+    unusual = usage_reported(tokens_used=2, provider_request_id='a "quoted" id').model_copy(update={"id": plain.id})
+    assert plain_generation(encode(plain))
+    assert not plain_generation(encode(unusual))
+    first, second = (plain, unusual) if is_plain_first else (unusual, plain)
+    between = [usage_reported() for _ in range(distance)]
+    await publish_raw(nats, encode(first), subject=first.type)
+    await publish(nats, *between)
+    await publish_raw(nats, encode(second), subject=second.type)
+
+    await service.replays(nats)
+
+    kept = await service.rows()
+    rows = kept.get("usage") or kept["settlements"]
+    assert rows[(plain.id,)]["tokens_used"] == first.data.tokens_used
+    assert len(rows) == 1 + distance
+    found = await service.database.read(lambda db: db.execute(select(table_of(Quarantined))).all())
+    assert {bytes(row.body) for row in found} == {encode(second)}
 
 
 async def test_several_batches_are_replayed_in_order(nats: Client, service: Service) -> None:
