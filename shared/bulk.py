@@ -10,7 +10,7 @@ from pydantic_core import to_json
 from sqlalchemy import JSON, Connection, Date, FromClause, Table, Text, bindparam, cast, func, select
 from sqlalchemy.dialects import postgresql
 
-from shared.database import Rows, UtcDateTime, is_sqlite, iso
+from shared.database import Rows, UtcDateTime, is_sqlite, isos
 
 Item = TypeVar("Item")
 _POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -187,7 +187,7 @@ def _sqlite_column(table: Table, name: str, values: list[Any]) -> Iterable[Any]:
     """As SQLAlchemy writes them, without asking it about each."""
     kind = table.c[name].type
     if isinstance(kind, UtcDateTime):
-        return [None if value is None else iso(value) for value in values]
+        return isos(values)
     if isinstance(kind, Date):
         return [None if value is None else value.isoformat() for value in values]
     if isinstance(kind, JSON):
