@@ -11,6 +11,7 @@ from sqlalchemy import JSON, Connection, Date, FromClause, Table, Text, bindpara
 from sqlalchemy.dialects import postgresql
 
 from shared.database import Rows, UtcDateTime, is_sqlite, isos
+from shared.prepared import execute, execute_many
 
 Item = TypeVar("Item")
 _POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -44,6 +45,20 @@ def insert_once(db: Connection, table: Table, rows: Rows) -> list[Outcome]:
     known = select(table).where(table.c[key].in_(firsts.keys() - new))
     there = firsts | {row[key]: dict(row) for row in db.execute(known).mappings()}
     return [_outcome(row, there[row[key]], is_new=row[key] in new) for row in rows]
+
+
+def insert_rows(db: Connection, table: Table, columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Insert those whose key is new, for somebody who waits. A row has its values in the order of `columns`."""
+    if not rows:
+        return
+    by_column = zip(columns, zip(*rows, strict=True), strict=True)
+    if is_sqlite(db):
+        values = [_sqlite_column(table, name, list(of_column)) for name, of_column in by_column]
+        insert = f"{_sqlite_statements(table, columns)[1]} ON CONFLICT DO NOTHING"
+        execute_many(db, insert, list(zip(*values, strict=True)))
+    else:
+        arrays = [to_json(of_column).decode() for _, of_column in by_column]
+        execute(db, _postgresql_statement(table, columns), arrays)
 
 
 def sorted_out(items: Sequence[Item], outcomes: Sequence[Outcome]) -> tuple[list[Item], list[Item]]:

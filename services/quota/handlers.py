@@ -11,7 +11,8 @@ from nats.errors import Error as NatsError
 from services.quota import store
 from services.quota.alerts import Alerts
 from services.quota.domain import Account, Refusal
-from services.quota.store import Grant, Taken
+from services.quota.standing import Grant
+from services.quota.store import Taken
 from shared import calls, streams
 from shared.answering import Call
 from shared.calls import (

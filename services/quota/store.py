@@ -8,19 +8,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
-    JSON,
     Connection,
-    DateTime,
     Executable,
     Row,
-    Select,
-    and_,
-    bindparam,
     delete,
-    exists,
     func,
     select,
-    text,
     update,
 )
 
@@ -31,7 +24,9 @@ from services.quota.domain import (
     is_kept_and_quiet,
 )
 from services.quota.models import Alert, Hold
-from services.quota.subscriptions import change_subscriptions, changes_of, subscriptions
+from services.quota.standing import Events, Grant, Standing, lock, look
+from services.quota.standing import standing as read_standing
+from services.quota.subscriptions import change_subscriptions, changes_of
 from services.quota.top_ups import carried
 from services.quota.totals import (
     NOTHING,
@@ -44,9 +39,9 @@ from services.quota.totals import (
     totals,
     totals_of,
 )
-from shared.bulk import insert_once, listed, sorted_out
+from shared.bulk import insert_once, insert_rows, listed, sorted_out
 from shared.calls import Authorize, Counted, CountedStory, ExplainQuery, OpenHold, Pending, UsageQuery
-from shared.database import UtcDateTime, insert_new, is_sqlite, now, table_of
+from shared.database import insert_new, now, table_of
 from shared.events import (
     Authorized,
     Event,
@@ -55,7 +50,7 @@ from shared.events import (
     ThresholdReached,
     encode,
 )
-from shared.plans import COUNTS, Counts, Limit, Period, PeriodKind, Plans
+from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
 from shared.story import counted
 from shared.subscriptions import Calendar
@@ -64,42 +59,6 @@ from shared.subscriptions import Calendar
 HOLD_TTL = timedelta(minutes=15)
 
 holds, alerts = table_of(Hold), table_of(Alert)
-
-# SQLite has one writer. On PostgreSQL an advisory lock a user, taken in one order: no row need exist yet, and two
-# batches that share users wait for each other instead of deadlocking.
-_LOCK = text(
-    "WITH locked AS MATERIALIZED (SELECT pg_advisory_xact_lock(key) FROM"
-    " (SELECT DISTINCT hashtextextended(u, 0) AS key FROM unnest(CAST(:user_ids AS text[])) u ORDER BY key) keys)"
-    " SELECT clock_timestamp() FROM (SELECT count(*) FROM locked) all_of_them"
-).columns(clock_timestamp=DateTime(timezone=True))
-
-
-def lock(db: Connection, user_ids: Iterable[str]) -> datetime:
-    """Until the transaction ends nobody else changes these users. The database's clock, once they are locked."""
-    if is_sqlite(db):
-        return now(db)
-    at: datetime = db.execute(_LOCK, {"user_ids": list(set(user_ids))}).scalar_one()
-    return at
-
-
-class Grant(NamedTuple):
-    """A hold as its row has it. What was asked and which limit decided is None where an earlier release made it."""
-
-    generation_id: str
-    user_id: str
-    period_start: datetime
-    tokens: int
-    output_tokens: int
-    started_at: datetime
-    expires_at: datetime
-    input_tokens_max: int | None
-    output_tokens_asked: int | None
-    tier: str | None
-    period: PeriodKind | None
-    resets_at: datetime | None
-
-    def stands(self, user_id: str, at: datetime) -> bool:
-        return self.user_id == user_id and self.expires_at > at
 
 
 class Taken(Exception):
@@ -114,27 +73,27 @@ def authorize(
     A generation that has its hold already is answered as it was before, and holds nothing more. Returns the answers,
     the accounts as they stand afterwards, and the moment.
     """
-    at = lock(db, (request.user_id for request in requests))
-    standing = accounts(db, plans, {request.user_id for request in requests}, at=at)
     pending = _pending(requests)
-    settled, held = _known(db, [*pending, *(request.generation_id for request in requests)])
-    _include(standing, pending, settled, held, at=at)
+    users, generation_ids = {request.user_id for request in requests}, (request.generation_id for request in requests)
+    rows, events = look(db, users, [*pending, *generation_ids], locked=True)
+    standing, at = _accounts(db, plans, rows)[0], rows[0].at
+    _include(standing, pending, events, at=at)
     answers: list[Grant | Taken | Refusal] = []
     added: list[Grant] = []
     for request in requests:
-        user, hold = standing[request.user_id], held.get(request.generation_id)
-        if request.generation_id in settled or (hold and not hold.stands(request.user_id, at)):
+        user, hold = standing[request.user_id], events.held.get(request.generation_id)
+        if request.generation_id in events.settled or (hold and not hold.stands(request.user_id, at)):
             answers.append(Taken())
         elif hold:
             answers.append(hold)
         elif isinstance(reserved := _reserve(user, request, at=at), Grant):
-            held[request.generation_id] = reserved
+            events.held[request.generation_id] = reserved
             standing[request.user_id] = user.holding(reserved.tokens, since=at)
             added.append(reserved)
             answers.append(reserved)
         else:
             answers.append(reserved)
-    insert_new(db, holds, [hold._asdict() for hold in added])
+    insert_rows(db, holds, Grant._fields, added)
     return answers, standing, at
 
 
@@ -191,7 +150,7 @@ def settle(db: Connection, plans: Plans, events: Sequence[Event], poison: Sequen
     _release_holds(db, new_uses, at)
     new, _ = sorted_out(rows, outcomes)
     done = _all_done(plans, add_to_totals(db, new), new, at) - {event.data.user_id for event in changed}
-    standing, unkept = _accounts(db, plans, user_ids - done, at=at) if user_ids - done else ({}, set())
+    standing, unkept = _accounts(db, plans, read_standing(db, user_ids - done, at=at))
     keep_totals(db, [standing[user_id] for user_id in unkept])
     keep_totals_of_other_periods(db, plans, standing, [s for s in new if s["user_id"] not in done])
     quarantine(db, poison)
@@ -229,11 +188,11 @@ def _release_holds(db: Connection, events: Sequence[Event], at: datetime) -> Non
 
 def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> tuple[dict[str, Account], datetime]:
     """Users now, and when that is. Their `pending` usage that is not settled yet is counted in place of its holds."""
-    at = now(db)
-    found = accounts(db, plans, {query.user_id for query in queries}, at=at)
-    if pending := _pending(queries):
-        _include(found, pending, *_known(db, list(pending)), at=at)
-    return found, at
+    pending = _pending(queries)
+    rows, events = look(db, {query.user_id for query in queries}, pending, locked=False)
+    standing, at = _accounts(db, plans, rows)[0], rows[0].at
+    _include(standing, pending, events, at=at)
+    return standing, at
 
 
 def explain(db: Connection, plans: Plans, query: ExplainQuery) -> CountedStory:
@@ -280,17 +239,14 @@ def _counted(db: Connection, plans: Plans, row: Row[Any]) -> Counted:
 
 def accounts(db: Connection, plans: Plans, user_ids: set[str], *, at: datetime) -> dict[str, Account]:
     """The users as they stand at `at`; one who was never seen has the default plan and zeros."""
-    return _accounts(db, plans, user_ids, at=at)[0]
+    return _accounts(db, plans, read_standing(db, user_ids, at=at))[0]
 
 
-def _accounts(
-    db: Connection, plans: Plans, user_ids: set[str], *, at: datetime
-) -> tuple[dict[str, Account], set[str]]:
+def _accounts(db: Connection, plans: Plans, rows: Sequence[Standing]) -> tuple[dict[str, Account], set[str]]:
     """Also, of whom a total is not kept yet."""
-    rows = db.execute(_standing(db.dialect.name), {"user_ids": json.dumps(list(user_ids)), "at": at}).all()
     kept = {(row.user_id, row.period_start, row.period_end): totals_of(row) for row in rows if row.period_start}
     found = {row.user_id: row for row in rows}
-    periods = {user_id: _periods(plans, row, at) for user_id, row in found.items()}
+    periods = {user_id: _periods(plans, row) for user_id, row in found.items()}
     # No total is kept yet where the period is new, or where a plan's periods have changed. The settlements know.
     unkept = {
         (user_id, period)
@@ -314,8 +270,10 @@ def _accounts(
                 period,
                 plan.weights,
                 kept.get((user_id, *period.bounds), NOTHING),
-                held_tokens=_held(db, user_id, open_holds, period, at),
-                carried_tokens=carried(db, plans, user_id, limit, period, at=at) if row.has_lasting_top_ups else 0,
+                held_tokens=_held(db, user_id, open_holds, period, row.at),
+                carried_tokens=carried(db, plans, user_id, limit, period, at=row.at)
+                if row.has_lasting_top_ups
+                else 0,
             )
             for limit, period in periods[user_id]
         ]
@@ -323,9 +281,9 @@ def _accounts(
     return standing, {user_id for user_id, _ in unkept}
 
 
-def _periods(plans: Plans, row: Row[Any], at: datetime) -> list[tuple[Limit, Period]]:
+def _periods(plans: Plans, row: Standing) -> list[tuple[Limit, Period]]:
     plan, calendar = plans.of(row.tier), Calendar(row.time_zone, row.subscribed_at)
-    return [(limit, calendar.period(at, plan, limit)) for limit in plan.limits]
+    return [(limit, calendar.period(row.at, plan, limit)) for limit in plan.limits]
 
 
 class _OpenHolds(NamedTuple):
@@ -360,69 +318,24 @@ def _pending(asked: Sequence[Authorize | UsageQuery]) -> dict[str, Pending]:
     return {usage.id: usage for each in asked for usage in each.pending if usage.user_id == each.user_id}
 
 
-def _known(db: Connection, event_ids: list[str]) -> tuple[set[str], dict[str, Grant]]:
-    """Which of these are settled, and the holds that have not been settled, expired ones included."""
-    rows = db.execute(_settled_or_held(db.dialect.name), {"event_ids": json.dumps(event_ids)}).all()
-    settled = {row.event_id for row in rows if row.is_settled}
-    held = {row.event_id: Grant(*row[2:]) for row in rows if row.user_id is not None}
-    return settled, held
-
-
 def _include(
     standing: dict[str, Account],
     pending: dict[str, Pending],
-    settled: set[str],
-    held: dict[str, Grant],
+    events: Events,
     *,
     at: datetime,
 ) -> None:
     """Count what is pending and not settled yet, in place of its hold."""
     for usage in pending.values():
-        if usage.id in settled:
+        if usage.id in events.settled:
             continue
-        user, hold = standing[usage.user_id].including(usage), held.get(usage.id)
+        user, hold = standing[usage.user_id].including(usage), events.held.get(usage.id)
         if hold and hold.stands(usage.user_id, at):
             user = user.released(hold.tokens, since=hold.started_at)
         standing[usage.user_id] = user
 
 
-# Statements of the hot path are built once: building one costs more than running it.
-
-
-@cache
-def _standing(dialect: str) -> Select[Any]:
-    """A row for each user and each of the totals that cover `at`: plan, holds, raw sums."""
-    users, at = listed(dialect, "user_ids"), bindparam("at", type_=UtcDateTime)
-    # One scan of the user's holds for all three, through their index: joined as a table, PostgreSQL reads all holds.
-    as_json = func.json_array if dialect == "sqlite" else func.json_build_array
-    open_holds = (
-        select(as_json(func.sum(holds.c.tokens), func.min(holds.c.started_at), func.count(), type_=JSON))
-        .where(holds.c.user_id == users.c.item, holds.c.expires_at > at)
-        .scalar_subquery()
-    )
-    covering = and_(totals.c.user_id == users.c.item, totals.c.period_start <= at, totals.c.period_end > at)
-    ever = totals.alias("ever")
-    return select(
-        users.c.item.label("user_id"),
-        *subscriptions.c["tier", "time_zone", "subscribed_at"],
-        open_holds.label("open_holds"),
-        exists().where(settlements.c.user_id == users.c.item).label("has_settlements"),
-        exists()
-        .where(ever.c.user_id == users.c.item, ever.c.lasting_top_up_tokens != 0)
-        .label("has_lasting_top_ups"),
-        *(column for column in totals.c if column.name != "user_id"),
-    ).select_from(users.outerjoin(subscriptions, subscriptions.c.user_id == users.c.item).outerjoin(totals, covering))
-
-
-@cache
-def _settled_or_held(dialect: str) -> Select[Any]:
-    """A row for each event: whether it is settled, and its hold, if it has one."""
-    events = listed(dialect, "event_ids")
-    return select(
-        events.c.item.label("event_id"),
-        exists().where(settlements.c.event_id == events.c.item).label("is_settled"),
-        *holds.c[*Grant._fields],
-    ).select_from(events.outerjoin(holds, holds.c.generation_id == events.c.item))
+# Built once: building a statement costs more than running it.
 
 
 @cache

@@ -16,6 +16,7 @@ from services.ledger.explain import told_of
 from services.ledger.settings import Settings
 from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
+from services.quota.standing import Grant
 from shared.calls import Authorize, CountedIn, CountedStory, ExplainQuery, OnRecord, RecordedStory
 from shared.database import Database, sqlite_url
 from shared.errors import Misconfigured
@@ -99,7 +100,7 @@ class Both:
             **{"input_tokens_max": 1_000, "output_tokens_min": 1, "output_tokens_max": 100, **fields},
         )
         ((granted,), _, _) = await self.quota.write(quota_store.authorize, self.plans, [request])
-        assert isinstance(granted, quota_store.Grant)
+        assert isinstance(granted, Grant)
         return request.generation_id
 
     async def change_hold(self, **values: Any) -> None:

@@ -20,6 +20,7 @@ from services.quota import store
 from services.quota import totals as quota_totals
 from services.quota.__main__ import MIGRATIONS
 from services.quota.domain import Account, LimitStanding, Refusal
+from services.quota.standing import Grant
 from shared.calls import Authorize, Pending, UsageQuery
 from shared.database import Database, table_of
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted, new_id
@@ -110,7 +111,7 @@ class Quota:
         """The output granted to each."""
         return list(map(output_tokens, await self.ask(*requests)))
 
-    async def ask(self, *requests: Authorize) -> list[store.Grant | store.Taken | Refusal]:
+    async def ask(self, *requests: Authorize) -> list[Grant | store.Taken | Refusal]:
         return (await self.database.write(store.authorize, self.plans, requests))[0]
 
     async def settle(self, *events: Event) -> None:
@@ -164,9 +165,9 @@ class Quota:
         return await self.database.read(work)
 
 
-def output_tokens(answer: store.Grant | store.Taken | Refusal) -> int | None:
+def output_tokens(answer: Grant | store.Taken | Refusal) -> int | None:
     assert not isinstance(answer, store.Taken)
-    return answer.output_tokens if isinstance(answer, store.Grant) else None
+    return answer.output_tokens if isinstance(answer, Grant) else None
 
 
 def _sum(name: str, total: RowMapping, settled: Sequence[RowMapping]) -> int:
@@ -802,7 +803,7 @@ async def test_one_generation_at_a_time_where_the_plan_says_so(quota: Quota) -> 
     await quota.settle(subscription_changed(tier="single"))
     first, second = asking(), asking()
     answers = await quota.ask(first, second)
-    assert isinstance(answers[0], store.Grant)
+    assert isinstance(answers[0], Grant)
     assert isinstance(answers[1], Refusal)
     assert answers[1].reason == "concurrency"
     await quota.settle(ending(first))
@@ -844,7 +845,7 @@ class AnyDay(RuleBasedStateMachine):
         self.quota, self.run = quota, run.run
         self.user_id = new_id()
         self.authorized: dict[str, tuple[Authorize, int, datetime]] = {}
-        self.answers: dict[str, store.Grant | store.Taken | Refusal] = {}
+        self.answers: dict[str, Grant | store.Taken | Refusal] = {}
         self.published: list[Event] = []
         self.settled: dict[str, Event] = {}
         self.held: dict[str, int] = {}
@@ -877,9 +878,9 @@ class AnyDay(RuleBasedStateMachine):
             assert granted == asked or room is None or room < self.weigh(account, beside, granted + 1)
             self.tiers[request.generation_id] = account.plan.tier
             self.answers[request.generation_id] = answer
-            assert isinstance(answer, store.Grant)
+            assert isinstance(answer, Grant)
             limit, period = account.tightest.limit, account.tightest.period
-            assert answer == store.Grant(
+            assert answer == Grant(
                 generation_id=request.generation_id,
                 user_id=self.user_id,
                 period_start=period.start,

@@ -13,6 +13,7 @@ from services.ledger import __main__ as ledger_service
 from services.ledger import store as ledger_store
 from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
+from services.quota.standing import Grant
 from shared.calls import Authorize, ExplainQuery
 from shared.database import Database
 from shared.events import GenerationCompleted, decode, encode, utc_now
@@ -90,7 +91,7 @@ async def test_a_hold_from_before_is_found_by_who_asks_again_and_released_by_its
     quota.migrate(quota_service.MIGRATIONS)
 
     (answer,), standing, _ = await quota.write(quota_store.authorize, Plans.load(), [request])
-    assert isinstance(answer, quota_store.Grant)
+    assert isinstance(answer, Grant)
     assert (answer.output_tokens, answer.started_at, answer.tier) == (100, at, None)
     assert standing["user_1"].usage.tokens_held == 1_100
     ended = generation_completed(generation_id="g", started_at=at).model_copy(update={"id": "g"})
