@@ -38,6 +38,9 @@ REPEAT_TIMEOUT_S = 0.4
 class Connection(Client):
     """A client that gives up what it could not send. By itself it looks for another node only once all is sent.
 
+    It also ends a link over which a node has taken its call and said nothing, before it tries the next. By itself it
+    leaves the socket to the garbage collector.
+
     It also reads what comes on a subject that is not UTF-8, which the broker lets everybody publish. By itself it
     then stops reading for good, and again after each restart, because the stream delivers the message again.
 
@@ -46,9 +49,16 @@ class Connection(Client):
     """
 
     async def _attempt_reconnect(self) -> None:
+        self._abandon()
+        await super()._attempt_reconnect()
+
+    async def _connect_to_server(self, server: Any) -> None:
+        self._abandon()
+        await super()._connect_to_server(server)
+
+    def _abandon(self) -> None:
         if isinstance(self._transport, TcpTransport) and self._transport._io_writer:
             self._transport._io_writer.transport.abort()
-        await super()._attempt_reconnect()
 
     async def _init_request_sub(self) -> None:
         try:

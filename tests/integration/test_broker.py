@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -32,8 +33,6 @@ def two_nodes(tmp_path: Path) -> Iterator[list[Node]]:
         yield nodes
 
 
-# nats-py leaves a connection whose server says nothing to the garbage collector, which then complains.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_node_that_takes_no_more_bytes_is_left_for_another(two_nodes: list[Node]) -> None:
     client = await connect(",".join(url for url, _ in two_nodes), name="test")
     assert client.connected_url
@@ -52,7 +51,27 @@ async def test_a_node_that_takes_no_more_bytes_is_left_for_another(two_nodes: li
         await client.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_node_that_takes_a_call_and_says_nothing_is_left_with_no_link_open(tmp_path: Path) -> None:
+    links: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def say_nothing(*link: Any) -> None:
+        links.append(link)
+
+    async def has_called_twice() -> bool:
+        return len(links) > 1
+
+    with broker_in(tmp_path) as url:
+        client = await connect(url, name="test")
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", urlsplit(url).port):
+        await eventually(has_called_twice, deadline_s=15)
+        first, _ = links[0]
+        async with asyncio.timeout(1):
+            assert await first.read() == b""
+        await client.close()
+        for _, writer in links:
+            writer.close()
+
+
 async def test_who_asks_while_the_first_attempts_to_connect_fail_is_answered_afterwards(nats_server: str) -> None:
     address = urlsplit(nats_server)
     async with Proxy("127.0.0.1", address.port or 0) as proxy:
