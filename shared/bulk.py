@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from enum import Enum
 from functools import cache
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from pydantic_core import to_json
 from sqlalchemy import JSON, Connection, Date, FromClause, Table, Text, bindparam, cast, func, select
 from sqlalchemy.dialects import postgresql
 
-from shared.database import Rows, UtcDateTime, is_sqlite, isos
+from shared.database import Rows, UtcDateTime, is_sqlite, iso, isos
 from shared.prepared import execute, execute_many
 
 Item = TypeVar("Item")
@@ -48,16 +49,16 @@ def insert_once(db: Connection, table: Table, rows: Rows) -> list[Outcome]:
 
 
 def insert_rows(db: Connection, table: Table, columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Insert those whose key is new, for somebody who waits. A row has its values in the order of `columns`."""
+    """Insert those whose key is new, for somebody who waits. A row has its values in the order of `columns`: texts,
+    numbers and moments."""
     if not rows:
         return
-    by_column = zip(columns, zip(*rows, strict=True), strict=True)
     if is_sqlite(db):
-        values = [_sqlite_column(table, name, list(of_column)) for name, of_column in by_column]
         insert = f"{_sqlite_statements(table, columns)[1]} ON CONFLICT DO NOTHING"
-        execute_many(db, insert, list(zip(*values, strict=True)))
+        values = [[iso(value) if isinstance(value, datetime) else value for value in row] for row in rows]
+        execute_many(db, insert, values)
     else:
-        arrays = [to_json(of_column).decode() for _, of_column in by_column]
+        arrays = [to_json(of_column).decode() for of_column in zip(*rows, strict=True)]
         execute(db, _postgresql_statement(table, columns), arrays)
 
 

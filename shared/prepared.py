@@ -45,7 +45,8 @@ class Prepared(Generic[Row]):
     def _made(self, row: Sequence[Any]) -> Row:
         values = list(row)
         for n, read in self._read:
-            values[n] = read(values[n])
+            if values[n] is not None:
+                values[n] = read(values[n])
         return self._row(values)
 
 

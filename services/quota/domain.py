@@ -135,6 +135,9 @@ class LimitStanding(NamedTuple):
             carried_tokens=self.carried_tokens,
         )
 
+    def with_held(self, tokens: int) -> "LimitStanding":
+        return LimitStanding(*self[:-1], held_tokens=tokens)
+
     @property
     def resets_at(self) -> datetime:
         return self.period.bounds[1]
@@ -273,12 +276,10 @@ class Account(NamedTuple):
 
     def _with_held(self, tokens: int, since: datetime, *, generations: int) -> "Account":
         standings = tuple(
-            standing._replace(held_tokens=standing.held_tokens + tokens)
-            if standing.period.covers(since)
-            else standing
+            standing.with_held(standing.held_tokens + tokens) if standing.period.covers(since) else standing
             for standing in self.standings
         )
-        return self._replace(standings=standings, open_generations=self.open_generations + generations)
+        return Account(self.user_id, self.plan, standings, self.open_generations + generations)
 
     def including(self, pending: Pending) -> "Account":
         """With usage that is durable but not settled yet, in the periods that it belongs to."""

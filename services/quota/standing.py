@@ -3,12 +3,12 @@
 It is asked for every authorization, so PostgreSQL is asked all of it at once.
 """
 
-import json
 from collections.abc import Collection, Iterable
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
 
+from pydantic_core import to_json
 from sqlalchemy import JSON, ColumnElement, Connection, and_, bindparam, exists, func, select
 
 from services.quota.models import Hold
@@ -90,7 +90,7 @@ def lock(db: Connection, user_ids: Iterable[str]) -> datetime:
 
 def standing(db: Connection, user_ids: Collection[str], *, at: datetime) -> list[Standing]:
     """Each user's rows, as of that moment."""
-    return _standing(db.dialect.name).send(db, user_ids=json.dumps(list(user_ids)), at=at)()
+    return _standing(db.dialect.name).send(db, user_ids=_listed(user_ids), at=at)()
 
 
 def look(
@@ -101,12 +101,16 @@ def look(
         if locked and not is_sqlite(db):
             execute(db, _LOCK, [list(user_ids)])
         at = now(db) if is_sqlite(db) else None
-        users = _standing(db.dialect.name).send(db, user_ids=json.dumps(list(user_ids)), at=at)
-        events = _settled_or_held(db.dialect.name).send(db, event_ids=json.dumps(list(event_ids)))
+        users = _standing(db.dialect.name).send(db, user_ids=_listed(user_ids), at=at)
+        events = _settled_or_held(db.dialect.name).send(db, event_ids=_listed(event_ids))
     known = events()
     settled = {event_id for event_id, is_settled, _ in known if is_settled}
     held = {event_id: hold for event_id, _, hold in known if hold}
     return users(), Events(settled, held)
+
+
+def _listed(texts: Collection[str]) -> str:
+    return to_json(list(texts)).decode()
 
 
 # Built once: building a statement costs more than running it.

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,9 +24,8 @@ things = Table(
     Column("name", Text, primary_key=True),
     Column("at", UtcDateTime),
     Column("is_new", Boolean),
-    Column("body", JSON),
+    Column("body", JSON(none_as_null=True)),
 )
-COLUMNS = ("name", "at", "is_new", "body")
 ROWS: list[tuple[Any, ...]] = [
     ("a", NOON, True, {"n": [1, None, "ü"]}),
     ("b", NOON + timedelta(microseconds=1), False, [1]),
@@ -57,8 +56,12 @@ def prepared_since(db: Connection, moment: datetime) -> list[tuple[Any, ...]]:
     return Prepared(db.dialect.name, since, tuple).send(db, since=moment)()
 
 
+def insert(db: Connection, rows: Sequence[tuple[Any, ...]]) -> None:
+    db.execute(things.insert(), [dict(zip(things.c.keys(), row, strict=True)) for row in rows])
+
+
 async def test_rows_are_what_sqlalchemy_makes_of_them(database: Database) -> None:
-    await database.write(insert_rows, things, COLUMNS, ROWS)
+    await database.write(insert, ROWS)
     everything = select(things).order_by(things.c.name)
     assert await database.read(lambda db: list(map(tuple, db.execute(everything)))) == ROWS
     assert await database.read(lambda db: Prepared(db.dialect.name, everything, tuple).send(db)()) == ROWS
@@ -67,10 +70,11 @@ async def test_rows_are_what_sqlalchemy_makes_of_them(database: Database) -> Non
 
 
 async def test_of_rows_whose_key_is_there_the_first_stays(database: Database) -> None:
-    await database.write(insert_rows, things, COLUMNS, ROWS[:1])
-    await database.write(insert_rows, things, COLUMNS, [("a", None, None, None), *ROWS[1:]])
-    await database.write(insert_rows, things, COLUMNS, [])
-    assert await database.read(prepared_since, NOON) == ROWS[:2]
+    for rows in ([("a", NOON)], [("a", NOON + timedelta(hours=1)), ("b", NOON)], [("c", None)], []):
+        await database.write(insert_rows, things, ("name", "at"), rows)
+    everything = select(things.c.name, things.c.at).order_by(things.c.name)
+    found = await database.read(lambda db: list(map(tuple, db.execute(everything))))
+    assert found == [("a", NOON), ("b", NOON), ("c", None)]
 
 
 async def test_what_a_driver_raises_is_raised_as_sqlalchemy_would(database: Database) -> None:
@@ -84,8 +88,8 @@ async def test_what_a_driver_raises_is_raised_as_sqlalchemy_would(database: Data
     for together in (True, False):
         with pytest.raises(DBAPIError, match="nowhere"):
             await database.write(mistaken, together=together)
-        await database.write(insert_rows, things, COLUMNS, ROWS)
-        assert await database.read(prepared_since, NOON) == ROWS[:2]
+    await database.write(insert, ROWS)
+    assert await database.read(prepared_since, NOON) == ROWS[:2]
 
 
 async def test_connections_that_the_server_closed_cost_nobody_an_error(postgres: Postgres) -> None:
@@ -119,7 +123,7 @@ async def test_each_statement_of_a_round_trip_sees_what_was_done_while_the_one_b
         execute(db, lock, ())
         is_locked.set()
         may_end.wait(30)
-        insert_rows(db, things, COLUMNS, ROWS[:1])
+        insert(db, ROWS[:1])
         return now(db)
 
     def looking_after_the_lock(db: Connection) -> list[tuple[Any, ...]]:
