@@ -17,8 +17,9 @@ from shared.streams import STREAM
 log = structlog.get_logger()
 
 BATCH_SIZE = 1000
-# The first message is taken at once, those that come within BATCH_AGE_S of it share its transaction.
-BATCH_AGE_S = 0.04
+# Those that come within BATCH_AGE_S of a message share its transaction. One that was waited for so long that nobody
+# seems to be about has it for itself, at once.
+BATCH_AGE_S, ALONE_AFTER_S = 0.04, 0.08
 # A request that was under way when the broker died is lost; the next one is made after this long.
 PULL_S = 1.0
 GRACE_S = 0.25
@@ -50,10 +51,12 @@ class Pulling:
 
     async def next_batch(self) -> list[Msg]:
         """At least one message. Raises ConnectionClosedError when there will never be another."""
+        begun = monotonic()
         while not self._arrived:
             await self._ask()
             await self._woken(PULL_S + GRACE_S)
-        deadline = monotonic() + BATCH_AGE_S
+        arrived = monotonic()
+        deadline = arrived + BATCH_AGE_S if arrived < begun + ALONE_AFTER_S else arrived
         while len(self._arrived) < BATCH_SIZE and (left_s := deadline - monotonic()) > 0:
             await self._woken(left_s)
         batch = self._take(BATCH_SIZE)
