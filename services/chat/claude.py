@@ -15,7 +15,6 @@ from anthropic import (
     APIStatusError,
     APITimeoutError,
     AsyncAnthropic,
-    AsyncStream,
     DefaultAioHttpClient,
 )
 from msgspec import Struct
@@ -190,6 +189,12 @@ class Claude:
     """`idle_s`: how long the provider may be silent, before its first byte and between any two."""
 
     def __init__(self, *, api_key: str, base_url: str, idle_s: float = 60.0) -> None:
+        self._http = DefaultAioHttpClient(
+            timeout=httpx2.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),
+            # Servers close idle connections after 5 s and more: one that is closing must not be asked, because
+            # nobody could tell whether the question was heard, and billed.
+            limits=httpx2.Limits(max_connections=2000, max_keepalive_connections=200, keepalive_expiry=4),
+        )
         self._client = AsyncAnthropic(
             api_key=api_key,
             base_url=base_url,
@@ -197,13 +202,13 @@ class Claude:
             max_retries=0,
             # Its spans could be told, by a variable, to carry what people wrote.
             open_telemetry=False,
-            http_client=DefaultAioHttpClient(
-                timeout=httpx2.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),
-                # Servers close idle connections after 5 s and more: one that is closing must not be asked, because
-                # nobody could tell whether the question was heard, and billed.
-                limits=httpx2.Limits(max_connections=2000, max_keepalive_connections=200, keepalive_expiry=4),
-            ),
+            http_client=self._http,
         )
+        # What the SDK sends with every message: it puts it together anew for each, which takes longer than sending.
+        self._messages_url = self._client.base_url.join("v1/messages")
+        headers = {name: value for name, value in self._client.default_headers.items() if isinstance(value, str)}
+        self._headers = httpx2.Headers({**headers, "accept-encoding": "identity"})
+        self._extensions = {"timeout": self._http.timeout.as_dict()}
         self._listed: frozenset[str] = frozenset()
         self._listed_at = -LIST_AGAIN_S
 
@@ -240,18 +245,26 @@ class Claude:
 
     @asynccontextmanager
     async def _ask(self, prompt: Prompt) -> AsyncIterator[httpx2.Response]:
-        # The SDK's own way to a response as it is. `messages.with_streaming_response` gives the same bytes, but
-        # walks through every message of the conversation first, and through three layers for each of Claude's words.
+        # The SDK's client, address and headers, and its errors; but its `messages.create` walks through every message
+        # of the conversation, and through three layers for each of Claude's words.
         asked = {**_arguments(prompt), "max_tokens": prompt.output_tokens_max, "stream": True}
-        response: Any = await self._client.post(
-            "/v1/messages",
-            cast_to=httpx2.Response,
+        request = httpx2.Request(
+            "POST",
+            self._messages_url,
+            headers=self._headers,
             content=msgspec.json.encode(asked),
-            options={"headers": {"content-type": "application/json", "accept-encoding": "identity"}},
-            stream=True,
-            stream_cls=AsyncStream[Any],
+            extensions=self._extensions,
         )
         try:
+            response = await self._http.send(request, stream=True)
+        except httpx2.TimeoutException:
+            raise
+        except Exception as error:
+            raise APIConnectionError(request=request) from error
+        try:
+            if not response.is_success:
+                await response.aread()
+                raise APIStatusError(response.reason_phrase, response=response, body=_json(response))
             yield response
         finally:
             await response.aclose()
@@ -391,6 +404,13 @@ def _nonsense() -> Problem:
 def _busy(title: str, retry_after: str | None) -> Problem:
     seconds = retry_after if retry_after and retry_after.isdecimal() else "5"
     return Problem(503, title, f"Try again in {seconds} seconds.", headers={"Retry-After": seconds})
+
+
+def _json(response: httpx2.Response) -> object:
+    try:
+        return response.json()
+    except ValueError:
+        return None
 
 
 def _message(error: APIStatusError) -> str:
