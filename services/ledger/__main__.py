@@ -1,5 +1,10 @@
 """The ledger's commands: serve, migrate, quarantine, audit, explain, prove, export, archive, trim, replay."""
 
+import gc
+
+# What is imported stays. Looked through meanwhile, again and again, it takes half as long again to start.
+gc.disable()
+
 import signal
 import sys
 from collections.abc import Callable
@@ -30,6 +35,8 @@ from shared.replay_command import DryRun, Out, Until, into_place, moment, withou
 from shared.replay_command import run as run_command
 from shared.server import one_sentence
 from shared.server import serve as run
+
+gc.enable()
 
 cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False, rich_markup_mode=None)
 MIGRATIONS = Path(__file__).with_name("migrations")

@@ -1,5 +1,10 @@
 """Quota's commands: serve, migrate, quarantine, replay."""
 
+import gc
+
+# What is imported stays. Looked through meanwhile, again and again, it takes half as long again to start.
+gc.disable()
+
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +24,8 @@ from shared.replay_command import DryRun, Out, Until, into_place, moment, withou
 from shared.replay_command import run as run_command
 from shared.server import one_sentence
 from shared.server import serve as run
+
+gc.enable()
 
 cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 MIGRATIONS = Path(__file__).with_name("migrations")
