@@ -22,9 +22,9 @@ from services.chat.publisher import Publisher
 from services.chat.quota import Quota
 from services.chat.sse import KEEPALIVE, frame
 from services.chat.waiting import HasLeft
-from shared.calls import Granted, LimitState
+from shared.calls import Granted, LimitState, Pending
 from shared.errors import BadCall, Unanswered, Unavailable
-from shared.events import Authorized, GenerationCompleted, Metadata, OnDisconnect, Outcome, utc_now
+from shared.events import Authorized, GenerationCompleted, Metadata, OnDisconnect, Outcome, TokenCounts, utc_now
 from shared.events import Generation as Usage
 
 log = structlog.get_logger()
@@ -122,6 +122,8 @@ class Generation:
         self._deadline: asyncio.Timeout | None = None
         self._checkpoint: asyncio.TimerHandle | None = None
         self._checkpoints: set[asyncio.Task[None]] = set()
+        self._asked: Pending | None = None
+        self._asking: asyncio.Task[bytes | None] | None = None
 
     async def authorize(self, has_left: HasLeft) -> None:
         """The intent on disk and the hold at quota, both at once. Raises Problem 429, or Unavailable.
@@ -172,8 +174,8 @@ class Generation:
         RUNNING.inc()
         try:
             event = self.event(await self._read_from_claude())
-            # Quota is asked while the disk writes; what it says is shown once the event is on the disk.
-            asking = asyncio.create_task(self._ask_usage(event))
+            # What quota says is shown once the event is on the disk.
+            asking = self._ask_usage_soon(Pending.of(event.id, event.data))
             await self._settle(event)
             self._say_the_end(event, await asking)
         finally:
@@ -268,6 +270,8 @@ class Generation:
             elif isinstance(step, Finished):
                 self._meter.counted(step.counts, is_last=step.stop_reason is not None)
                 self._stop_reason = step.stop_reason or self._stop_reason
+                if step.stop_reason:
+                    self._ask_usage_soon(self._pending(step.counts))
             else:
                 self._frames.append(KEEPALIVE)
         self._something_new.set()
@@ -302,11 +306,30 @@ class Generation:
         TOKENS.labels("output").inc(event.data.output_tokens or 0)
         log.info("generation_settled", generation_id=self.id, outcome=outcome, tokens=event.data.tokens_used)
 
-    async def _ask_usage(self, event: GenerationCompleted) -> bytes | None:
-        if event.data.outcome == "disconnected":
+    def _ask_usage_soon(self, used: Pending) -> asyncio.Task[bytes | None]:
+        """Quota is asked while Claude's stream ends and the disk writes; again where the count was not the last."""
+        if self._asking and self._asked == used:
+            return self._asking
+        if self._asking:
+            self._asking.cancel()
+        self._asked, self._asking = used, asyncio.create_task(self._ask_usage(used))
+        return self._asking
+
+    def _pending(self, counts: TokenCounts) -> Pending:
+        return Pending(
+            id=self.id,
+            user_id=self.user_id,
+            started_at=self._started_at,
+            model=self.model,
+            tokens_used=counts.total,
+            **vars(counts),
+        )
+
+    async def _ask_usage(self, used: Pending) -> bytes | None:
+        if self._has_left:
             return None  # nobody is listening
         try:
-            return (await self._parts.quota.usage(self.user_id, including=event)).body
+            return (await self._parts.quota.usage(self.user_id, including=used)).body
         except Unavailable as error:
             log.warning("usage_not_shown", generation_id=self.id, reason=error.detail)
             return None

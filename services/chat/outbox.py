@@ -90,7 +90,7 @@ class Outbox:
             )
         if self._is_refused:
             try:
-                await self._changes.submit(_Change(_PROBE, [()], is_promise=False))
+                await self._change(_Change(_PROBE, [()], is_promise=False))
             except sqlite3.Error as error:
                 raise self.refuses() from error
 
@@ -118,21 +118,28 @@ class Outbox:
 
     async def intend(self, event: GenerationCompleted) -> None:
         """Before Claude is asked; and again as the answer grows, so that little is lost with the process."""
-        await self._changes.submit(_Change(_WRITE, [(event.id, encode(event), 0)], is_promise=False))
+        await self._change(_Change(_WRITE, [(event.id, encode(event), 0)], is_promise=False))
 
     async def settle(self, event: GenerationCompleted) -> None:
         """Returns once the event is on the disk: it will be on the stream, whatever happens to this process."""
-        await self._changes.submit(_Change(_WRITE, [(event.id, encode(event), 1)], is_promise=True))
+        await self._change(_Change(_WRITE, [(event.id, encode(event), 1)], is_promise=True))
 
     async def forget(self, event_ids: Sequence[str]) -> None:
         """The stream has these."""
         rows = [(event_id,) for event_id in event_ids]
-        await self._changes.submit(_Change(_DELETE, rows, is_promise=False))
+        await self._change(_Change(_DELETE, rows, is_promise=False))
 
     def close(self) -> None:
         self._thread.shutdown()
         self._db.close()
         self._lock.close()
+
+    async def _change(self, change: _Change) -> None:
+        if change.is_promise or not self._changes.is_idle:
+            await self._changes.submit(change)
+        else:
+            # Nothing is waited for, and a task for it would take as long as the disk does.
+            await self._commit([change])
 
     async def _commit(self, changes: Sequence[_Change]) -> list[None]:
         try:

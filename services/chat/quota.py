@@ -118,11 +118,11 @@ class Quota:
             raise refusal(answer) from unanswered
         return answer, Held(input_tokens_max, answer.output_tokens_max)
 
-    async def usage(self, user_id: str, *, including: GenerationCompleted | None = None) -> Shown:
-        """What is used and left; with an event, too, that is not on the disk yet."""
+    async def usage(self, user_id: str, *, including: Pending | None = None) -> Shown:
+        """What is used and left; also with what is not on the disk yet."""
         pending = self._known(user_id)
         if including:
-            pending += (Pending.of(including.id, including.data),)
+            pending += (including,)
         query = UsageQuery(user_id=user_id, pending=pending)
         try:
             body = await call(self._nc, calls.USAGE, query)
