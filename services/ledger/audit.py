@@ -28,7 +28,9 @@ from services.ledger.checkpoint import Keys
 from services.ledger.findings import Difference, Read, Report
 from services.ledger.scratch import CHANGES as CHANGED
 from services.ledger.scratch import DAILY, EVENTS, SUMS, Change, Day, Scratch, Total
-from services.ledger.seals import Result, Sealed, seal_check, sealed_after
+from services.ledger.seal_check import seal_check
+from services.ledger.seal_findings import Result
+from services.ledger.seals import Sealed, sealed_after
 from services.ledger.snapshots import BATCH_SIZE, Copy, Layout, Row, Scope, Snapshot, as_sqlite_has_it, snapshot
 from shared.archive import Archive
 from shared.errors import Misconfigured, PoisonMessage, Unavailable

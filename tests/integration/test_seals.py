@@ -22,8 +22,10 @@ from services.ledger.__main__ import MIGRATIONS
 from services.ledger.app import create_app
 from services.ledger.checkpoint import Keys, load_keys
 from services.ledger.merkle import Frontier, leaf_hash
+from services.ledger.seal_check import seal_check
+from services.ledger.seal_findings import Kind, Result
 from services.ledger.sealer import Damaged, Sealer, leaves, seals
-from services.ledger.seals import Kind, Result, event_id, read_outside, seal_check
+from services.ledger.seals import event_id, read_outside
 from services.ledger.settings import Settings
 from services.quota.app import create_app as create_quota
 from services.quota.settings import Settings as QuotaSettings

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from services.ledger.checkpoint import Keys, Signature, checkpoint
 from services.ledger.merkle import Frontier, Head, leaf_hash
-from services.ledger.seals import Kind, Leaf, Result, SealCheck, Sealed, event_id, read_outside, with_holes
+from services.ledger.seal_check import SealCheck
+from services.ledger.seal_findings import Kind, Result
+from services.ledger.seals import Leaf, Sealed, event_id, read_outside, with_holes
 from services.ledger.verify_record import Checkpoint, key_id, read_checkpoint
 from shared import streams
 from shared.database import iso
@@ -328,7 +330,7 @@ def test_with_a_key_seals_without_any_signature_are_not_believed() -> None:
 
 
 def test_very_many_differences_are_counted_and_the_first_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.ledger.seals.DIFFERENCES_MAX", 10)
+    monkeypatch.setattr("services.ledger.seal_findings.DIFFERENCES_MAX", 10)
     record = Record(60)
     record.messages = [edited(message) for message in record.messages]
     result = record.check()
@@ -339,7 +341,7 @@ def test_very_many_differences_are_counted_and_the_first_are_listed(monkeypatch:
 def test_a_long_stretch_that_was_deleted_is_named_though_nothing_near_it_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.ledger.seals.LOOKAHEAD", 8)
+    monkeypatch.setattr("services.ledger.seal_check.LOOKAHEAD", 8)
     record = Record(60, every=100)
     record.messages = [*record.messages[:20], *record.messages[50:]]
     assert [sequence for kind, sequence in named(record.check()) if kind == Kind.DELETED] == list(range(21, 51))

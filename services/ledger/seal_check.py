@@ -1,0 +1,182 @@
+"""The check of the record: each message of the stream beside its leaf, and the tree over the leaves below its seals.
+
+An audit hands the record, as it reads it from its beginning, to a `SealCheck`, and is told what is not as it was
+sealed:
+
+    check = seal_check(snapshot.rows, known_up_to=floors[LEDGER], keys=load_keys(path), seals_file=path)
+    first, last = await record.bounds()
+    async for batch in record.read(first=first, last=last):
+        check.take(batch)
+    result = check.end()
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from services.ledger.checkpoint import Keys
+from services.ledger.merkle import leaf_hash
+from services.ledger.seal_findings import Findings, Kind, Result, in_hex
+from services.ledger.seal_tree import Announced, SealTree
+from services.ledger.seals import Leaf, Rows, Sealed, event_id, leaves_up_to, read_outside, sealed_after
+from services.ledger.verify_record import Checkpoint
+from shared.recorded import Recorded
+from shared.streams import LEDGER_SEALED
+
+# Messages that do not fit are held against so many leaves before they are told to be others.
+LOOKAHEAD = 2_000
+
+
+def seal_check(
+    rows: Rows, *, known_up_to: int, keys: Keys | None = None, seals_file: Path | None = None
+) -> "SealCheck":
+    """Of a ledger's database. Raises Misconfigured when the file outside cannot be read.
+
+    `known_up_to` is a sequence that the stream had before the database was read: seals on it up to there are known.
+    To where the stream is read is to be asked after that: all that has a leaf is on it by then.
+    """
+    ((leaves,),) = rows("SELECT coalesce(max(stream_sequence), 0) FROM leaves")
+    ((sealed,),) = rows("SELECT coalesce(max(tree_size), 0) FROM seals")
+    return SealCheck(
+        leaves=leaves_up_to(rows, max(leaves, sealed)),
+        seals=sealed_after(rows, 0),
+        outside=read_outside(seals_file) if seals_file else (),
+        keys=keys,
+        known_up_to=known_up_to,
+    )
+
+
+class _Message(NamedTuple):
+    hash: bytes
+    message: Recorded
+
+
+class SealCheck:
+    """Messages beside leaves, leaves below seals. Memory grows with what differs, and with nothing else."""
+
+    def __init__(
+        self,
+        *,
+        leaves: Iterator[Leaf],
+        seals: Iterable[Sealed],
+        outside: Iterable[Checkpoint | str] = (),
+        keys: Keys | None = None,
+        known_up_to: int,
+    ) -> None:
+        self._found = Findings()
+        self._tree = SealTree(iter(seals), iter(outside), keys or Keys(None, {}), self._found)
+        self._announced = Announced(self._tree, known_up_to, self._found)
+        self._leaves, self._ahead = leaves, deque[Leaf]()
+        self._waiting = deque[_Message]()
+        # How far a message is behind its own leaf, where others were inserted or left out before it.
+        self._shift = 0
+        self._last_leaf = self._last_message = self._last_taken = 0
+
+    def take(self, batch: Sequence[Recorded]) -> None:
+        """The next messages of the stream, beginning with its first."""
+        for message in batch:
+            if message.sequence != self._last_taken + 1 and not self._waiting:
+                self._pass_over(message.sequence)
+            self._last_taken = message.sequence
+            arrived = _Message(leaf_hash(message.body), message)
+            if self._waiting or not self._fits(arrived):
+                self._waiting.append(arrived)
+                if len(self._waiting) >= LOOKAHEAD:
+                    self._realign()
+
+    def end(self) -> Result:
+        """To be called once, after the last message."""
+        while self._waiting:
+            self._realign()
+        last_leaf = self._last_leaf
+        while rest := self._look_ahead():
+            self._take_apart([], rest)
+        tree, found = self._tree, self._found
+        tree.end()
+        differences = found.differences(cut_after=last_leaf)
+        return Result(tree.size, tree.seals, tree.signed, tree.outside, differences, found.more)
+
+    def _pass_over(self, sequence: int) -> None:
+        """The leaves of the numbers that the stream leaves out before this one."""
+        while (ahead := self._look_ahead()) and ahead[0].sequence + self._shift < sequence:
+            self._take_apart([], [leaf for leaf in ahead if leaf.sequence + self._shift < sequence])
+
+    def _fits(self, arrived: _Message) -> bool:
+        """Whether it is the next leaf's, or comes after all leaves."""
+        sequence = arrived.message.sequence
+        leaf = self._ahead.popleft() if self._ahead else next(self._leaves, None)
+        if leaf is None:
+            if self._found.is_alone(arrived.hash):
+                self._found.no_leaf(arrived.message, arrived.hash)
+            elif self._last_message:
+                self._found.gap(range(self._last_message + 1, sequence))
+            self._consumed(arrived)
+            return True
+        if leaf.hash == arrived.hash:
+            self._shift = sequence - leaf.sequence
+        elif leaf.hash is None and sequence - self._shift == leaf.sequence:
+            self._found.add(
+                Kind.LEAF_DELETED, leaf.sequence, event_id(arrived.message.body), in_hex(arrived.hash), "-"
+            )
+        else:
+            self._ahead.appendleft(leaf)
+            return False
+        self._tree.grow(arrived.hash, arrived.hash)
+        self._last_leaf = leaf.sequence
+        self._consumed(arrived)
+        return True
+
+    def _consumed(self, arrived: _Message) -> None:
+        self._last_message = arrived.message.sequence
+        if arrived.message.subject == LEDGER_SEALED:
+            self._announced.take(arrived.message)
+
+    def _look_ahead(self) -> list[Leaf]:
+        self._ahead.extend(islice(self._leaves, LOOKAHEAD - len(self._ahead)))
+        return list(self._ahead)
+
+    def _realign(self) -> None:
+        """Find the nearest place from which on messages and leaves are the same again, and go on from there."""
+        leaves = self._look_ahead()
+        messages, missing = _nearest(self._waiting, leaves) or self._no_place(leaves)
+        self._take_apart([self._waiting.popleft() for _ in range(messages)], leaves[:missing])
+        while self._waiting and self._fits(self._waiting[0]):
+            self._waiting.popleft()
+
+    def _no_place(self, leaves: list[Leaf]) -> tuple[int, int]:
+        if len(leaves) == LOOKAHEAD:
+            return len(self._waiting), len(leaves)
+        # The last leaves are among them: what came after those is not sealed yet.
+        last = leaves[-1].sequence if leaves else 0
+        return sum(waiting.message.sequence - self._shift <= last for waiting in self._waiting), len(leaves)
+
+    def _take_apart(self, messages: list[_Message], leaves: list[Leaf]) -> None:
+        """These messages have no such leaves, and these leaves no such messages."""
+        for _ in leaves:
+            self._ahead.popleft()
+        beside = messages if len(messages) == len(leaves) else [None] * len(leaves)
+        for leaf, message in zip(leaves, beside, strict=True):
+            self._found.no_message(leaf)
+            self._tree.grow(leaf.hash, message.hash if message else None)
+        for arrived in messages:
+            self._found.no_leaf(arrived.message, arrived.hash)
+            self._consumed(arrived)
+        if leaves:
+            self._last_message = max(self._last_message, leaves[-1].sequence + self._shift)
+
+
+def _nearest(messages: Iterable[_Message], leaves: Sequence[Leaf]) -> tuple[int, int] | None:
+    """How many messages and leaves to leave out, as few as possible, so that the next of both are the same."""
+    places: dict[bytes | None, int] = {}
+    for place, leaf in enumerate(leaves):
+        places.setdefault(leaf.hash, place)
+    best: tuple[int, int] | None = None
+    for number, message in enumerate(messages):
+        if best and number >= sum(best):
+            break
+        beside = places.get(message.hash)
+        if beside is not None and (best is None or number + beside < sum(best)):
+            best = (number, beside)
+    return best
