@@ -78,10 +78,11 @@ class Generation:
             return [events.encode(ApiError(529).body(self.request_id))]
         if self.told.ending == "garbage":
             return [events.GARBAGE]
-        total = self.answer.output_tokens
-        deltas = [events.message_delta(self.answer.stop_reason, self.usage(total))]
+        total, reason = self.answer.output_tokens, self.answer.stop_reason
+        deltas = [events.message_delta(reason, self.usage(total))]
         if self.told.repeats_usage:
-            deltas = [events.message_delta(None, self.usage(total // 2)), *deltas, *deltas]
+            early = [events.message_delta(said, self.usage(total // 2)) for said in (None, reason)]
+            deltas = [*early, *deltas, *deltas]
         if self.told.left_out == "message_delta":
             deltas = []
         stop = [] if self.told.left_out == "message_stop" else [events.MESSAGE_STOP]

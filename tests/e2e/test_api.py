@@ -471,6 +471,10 @@ async def test_the_way_claudes_bytes_arrive_changes_nothing(
     texts = ["".join(data["text"] for name, data in answered if name == "delta") for answered in (plain, odd)]
     assert texts[0] == texts[1] != ""
     assert plain[-1][1]["outputTokens"] == odd[-1][1]["outputTokens"] == 120
+    assert [seen["tokensUsed"] for _, seen in (plain[-2], odd[-2])] == [
+        plain[-1][1]["tokensUsed"],
+        plain[-1][1]["tokensUsed"] + odd[-1][1]["tokensUsed"],
+    ]
 
 
 async def test_cached_input_counts_and_is_kept_apart(http: httpx2.AsyncClient, user: str) -> None:

@@ -159,7 +159,7 @@ async def test_the_way_bytes_arrive_changes_nothing(claude: anthropic.AsyncAnthr
 
 async def test_repeated_usage_is_cumulative(claude: anthropic.AsyncAnthropic) -> None:
     events = [event async for event in events_of(claude, "[repeat-delta-usage] [usage output=100]")]
-    assert [event.usage.output_tokens for event in events if event.type == "message_delta"] == [50, 100, 100]
+    assert [event.usage.output_tokens for event in events if event.type == "message_delta"] == [50, 50, 100, 100]
 
 
 async def test_a_refusal_is_reported_as_stop_reason(claude: anthropic.AsyncAnthropic) -> None:
