@@ -1,0 +1,110 @@
+"""Sums: the ledger's days and quota's totals, held against what the events of the stream come to."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime
+from typing import Any
+
+from services.ledger.findings import Difference
+from services.ledger.scratch import DAILY, SUMS, Day, Scratch, Total
+from services.ledger.snapshots import Row, Scope, Snapshot, as_sqlite_has_it
+
+EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+TOTALS, DAYS = "quota.usage_totals", "ledger.usage_daily"
+
+
+def compare_days(ledger: Snapshot, scope: Scope, scratch: Scratch) -> int:
+    """How many there are. `scratch` has all events, and is told what differs."""
+    first = (scope.first or EARLIEST).astimezone(UTC).date()
+    last = (scope.last or LATEST).astimezone(UTC).date()
+    found = _days(ledger, scope.user_id, first, last)
+    kept = scratch.keep_days(found, first=first.isoformat(), last=last.isoformat())
+    for day in scratch.differing_days():
+        scratch.add(_differing_day(day))
+    return kept
+
+
+def _days(ledger: Snapshot, user_id: str | None, first: date, last: date) -> Iterator[Row]:
+    """Whole days, those at the ends of what is looked at included."""
+    of_user, values = ("", ()) if user_id is None else ("user_id = ? AND ", (user_id,))
+    within = f"{of_user}usage_date >= ? AND usage_date <= ?"
+    columns = ", ".join(("user_id", "usage_date", "model", *DAILY))
+    statement = f"SELECT {columns} FROM usage_daily WHERE {within}"  # noqa: S608
+    for found, day, *counts in ledger.rows(statement, *values, ledger.day(first), ledger.day(last)):
+        yield (found, str(day), *counts)
+
+
+def _differing_day(day: Day) -> Difference:
+    """What is expected of it names the day; of a row that should not be there, what was found."""
+    which = {"usage_date": day.usage_date, "model": day.model}
+    expected, found = (dict(zip(DAILY, sums, strict=True)) if sums else None for sums in (day.expected, day.found))
+    if expected and found:
+        names = [name for name in DAILY if expected[name] != found[name]]
+        parts = (which | {name: expected[name] for name in names}, {name: found[name] for name in names})
+        return Difference(DAYS, "differs", None, day.user_id, *parts)
+    if expected:
+        return Difference(DAYS, "missing", None, day.user_id, which | expected, None)
+    return Difference(DAYS, "unexplained", None, day.user_id, None, which | (found or {}))
+
+
+def compare_totals(quota: Snapshot, scope: Scope, scratch: Scratch) -> int:
+    """How many there are. `scratch` has all events, and is told what differs."""
+    scratch.keep_totals(_totals(quota, scope))
+    compared = 0
+    for total in scratch.totals():
+        compared += 1
+        if difference := _differing(total):
+            scratch.add(difference)
+    first, last = scope.first or EARLIEST, scope.last or LATEST
+    for user_id, start, end, *sums in scratch.uncovered(_text(first), _text(last)):
+        expected = {"from": start, "to": end} | dict(zip(SUMS, sums, strict=True))
+        scratch.add(Difference(TOTALS, "uncovered", None, user_id, expected, None))
+    return compared
+
+
+def _totals(quota: Snapshot, scope: Scope) -> Iterator[Row]:
+    """Totals whose periods have something of what is looked at."""
+    conditions = {
+        "user_id = ?": scope.user_id,
+        "period_end > ?": scope.first and quota.time(scope.first),
+        "period_start <= ?": scope.last and quota.time(scope.last),
+    }
+    asked = {condition: value for condition, value in conditions.items() if value is not None}
+    where = f" WHERE {' AND '.join(asked)}" if asked else ""
+    columns = ", ".join(("user_id", "period_start", "period_end", *SUMS, "models"))
+    for user_id, start, end, *counts in quota.rows(f"SELECT {columns} FROM usage_totals{where}", *asked.values()):  # noqa: S608
+        yield (user_id, _text(start), _text(end), *counts)
+
+
+def _text(moment: Any) -> str:
+    return moment if isinstance(moment, str) else as_sqlite_has_it(moment)
+
+
+def _differing(total: Total) -> Difference | None:
+    """The total and the sum of its user's events in its period, where they are not the same."""
+    expected = dict(zip(SUMS, total.sums, strict=True)) | _by_model(total.models)
+    found = dict(zip(SUMS, total.found, strict=True)) | _by_model(_read_models(total.found_models))
+    names = [name for name in expected | found if expected.get(name, 0) != found.get(name, 0)]
+    if not names:
+        return None
+    period = {"period_start": total.period_start, "period_end": total.period_end}
+    return Difference(
+        TOTALS,
+        "differs",
+        None,
+        total.user_id,
+        period | {name: expected.get(name, 0) for name in names},
+        {name: found.get(name, 0) for name in names},
+    )
+
+
+def _by_model(models: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """One that used nothing may be named or not."""
+    return {f"models.{model}": list(counts) for model, counts in models.items() if any(counts)}
+
+
+def _read_models(text: str) -> dict[str, Any]:
+    try:
+        return {model: [int(count) for count in counts] for model, counts in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        return {"": [text]}
