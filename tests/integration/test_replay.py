@@ -491,7 +491,7 @@ async def test_a_replay_that_is_killed_has_changed_nothing_and_the_next_one_ends
     for nth in range(100):
         process = await asyncio.create_subprocess_exec(*command, cwd=PROJECT, env=environment(**variables))
         try:
-            async with asyncio.timeout(0.8 * 1.15**nth):
+            async with asyncio.timeout(0.8 * 1.25**nth):
                 assert await process.wait() == 0
             break
         except TimeoutError:
