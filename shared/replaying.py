@@ -2,6 +2,7 @@
 
     built     in a schema (PostgreSQL) or a file (SQLite) of its own, where tables have their usual names: what counts
               an event there is the code that counts it every day
+    compared  on SQLite: where every row in use is as it was built, nothing is left to do
     caught up with what arrived meanwhile, until little is left
     switched  writers wait while the rest of the stream is added and the tables change places
 
@@ -25,7 +26,23 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from sqlalchemy import JSON, Connection, MetaData, Table, Text, and_, cast, false, func, make_url, or_, select
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    FromClause,
+    MetaData,
+    Table,
+    Text,
+    and_,
+    cast,
+    false,
+    func,
+    make_url,
+    not_,
+    or_,
+    select,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import OperationalError
 
@@ -87,6 +104,8 @@ class Told:
     messages: int = 0
     poison: int = 0
     contradicting: int = 0
+    # Of tables that were as they should be, none was exchanged.
+    is_exchanged: bool = True
     locked_s: float = 0.0
 
 
@@ -125,9 +144,14 @@ async def replay(nc: Client, url: str, rebuilt: Rebuilt, *, archive: Path | None
             if last == 0 and any(db.execute(select(table).limit(1)).first() for table in in_use):
                 raise Misconfigured(f"The stream is empty, and the {rebuilt.service}'s database is not.")
         try:
-            await _build(record, shadow, rebuilt, told, last=last)
+            await _load(record, shadow, rebuilt, told, last=last, is_kept=True)
+            shadow.index(rebuilt.indexes)
             await rebuilt.restore(nc, url)
-            await _catch_up(record, shadow, rebuilt, told, after=last)
+            told.is_exchanged = not (shadow.is_copied and await _is_in_use(record, shadow, rebuilt, after=last))
+            if told.is_exchanged:
+                with shadow.begin() as db:
+                    rebuilt.derive(db, shadow.live)
+                await _catch_up(record, shadow, rebuilt, told, after=last)
         finally:
             await shadow.clean()
     return told
@@ -144,7 +168,7 @@ async def dry_run(
     # All of it is committed by now; of what comes after it, only what the database has can be compared.
     acknowledged = await _acknowledged(nc, rebuilt.durable)
     with open_shadow(url, rebuilt.tables, rebuilt.migrations) as shadow:
-        await _load(record, shadow, rebuilt, told, first=1, last=acknowledged, is_kept=False)
+        await _load(record, shadow, rebuilt, told, last=acknowledged, is_kept=False)
         shadow.index(rebuilt.indexes)
         with shadow.snapshot() as db:
             _, last = await bounds(nc)
@@ -153,7 +177,10 @@ async def dry_run(
                     db, lambda db, events: rebuilt.load(db, _known(db, shadow.live, rebuilt, events)), messages
                 )
             rebuilt.derive(db, shadow.live)
-            differences = [_difference(db, shadow.live, table, rebuilt.optional) for table in rebuilt.tables]
+            differences = [
+                _Pair(db, shadow.live, table).difference(may_lack_rows=table in rebuilt.optional)
+                for table in rebuilt.tables
+            ]
     return told, differences
 
 
@@ -167,7 +194,7 @@ async def rebuild_into(
         raise Misconfigured(f"{file} exists: name another, or remove it.")
     told = Told()
     with open_file(file, rebuilt.tables, rebuilt.migrations) as shadow:
-        await _load(record, shadow, rebuilt, told, first=1, last=last, is_kept=False, until=until)
+        await _load(record, shadow, rebuilt, told, last=last, is_kept=False, until=until)
         shadow.index(rebuilt.indexes)
         with shadow.begin() as db:
             rebuilt.derive(db, None)
@@ -197,26 +224,18 @@ def _connection(url: str) -> Iterator[Connection]:
         engine.dispose()
 
 
-async def _build(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told, *, last: int) -> None:
-    await _load(record, shadow, rebuilt, told, first=1, last=last, is_kept=True)
-    shadow.index(rebuilt.indexes)
-    with shadow.begin() as db:
-        rebuilt.derive(db, shadow.live)
-
-
 async def _load(
     record: Record,
     shadow: Shadow,
     rebuilt: Rebuilt,
     told: Told,
     *,
-    first: int,
     last: int,
     is_kept: bool,
     until: datetime | None = None,
 ) -> None:
     with _progress(rebuilt.service, last) as advance:
-        async for messages in _messages(record, first, last, told):
+        async for messages in _messages(record, 1, last, told):
             arrived = [each for each in messages if until is None or each.stored_at <= until]
             with shadow.begin() as db:
                 refused = load(db, rebuilt, arrived)
@@ -224,6 +243,33 @@ async def _load(
             advance(len(messages))
             if len(arrived) < len(messages):
                 break
+
+
+async def _load_known(
+    record: Record, shadow: Shadow, rebuilt: Rebuilt, db: Connection, *, after: int, told: Told
+) -> None:
+    """Of what comes `after`, what the tables in use had in the snapshot: it is older than the end of the stream."""
+    _, last = await bounds(record.nc)
+    async for messages in _messages(record, after + 1, last, told):
+        by_the_book(db, lambda db, events: rebuilt.load(db, _known(db, shadow.live, rebuilt, events)), messages)
+
+
+async def _is_in_use(record: Record, shadow: Shadow, rebuilt: Rebuilt, *, after: int) -> bool:
+    """Whether the tables in use say what was built, and nothing else; optional rows may be absent.
+
+    What the service has handled `after` counts, too, and goes on being handled by it.
+    """
+    with shadow.snapshot() as db, db.begin_nested() as trial:
+        await _load_known(record, shadow, rebuilt, db, after=after, told=Told())
+        is_same = all(_Pair(db, shadow.live, table).is_same() for table in rebuilt.kept)
+        if is_same:
+            rebuilt.derive(db, shadow.live)
+            derived = [table for table in rebuilt.tables if table not in rebuilt.kept]
+            is_same = all(
+                _Pair(db, shadow.live, table).is_same(may_lack_rows=table in rebuilt.optional) for table in derived
+            )
+        trial.rollback()
+    return is_same
 
 
 async def _messages(record: Record, first: int, last: int, told: Told) -> AsyncIterator[list[Recorded]]:
@@ -307,19 +353,36 @@ def _known(db: Connection, live: str, rebuilt: Rebuilt, events: Sequence[Event])
     return [event for event in events if event.id in known]
 
 
-def _difference(db: Connection, live: str, table: Table, optional: Sequence[Table]) -> Difference:
-    found, expected = _in(live, table), table.alias("expected")
-    same = and_(*(found.c[name] == expected.c[name] for name in _key(table)))
-    key = _key(table)[0]
-    others = [column.name for column in table.c if column.name not in (*_key(table), *_NOT_OF_THE_STREAM)]
-    differs = or_(*(_differs(db, found.c[name], expected.c[name]) for name in others))
-    changed = select(found, *(expected.c[name].label(f"expected_{name}") for name in others)).join(expected, same)
-    missing = select(expected).outerjoin(found, same).where(found.c[key].is_(None))
-    unknown = select(found).outerjoin(expected, same).where(expected.c[key].is_(None))
-    listing = _Listing(db, table)
-    if table in optional:
-        return listing.of(changed.where(differs), missing.where(false()), unknown, others, absent=missing)
-    return listing.of(changed.where(differs), missing, unknown, others, absent=missing.where(false()))
+class _Pair:
+    """A table in use, and the one that was built."""
+
+    def __init__(self, db: Connection, live: str, table: Table) -> None:
+        self._db, self._table = db, table
+        self.found, self.expected = _in(live, table), table.alias("expected")
+        self.same_key = and_(*(self.found.c[name] == self.expected.c[name] for name in _key(table)))
+        self.others = [column.name for column in table.c if column.name not in (*_key(table), *_NOT_OF_THE_STREAM)]
+        self.differs = or_(*(_differs(db, self.found.c[name], self.expected.c[name]) for name in self.others))
+
+    def is_same(self, *, may_lack_rows: bool = False) -> bool:
+        """Looks up each row once."""
+        found, expected = self._number(self.found), self._number(self.expected)
+        if found > expected or (found < expected and not may_lack_rows):
+            return False
+        return self._number(self.found.join(self.expected, self.same_key), not_(self.differs)) == found
+
+    def _number(self, rows: FromClause, *where: ColumnElement[bool]) -> int:
+        return self._db.execute(select(func.count()).select_from(rows).where(*where)).scalar_one()
+
+    def difference(self, *, may_lack_rows: bool) -> Difference:
+        found, expected, key = self.found, self.expected, _key(self._table)[0]
+        wanted = (expected.c[name].label(f"expected_{name}") for name in self.others)
+        changed = select(found, *wanted).join(expected, self.same_key).where(self.differs)
+        missing = select(expected).outerjoin(found, self.same_key).where(found.c[key].is_(None))
+        unknown = select(found).outerjoin(expected, self.same_key).where(expected.c[key].is_(None))
+        listing = _Listing(self._db, self._table)
+        if may_lack_rows:
+            return listing.of(changed, missing.where(false()), unknown, self.others, absent=missing)
+        return listing.of(changed, missing, unknown, self.others, absent=missing.where(false()))
 
 
 # Facts of the moment at which an event was settled.

@@ -57,6 +57,8 @@ class Shadow(Protocol):
 
     # What qualifies the tables in use.
     live: str
+    # Whether to put the tables in place every row is written a second time.
+    is_copied: bool
 
     def begin(self) -> AbstractContextManager[Connection]: ...
 
@@ -144,6 +146,7 @@ def _remove(file: Path) -> None:
 
 class SqliteShadow:
     live = "live"
+    is_copied = True
 
     def __init__(self, connection: Connection, using: Engine, tables: Sequence[Table], live: Path | None) -> None:
         self._db, self._using, self._tables, self._live = connection, using, tables, live
@@ -347,6 +350,8 @@ def _in_postgresql(url: str, tables: Sequence[Table]) -> Iterator["PostgresShado
 
 
 class PostgresShadow:
+    is_copied = False
+
     def __init__(self, building: Connection, switching: Connection, tables: Sequence[Table], live: str) -> None:
         self._db, self._switching, self.live = building, switching, live
         self._tables = [table.name for table in tables]
@@ -397,17 +402,22 @@ class PostgresShadow:
                 for each in (*self.partitions[table], table):
                     for definition in _all(db, _POSTGRES_INDEXES, self.live, each):
                         db.exec_driver_sql(_in_schema(definition))
-                db.exec_driver_sql(f'ANALYZE "{SCHEMA}"."{table}"')
+            self._analyze(db, self._tables)
 
     def write_live(self, work: Callable[[Connection], None]) -> None:
         with self.begin() as db:
             work(db)
 
     async def publish(self, tables: Sequence[Table]) -> None:
-        """They are where they should be. What is known of them helps to plan what reads them."""
+        """They are where they should be."""
         with self.begin() as db:
-            for table in tables:
-                db.exec_driver_sql(f'ANALYZE "{SCHEMA}"."{table.name}"')
+            self._analyze(db, [table.name for table in tables])
+
+    def _analyze(self, db: Connection, tables: Sequence[str]) -> None:
+        """Once they have rows: to know the columns that they are searched by helps to plan what reads them."""
+        for table in _all(db, _POSTGRES_UNKNOWN, SCHEMA, *tables):
+            columns = ", ".join(f'"{name}"' for name in _all(db, _POSTGRES_INDEXED, SCHEMA, table))
+            db.exec_driver_sql(f'ANALYZE "{SCHEMA}"."{table}" ({columns})')
 
     @contextmanager
     def locked(self) -> Iterator["_PostgresLock"]:
@@ -505,6 +515,13 @@ _POSTGRES_KEYS = text(
 _POSTGRES_INDEXES = text(
     "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = ANY(CAST(:tables AS regclass[]))"
     " AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)"
+)
+_POSTGRES_UNKNOWN = text(
+    "SELECT relname FROM pg_class WHERE oid = ANY(CAST(:tables AS regclass[])) AND reltuples <= 0 ORDER BY relname"
+)
+_POSTGRES_INDEXED = text(
+    "SELECT DISTINCT attname FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = ANY(indkey)"
+    " WHERE indrelid = ANY(CAST(:tables AS regclass[]))"
 )
 _POSTGRES_TRIGGERS = text(
     "SELECT pg_get_triggerdef(oid) FROM pg_trigger"

@@ -1,8 +1,10 @@
 """Quota's totals and plans, built anew from the stream, and what they would come to under other weights."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -55,7 +57,7 @@ from shared.subscriptions import Calendar, Change, Subscribed, subscribed
 
 Item = TypeVar("Item")
 CHUNK = 1000
-HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
 ALWAYS = Period.containing(FOR_EVER, "none")
 
 # Every period of which a total is kept. Those that are in use stay, also where nothing is in them.
@@ -234,46 +236,50 @@ def _subscribed(db: Connection) -> Iterator[tuple[str, Subscribed]]:
 
 def _periods_of_users(db: Connection, plans: Plans) -> Iterator[list[dict[str, Any]]]:
     """A list for each user of the periods with settlements, under every plan that decides something about them."""
-    hours = db.execute(_hours(db), execution_options={"yield_per": CHUNK})
-    by_user = groupby(hours, lambda row: str(row.user_id))
-    for chunk in _chunks((user_id, [_hour(row.hour) for row in of_user]) for user_id, of_user in by_user):
+    days = db.execute(_days(db), execution_options={"yield_per": CHUNK})
+    by_user = groupby(days, lambda row: str(row.user_id))
+    for chunk in _chunks((user_id, [_midnight(row.day) for row in of_user]) for user_id, of_user in by_user):
         changed = changes_of(db, [user_id for user_id, _ in chunk])
-        for user_id, moments in chunk:
-            found = {period for moment in moments for period in _deciding(plans, sorted(changed[user_id]), moment)}
+        for user_id, days_used in chunk:
             yield [
                 {"user_id": user_id, "period_start": start, "period_end": end, "is_in_use": False}
-                for start, end in found
+                for start, end in set(_deciding(plans, sorted(changed[user_id]), days_used))
             ]
 
 
-def _hours(db: Connection) -> Select[Any]:
-    """Each hour in which something of a user counts: far fewer than settlements, and no period is shorter."""
+def _days(db: Connection) -> Select[Any]:
+    """Each day in UTC on which something of a user counts: far fewer than settlements."""
     moment = settlements.c.started_at
-    hour = func.substr(cast(moment, Text), 1, 13) if is_sqlite(db) else func.date_trunc("hour", moment, "UTC")
-    return select(settlements.c.user_id, hour.label("hour")).distinct().order_by(settlements.c.user_id)
+    day = func.substr(cast(moment, Text), 1, 10) if is_sqlite(db) else func.date_trunc("day", moment, "UTC")
+    return select(settlements.c.user_id, day.label("day")).distinct().order_by(settlements.c.user_id, "day")
 
 
-def _hour(found: str | datetime) -> datetime:
-    return found if isinstance(found, datetime) else datetime.fromisoformat(f"{found}:00:00+00:00")
+def _midnight(found: str | datetime) -> datetime:
+    return found if isinstance(found, datetime) else datetime.fromisoformat(f"{found}T00:00:00+00:00")
 
 
-def _deciding(plans: Plans, changed: Sequence[Change], hour: datetime) -> Iterator[tuple[datetime, datetime]]:
-    """The periods that the moments of this hour fall into: under the plan of then, that of now, and that with which
-    the period ends, which decides what is carried from it."""
+def _deciding(
+    plans: Plans, changed: Sequence[Change], days: Sequence[datetime]
+) -> Iterator[tuple[datetime, datetime]]:
+    """The periods that the moments of these days may fall into: under the plan of then, that of now, and that with
+    which the period ends, which decides what is carried from it."""
     come_to = [None, *(subscribed(changed[: nth + 1]) for nth in range(len(changed)))]
-    since = [change.changed_at for change in changed]
-    until = [*since, None]
-    for state, begun, ended in zip(come_to, [None, *since], until, strict=True):
+    changed_at = [change.changed_at for change in changed]
+    for state, begun, ended in zip(come_to, [None, *changed_at], [*changed_at, None], strict=True):
         plan, calendar = _plan_and_calendar(plans, state)
         for limit in plan.limits:
-            # Zones begin their days on the quarter of an hour: an hour may have two.
-            for moment in (hour, hour + HOUR - timedelta(microseconds=1)):
-                period = calendar.period(moment, plan, limit)
-                start, end = period.bounds
-                is_of_then = (begun is None or begun <= hour + HOUR) and (ended is None or hour < ended)
-                is_of_the_end = (begun is None or begun < end) and (ended is None or end <= ended)
-                if ended is None or is_of_then or is_of_the_end:
-                    yield start, end
+            period_at = partial(calendar.period, plan=plan, limit=limit)
+            since = ALWAYS.start if begun is None or ended is None else period_at(begun).start
+            yield from _covering(days, since, ended or FOR_EVER, period_at)
+
+
+def _covering(
+    days: Sequence[datetime], since: datetime, until: datetime, period_at: Callable[[datetime], Period]
+) -> Iterator[tuple[datetime, datetime]]:
+    """The periods of one kind into which something of these days may fall that is between the two moments."""
+    while (nth := bisect_right(days, since - DAY)) < len(days) and (moment := max(since, days[nth])) < until:
+        start, since = period_at(moment).bounds
+        yield start, since
 
 
 def _plan_and_calendar(plans: Plans, state: Subscribed | None) -> tuple[Plan, Calendar]:

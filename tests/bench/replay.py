@@ -4,6 +4,7 @@ At two sizes of the stream, on SQLite and on PostgreSQL, each in a process of it
 already; beside a bare read of the same stream into a bare table of the same kind of database in the same round.
 """
 
+import gc
 import json
 import resource
 import subprocess
@@ -52,6 +53,8 @@ async def measured(work: str, nats_url: str, url: str) -> Sample:
     """In this process, whose memory tells of nothing else."""
     nc = await connect(nats_url, name="bench")
     first, last = await bounds(nc)
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     begun, cpu_begun, locked_s = perf_counter(), process_time(), 0.0
     if work == "bare":
         insert = bare_ingest.copying(url)

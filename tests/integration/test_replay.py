@@ -32,7 +32,7 @@ from shared.plain import plain_generation
 from shared.plans import Plans
 from shared.quarantine import Quarantined
 from shared.recorded import BATCH_SIZE
-from shared.replaying import Rebuilt, dry_run, rebuild_into, replay
+from shared.replaying import Rebuilt, Told, dry_run, rebuild_into, replay
 from shared.shadows import open_shadow
 from shared.streams import ALERTS, LEDGER_SEALED
 from tests.builders import (
@@ -131,8 +131,8 @@ class Service:
             name: of_table if name != "usage_totals" else {} for name, of_table in rows.items()
         }
 
-    async def replays(self, nats: Client) -> None:
-        await replay(nats, self.url, self.rebuilt)
+    async def replays(self, nats: Client) -> Told:
+        return await replay(nats, self.url, self.rebuilt)
 
 
 def rows_of(db: Connection, table: Table) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -241,6 +241,14 @@ DAMAGE = {
 }
 
 
+ADDED = {
+    "ledger": "INSERT INTO usage_daily SELECT 'nobody', usage_date, model, 1, 1, 0, 0, 0, 1 FROM usage_daily LIMIT 1",
+    "quota": "INSERT INTO usage_totals (user_id, period_start, period_end, tokens_used, input_tokens, output_tokens,"
+    " cache_creation_input_tokens, cache_read_input_tokens, top_up_tokens, lasting_top_up_tokens, models)"
+    " SELECT 'nobody', period_start, period_end, 1, 1, 0, 0, 0, 0, 0, '{}' FROM usage_totals LIMIT 1",
+}
+
+
 def damage(service: Service) -> list[str]:
     return by_hand(service, *DAMAGE[service.rebuilt.service])
 
@@ -277,6 +285,59 @@ async def test_what_was_changed_and_deleted_by_hand_is_as_it_was(nats: Client, s
 
     await service.replays(nats)
     assert await service.has(before)
+
+
+async def test_on_sqlite_tables_that_are_as_they_should_be_stay_where_they_are(
+    nats: Client, service: Service
+) -> None:
+    events = one_of_each()
+    await publish(nats, *events)
+    await service.handles(*events)
+    before, schema = await service.rows(), schema_of(service.url)
+
+    told = await service.replays(nats)
+
+    assert told.is_exchanged is service.url.startswith("postgresql")
+    assert await service.has(before)
+    assert schema_of(service.url) == schema
+
+
+@pytest.mark.parametrize("nth", range(6))
+async def test_whatever_was_changed_is_noticed_and_put_right(nats: Client, service: Service, nth: int) -> None:
+    events = one_of_each()
+    await publish(nats, *events)
+    await service.handles(*events)
+    before = await service.rows()
+    wrong = [*DAMAGE[service.rebuilt.service], ADDED[service.rebuilt.service]][nth % 6]
+    await service.does(*by_hand(service, wrong))
+    assert await service.rows() != before
+
+    told = await service.replays(nats)
+
+    assert told.is_exchanged
+    assert await service.has(before)
+
+
+async def test_what_a_service_handles_during_a_replay_makes_no_difference(nats: Client, service: Service) -> None:
+    events = one_of_each()
+    await publish(nats, *events)
+    await service.handles(*events)
+    handled, on_its_way = usage_reported(), usage_reported()
+
+    async def meanwhile(nc: Client, url: str) -> None:
+        await publish(nats, on_its_way, handled)
+        await service.handles(handled)
+
+    service.rebuilt.restore = meanwhile  # type: ignore[method-assign]
+    told = await service.replays(nats)
+    del service.rebuilt.restore
+    assert told.is_exchanged is service.url.startswith("postgresql")
+    await service.handles(on_its_way)
+
+    kept = await service.rows()
+    assert {(handled.id,), (on_its_way.id,)} <= (kept.get("usage") or kept["settlements"]).keys()
+    assert not (await service.replays(nats)).contradicting
+    assert await service.has(kept)
 
 
 async def acknowledge(nats: Client, service: Service) -> None:
