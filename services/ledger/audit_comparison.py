@@ -86,7 +86,8 @@ class Comparison:
         self._take_changes(changes)
 
     def _take_uses(self, uses: list[tuple[Recorded, Uses]]) -> None:
-        recorded_as = [Arrived(message, event, store.usage_row(event)) for message, event in uses]
+        rows = store.usage_rows([event for _, event in uses])
+        recorded_as = [Arrived(message, event, row) for (message, event), row in zip(uses, rows, strict=True)]
         settled_as = [Arrived(message, event, settlement(event)) for message, event in uses]
         is_first = self._scratch.firsts(EVENTS, [event.id for _, event in uses])
         kept = self._usage.take(_only(recorded_as, is_first))
