@@ -12,7 +12,7 @@ from sqlalchemy import JSON, Connection, Date, FromClause, Table, Text, bindpara
 from sqlalchemy.dialects import postgresql
 
 from shared.database import Rows, UtcDateTime, is_sqlite, iso, isos
-from shared.prepared import execute, execute_many
+from shared.prepared import execute_last, execute_many
 
 Item = TypeVar("Item")
 _POSTGRESQL = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -48,9 +48,9 @@ def insert_once(db: Connection, table: Table, rows: Rows) -> list[Outcome]:
     return [_outcome(row, there[row[key]], is_new=row[key] in new) for row in rows]
 
 
-def insert_rows(db: Connection, table: Table, columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
-    """Insert those whose key is new, for somebody who waits. A row has its values in the order of `columns`: texts,
-    numbers and moments."""
+def insert_last(db: Connection, table: Table, columns: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Insert those whose key is new, for somebody who waits, as the last of a transaction. A row has its values in
+    the order of `columns`: texts, numbers and moments."""
     if not rows:
         return
     if is_sqlite(db):
@@ -59,7 +59,7 @@ def insert_rows(db: Connection, table: Table, columns: tuple[str, ...], rows: Se
         execute_many(db, insert, values)
     else:
         arrays = [to_json(of_column).decode() for of_column in zip(*rows, strict=True)]
-        execute(db, _postgresql_statement(table, columns), arrays)
+        execute_last(db, _postgresql_statement(table, columns), arrays)
 
 
 def sorted_out(items: Sequence[Item], outcomes: Sequence[Outcome]) -> tuple[list[Item], list[Item]]:

@@ -213,12 +213,34 @@ async def _in_thread(threads: Executor, engine: Engine, work: Callable[[Connecti
     return await asyncio.get_running_loop().run_in_executor(threads, transaction)
 
 
-class _PostgresConnection(psycopg.Connection[Any]):
+class PostgresConnection(psycopg.Connection[Any]):
     """Gives up when the server is silent for too long. By itself libpq waits for ever.
 
     Neither keepalives nor any setting of the server helps where the server is stopped, or where what stands in
     between still acknowledges our bytes.
+
+    And `last`, a statement with its parameters, is sent along with the COMMIT, in one round trip.
     """
+
+    last: tuple[str, Any] | None = None
+
+    def commit(self) -> None:
+        last, self.last = self.last, None
+        if last is None:
+            super().commit()
+            return
+        try:
+            with self.pipeline():
+                self.execute(*last)
+                super().commit()
+        except psycopg.Error:
+            if not self.closed:  # the COMMIT behind a statement that failed was not even tried
+                super().rollback()
+            raise
+
+    def rollback(self) -> None:
+        self.last = None
+        super().rollback()
 
     def wait(self, gen: PQGen[Any], interval: float = 0.5, timeout: float | None = None) -> Any:
         try:
@@ -239,7 +261,7 @@ def _postgres_engine(url: URL, *, connections: int) -> Engine:
         pool_reset_on_return=None,
         connect_args={**_LINK, **url.query, "options": options},
     )
-    engine.dialect.connect = _PostgresConnection.connect  # type: ignore[method-assign, assignment]
+    engine.dialect.connect = PostgresConnection.connect  # type: ignore[method-assign, assignment]
     return engine
 
 

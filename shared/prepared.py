@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Dialect, Select
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 
-from shared.database import is_sqlite
+from shared.database import PostgresConnection, is_sqlite
 
 Row = TypeVar("Row")
 
@@ -56,6 +56,16 @@ def execute(db: Connection, sql: str, parameters: Any) -> Any:
         return db.connection.driver_connection.execute(sql, parameters)  # type: ignore[union-attr]
     except db.dialect.loaded_dbapi.Error as error:
         _fail(db, sql, error)
+
+
+def execute_last(db: Connection, sql: str, parameters: Any) -> None:
+    """The last of a transaction, whose rows nobody reads: PostgreSQL is sent it along with the COMMIT, which raises
+    what it would."""
+    driver = db.connection.driver_connection
+    if isinstance(driver, PostgresConnection):
+        driver.last = sql, parameters
+    else:
+        execute(db, sql, parameters)
 
 
 def execute_many(db: Connection, sql: str, parameters: Sequence[Any]) -> None:

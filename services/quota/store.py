@@ -39,7 +39,7 @@ from services.quota.totals import (
     totals,
     totals_of,
 )
-from shared.bulk import insert_once, insert_rows, listed, sorted_out
+from shared.bulk import insert_last, insert_once, listed, sorted_out
 from shared.calls import Authorize, Counted, CountedStory, ExplainQuery, OpenHold, Pending, UsageQuery
 from shared.database import insert_new, now, table_of
 from shared.events import (
@@ -93,7 +93,7 @@ def authorize(
             answers.append(reserved)
         else:
             answers.append(reserved)
-    insert_rows(db, holds, Grant._fields, added)
+    insert_last(db, holds, Grant._fields, added)
     return answers, standing, at
 
 

@@ -488,7 +488,7 @@ async def test_a_hold_stands_once_at_whichever_step_of_authorizing_quota_dies(sy
     steps += [
         "after shared.prepared:execute#1",
         "after shared.prepared:execute#2",
-        "after services.quota.store:insert_rows",
+        "after services.quota.store:insert_last",
     ]
     for step in steps:
         request = _request(user_id)

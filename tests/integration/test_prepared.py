@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import JSON, Boolean, Column, Connection, MetaData, Table, Text, bindparam, func, make_url, select
 from sqlalchemy.exc import DBAPIError
 
-from shared.bulk import insert_rows
+from shared.bulk import insert_last
 from shared.database import Database, UtcDateTime, now, sqlite_url
 from shared.prepared import Prepared, execute, one_round_trip
 from tests.fixtures import Postgres, eventually
@@ -21,7 +21,7 @@ NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
 things = Table(
     "things",
     MetaData(),
-    Column("name", Text, primary_key=True),
+    Column("name", Text, primary_key=True, nullable=False),
     Column("at", UtcDateTime),
     Column("is_new", Boolean),
     Column("body", JSON(none_as_null=True)),
@@ -71,10 +71,30 @@ async def test_rows_are_what_sqlalchemy_makes_of_them(database: Database) -> Non
 
 async def test_of_rows_whose_key_is_there_the_first_stays(database: Database) -> None:
     for rows in ([("a", NOON)], [("a", NOON + timedelta(hours=1)), ("b", NOON)], [("c", None)], []):
-        await database.write(insert_rows, things, ("name", "at"), rows)
+        await database.write(insert_last, things, ("name", "at"), rows)
     everything = select(things.c.name, things.c.at).order_by(things.c.name)
     found = await database.read(lambda db: list(map(tuple, db.execute(everything))))
     assert found == [("a", NOON), ("b", NOON), ("c", None)]
+
+
+async def test_what_comes_last_is_done_with_the_rest_of_its_transaction_or_not_at_all(database: Database) -> None:
+    def two(db: Connection, *, name: str | None = "b", fails: bool = False) -> None:
+        insert(db, ROWS[:1])
+        insert_last(db, things, ("name", "at"), [(name, NOON)])
+        if fails:
+            raise LookupError
+
+    async def names() -> list[str]:
+        return await database.read(lambda db: sorted(db.execute(select(things.c.name)).scalars()))
+
+    with pytest.raises(LookupError):
+        await database.write(two, fails=True)
+    assert await names() == []
+    with pytest.raises(DBAPIError, match=r"(?i)not.null"):
+        await database.write(two, name=None)
+    assert await names() == []
+    await database.write(two)
+    assert await names() == ["a", "b"]
 
 
 async def test_what_a_driver_raises_is_raised_as_sqlalchemy_would(database: Database) -> None:
