@@ -64,16 +64,16 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise Misconfigured(f"The archive {folder} cannot be written: {error.strerror or error}.") from error
 
 
-async def acknowledged(nc: Client) -> int:
-    """Up to where both services have handled all of the stream."""
-    floors = []
+async def acknowledged(nc: Client) -> dict[str, int]:
+    """Up to where each durable has acknowledged all of the stream. Raises Misconfigured where one is not there."""
+    floors = {}
     for durable in (LEDGER, QUOTA):
         try:
             floor = (await nc.jetstream().consumer_info(STREAM, durable)).ack_floor
         except NotFoundError as error:
             raise Misconfigured(f"The stream has no consumer {durable}. Start ChatRail: it makes one.") from error
-        floors.append(floor.stream_seq if floor else 0)
-    return min(floors)
+        floors[durable] = floor.stream_seq if floor else 0
+    return floors
 
 
 async def stored_before(nc: Client, moment: datetime, *, first: int, last: int) -> int:
@@ -109,7 +109,7 @@ async def archive(
             "name the folder that has them."
         )
     known = await stored_before(nc, before, first=max(begins, kept.last + 1), last=info.state.last_seq)
-    handled, so_far = await acknowledged(nc), sealed_at(rows, kept.last)
+    handled, so_far = min((await acknowledged(nc)).values()), sealed_at(rows, kept.last)
     seals = {seal.head.size: seal for seal in sealed_after(rows, kept.last) if seal.head.size <= min(known, handled)}
     writer, written = _Writer(nc, rows, folder, info.created, keys, advance), []
     for first, last in files(kept.last, list(seals)):

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
-from nats.js.errors import NotFoundError
 
-from services.ledger.archive import altered
+from services.ledger.archive import acknowledged, altered
 from services.ledger.audit_comparison import Comparison, Tally
 from services.ledger.audit_expected import CHANGES, PLAN_CHANGES, SETTLEMENTS, SUBSCRIPTIONS, USAGE
 from services.ledger.checkpoint import Keys
@@ -27,7 +26,7 @@ from services.ledger.seal_findings import Result
 from services.ledger.seals import Sealed, sealed_after
 from services.ledger.snapshots import Layout, Scope, Snapshot, snapshot
 from shared.archive import Archive
-from shared.errors import Misconfigured, Unavailable
+from shared.errors import Unavailable
 from shared.record import Record, check_origin
 from shared.recorded import bounds
 from shared.streams import LEDGER, QUOTA, STREAM
@@ -134,13 +133,7 @@ async def _floors(nc: Client) -> dict[str, int]:
 
 
 async def _acknowledged(nc: Client) -> dict[str, int]:
-    floors = {}
-    for durable in (LEDGER, QUOTA):
-        try:
-            floor = (await nc.jetstream().consumer_info(STREAM, durable)).ack_floor
-        except NotFoundError as error:
-            raise Misconfigured(f"The stream has no consumer {durable}. Start ChatRail: it makes one.") from error
-        except (NatsError, OSError) as error:
-            raise Unavailable("The broker cannot be asked right now.") from error
-        floors[durable] = floor.stream_seq if floor else 0
-    return floors
+    try:
+        return await acknowledged(nc)
+    except (NatsError, OSError) as error:
+        raise Unavailable("The broker cannot be asked right now.") from error

@@ -88,7 +88,7 @@ async def trim(
 
 
 async def _verify(nc: Client, rows: Rows, archive: Archive, keys: Keys | None) -> None:
-    if await acknowledged(nc) < archive.last:
+    if min((await acknowledged(nc)).values()) < archive.last:
         raise Misconfigured("Ledger and quota have not handled all that is archived: let them catch up first.")
     for manifest in archive.manifests:
         before = sealed_at(rows, manifest.first - 1)
