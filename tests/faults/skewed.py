@@ -7,6 +7,7 @@ so many seconds, before anything else is imported. `time.monotonic` and everybod
 """
 
 import datetime as standard
+import importlib
 import runpy
 import sys
 import time
@@ -58,8 +59,17 @@ def skew(seconds: int) -> None:
     standard.datetime = Skewed  # type: ignore[misc]
 
 
+def _import_with_the_real_kind(module: str) -> None:
+    """One that asks no clock, and makes decoders of msgspec, which knows no kind of moment but the real one."""
+    importlib.import_module("shared.events")  # and all that it imports, as ever
+    standard.datetime, skewed = datetime, standard.datetime  # type: ignore[misc]
+    importlib.import_module(module)
+    standard.datetime = skewed  # type: ignore[misc]
+
+
 if __name__ == "__main__":
     _, by, module, *arguments = sys.argv
     sys.argv = [module, *arguments]
     skew(int(by))
+    _import_with_the_real_kind("shared.plain")
     runpy.run_module(module, run_name="__main__", alter_sys=True)
