@@ -20,6 +20,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Tokens = Annotated[int, Meta(ge=0, le=EVENT_TOKENS_MAX)]
 Moment = Annotated[datetime, Meta(tz=True)]
 
+FIRST, END = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
 NO_METADATA = b"{}"
 # Metadata is read apart from its event, where it may be nested two levels deeper than within it.
 NESTED_MAX = 100
@@ -108,29 +109,29 @@ def _stored(metadata: bytes) -> bytes:
 
 def _is_usual(event: PlainGeneration) -> bool:
     data = event.data
-    texts = f"{event.id}{event.source}{data.generation_id}{data.user_id}{data.action_type}"
     return (
         event.subject == data.user_id
         and _adds_up(data)
-        and f"{texts}{data.model or ''}{data.provider_request_id or ''}".isprintable()
-        and _is_utc(event.time)
-        and _is_utc(data.started_at)
-        and _is_utc(data.completed_at)
+        # No control characters; of what else this refuses, most is never seen in names.
+        and f"{event.id}{event.source}{data.user_id}{data.generation_id}{data.action_type}"
+        f"{data.model or ''}{data.provider_request_id or ''}".isprintable()
+        and event.time.tzinfo is data.started_at.tzinfo is data.completed_at.tzinfo is UTC
+        and FIRST <= event.time < END
+        and FIRST <= data.started_at < END
+        and FIRST <= data.completed_at < END
         and (data.authorized is None or _is_usual_grant(data.authorized))
     )
 
 
 def _is_usual_grant(told: PlainAuthorized) -> bool:
+    begins, ends = told.period_start or FIRST, told.resets_at or FIRST
     return (
         told.tier.isprintable()
-        and (told.period_start is None or _is_utc(told.period_start))
-        and (told.resets_at is None or _is_utc(told.resets_at))
-        and _is_utc(told.expires_at)
+        and begins.tzinfo is ends.tzinfo is told.expires_at.tzinfo is UTC
+        and FIRST <= begins < END
+        and FIRST <= ends < END
+        and FIRST <= told.expires_at < END
     )
-
-
-def _is_utc(moment: datetime) -> bool:
-    return moment.tzinfo is UTC and 1970 <= moment.year < 9999
 
 
 def _adds_up(data: PlainData) -> bool:

@@ -30,8 +30,9 @@ Adopt = Callable[[Connection, Old], None]
 SCHEMA = "replay"
 REPLAY_KEY = 6_124_007_311
 BUILDING, REPLACED = "replay_", "replaced_"
-# Some milliseconds, after which others have their turn.
-CHUNK_ROWS = 1000
+# Who writes to SQLite keeps all others from writing: for so long, or for so many rows, and then they have their turn.
+CHUNK_S = 0.025
+CHUNK_ROWS, CHUNK_ROWS_MAX = 1000, 10_000
 CACHE_KIB = 32 * 1024
 # Whoever waits for longer gives way: behind it, all others wait.
 LOCK_WITHIN_MS = 300
@@ -213,12 +214,12 @@ class SqliteShadow:
             f'INSERT INTO live."{BUILDING}{table}" ({names}) SELECT {names} FROM "{table}"'  # noqa: S608
             " WHERE rowid > ? AND rowid <= ?"
         )
+        chunks = _Chunks()
         while after < last:
-            begun = perf_counter()
-            with self.begin() as db:
-                db.exec_driver_sql(copy, (after, after + CHUNK_ROWS))
-            after += CHUNK_ROWS
-            await asyncio.sleep((perf_counter() - begun) / 2)
+            async with chunks:
+                with self.begin() as db:
+                    db.exec_driver_sql(copy, (after, after + chunks.rows))
+                after += chunks.rows
         self._copied[table] = last
 
     @contextmanager
@@ -246,15 +247,28 @@ class SqliteShadow:
             is_there = db.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).first()
         if not is_there:
             return
-        clean = f'DELETE FROM "{table}" WHERE rowid <= (SELECT min(rowid) FROM "{table}") + {CHUNK_ROWS}'  # noqa: S608
-        deleted = 1
+        clean = f'DELETE FROM "{table}" WHERE rowid <= (SELECT min(rowid) FROM "{table}") + ?'  # noqa: S608
+        chunks, deleted = _Chunks(), 1
         while deleted:
-            begun = perf_counter()
-            with self._using.begin() as db:
-                deleted = db.exec_driver_sql(clean).rowcount
-            await asyncio.sleep((perf_counter() - begun) / 2)
+            async with chunks:
+                with self._using.begin() as db:
+                    deleted = db.exec_driver_sql(clean, (chunks.rows,)).rowcount
         with self._using.begin() as db:
             db.exec_driver_sql(f'DROP TABLE "{table}"')
+
+
+class _Chunks:
+    """How many rows to write at once. Behind each chunk others have half as long as it took."""
+
+    rows = CHUNK_ROWS
+
+    async def __aenter__(self) -> None:
+        self._begun = perf_counter()
+
+    async def __aexit__(self, *_: object) -> None:
+        took_s = perf_counter() - self._begun
+        self.rows = max(CHUNK_ROWS, min(CHUNK_ROWS_MAX, int(self.rows * CHUNK_S / took_s)))
+        await asyncio.sleep(took_s / 2)
 
 
 def _canonical(text: str | None) -> str:
