@@ -9,7 +9,19 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from pydantic_core import to_json
-from sqlalchemy import JSON, ColumnElement, Connection, and_, bindparam, exists, func, select
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    FromClause,
+    Table,
+    and_,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    true,
+)
 
 from services.quota.models import Hold
 from services.quota.subscriptions import subscriptions
@@ -131,19 +143,20 @@ def _standing(dialect: str) -> Prepared[Standing]:
         .where(holds.c.user_id == users.c.item, holds.c.expires_at > at)
         .scalar_subquery()
     )
-    covering = and_(totals.c.user_id == users.c.item, totals.c.period_start <= at, totals.c.period_end > at)
     ever = totals.alias("ever")
+    chosen = subscriptions.c.user_id == users.c.item
+    covering = and_(totals.c.user_id == users.c.item, totals.c.period_start <= at, totals.c.period_end > at)
+    joined, subscribed = _looked_up(dialect, users, subscriptions, chosen)
+    joined, kept = _looked_up(dialect, joined, totals, covering)
     statement = select(
         at.label("at"),
         users.c.item.label("user_id"),
-        *subscriptions.c["tier", "time_zone", "subscribed_at"],
+        *subscribed["tier", "time_zone", "subscribed_at"],
         open_holds.label("open_holds"),
-        exists().where(settlements.c.user_id == users.c.item).label("has_settlements"),
-        exists()
-        .where(ever.c.user_id == users.c.item, ever.c.lasting_top_up_tokens != 0)
-        .label("has_lasting_top_ups"),
-        *(column for column in totals.c if column.name != "user_id"),
-    ).select_from(users.outerjoin(subscriptions, subscriptions.c.user_id == users.c.item).outerjoin(totals, covering))
+        _is_any(settlements.c.user_id == users.c.item).label("has_settlements"),
+        _is_any(ever.c.user_id == users.c.item, ever.c.lasting_top_up_tokens != 0).label("has_lasting_top_ups"),
+        *(column for column in kept if column.name != "user_id"),
+    ).select_from(joined)
     return Prepared(dialect, statement, Standing._make)
 
 
@@ -151,9 +164,27 @@ def _standing(dialect: str) -> Prepared[Standing]:
 def _settled_or_held(dialect: str) -> Prepared[tuple[str, bool, Grant | None]]:
     """A row for each event: whether it is settled, and its hold, if it has one."""
     events = listed(dialect, "event_ids")
+    joined, held = _looked_up(dialect, events, holds, holds.c.generation_id == events.c.item)
     statement = select(
         events.c.item.label("event_id"),
-        exists().where(settlements.c.event_id == events.c.item).label("is_settled"),
-        *holds.c[*Grant._fields],
-    ).select_from(events.outerjoin(holds, holds.c.generation_id == events.c.item))
+        _is_any(settlements.c.event_id == events.c.item).label("is_settled"),
+        *held[*Grant._fields],
+    ).select_from(joined)
     return Prepared(dialect, statement, lambda row: (row[0], row[1], Grant(*row[2:]) if row[2] else None))
+
+
+# PostgreSQL takes every list for a hundred, and keeps the plan that it made while a table was small: left to itself
+# it reads a whole table to find one user. What follows can only be looked up, for one of the list after the other.
+
+
+def _looked_up(dialect: str, left: FromClause, table: Table, which: ColumnElement[bool]) -> tuple[FromClause, Any]:
+    """With the rows of `table` that go with each on the left, or nulls; and the columns of these."""
+    if dialect == "sqlite":
+        return left.outerjoin(table, which), table.c
+    rows = select(table).where(which).offset(literal_column("0")).lateral()
+    return left.outerjoin(rows, true()), rows.c
+
+
+def _is_any(*which: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Whether there is such a row; null for none."""
+    return select(true()).where(*which).limit(literal_column("1")).scalar_subquery()
