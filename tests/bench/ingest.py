@@ -203,7 +203,7 @@ class Bench:
 
     async def _delivered(self, durable: str) -> None:
         """Returns once the broker delivers: a durable that is resumed first lets the request of before run out."""
-        while not (await self._nc.jetstream().consumer_info(streams.STREAM, durable)).delivered.stream_seq:
+        while not (await self._nc.jetstream().consumer_info(streams.STREAM, durable)).delivered.stream_seq:  # noqa: ASYNC110 - of the broker
             await asyncio.sleep(0.002)
 
     async def _acknowledged(self, durable: str) -> None:
