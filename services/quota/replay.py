@@ -1,10 +1,8 @@
 """Quota's totals and plans, built anew from the stream, and what they would come to under other weights."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
-from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +18,6 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
-    cast,
     func,
     insert,
     literal,
@@ -31,34 +28,33 @@ from sqlalchemy import (
 
 from services.quota import store
 from services.quota.domain import Account, Totals
+from services.quota.periods import ALWAYS, deciding, plan_and_calendar
 from services.quota.store import alerts
 from services.quota.subscriptions import change_subscriptions, changes, changes_of, plan_change, subscriptions
 from services.quota.totals import (
     SUMS,
     add_to_totals,
+    days_used,
     keep_totals,
-    models_text,
     of_model,
     settlement,
     settlements,
-    sums_of,
+    total,
     totals,
     totals_of,
 )
 from shared.bulk import insert_once, sorted_out
-from shared.database import UtcDateTime, insert_new, is_sqlite, now, patient_engine
+from shared.database import UtcDateTime, insert_new, now, patient_engine
 from shared.events import Event, SubscriptionChanged, ThresholdReached
 from shared.loading import PlainRows, Value
 from shared.plain import PlainGeneration, utc_text
-from shared.plans import FOR_EVER, Period, Plan, Plans
+from shared.plans import Period, Plan, Plans
 from shared.recorded import bounds, recorded
 from shared.streams import ALERTS, QUOTA
-from shared.subscriptions import Calendar, Change, Subscribed, subscribed
+from shared.subscriptions import Change, Subscribed, subscribed
 
 Item = TypeVar("Item")
 CHUNK = 1000
-DAY = timedelta(days=1)
-ALWAYS = Period.containing(FOR_EVER, "none")
 
 # Every period of which a total is kept. Those that are in use stay, also where nothing is in them.
 _periods = Table(
@@ -131,14 +127,14 @@ class RebuiltQuota:
     def add(self, db: Connection, events: Sequence[Event]) -> list[Event]:
         changed = [event for event in events if isinstance(event, SubscriptionChanged)]
         used = [event for event in events if not isinstance(event, SubscriptionChanged)]
-        _, others = sorted_out(changed, change_subscriptions(db, changed))
+        new_changes, others = sorted_out(changed, change_subscriptions(db, changed))
         rows = [settlement(event) for event in used]
         outcomes = insert_once(db, settlements, rows)
         new, _ = sorted_out(rows, outcomes)
         add_to_totals(db, new)
         standing = store.accounts(db, self._plans, {event.data.user_id for event in events}, at=now(db))
         keep_totals(db, standing.values())
-        store.keep_totals_of_other_periods(db, self._plans, standing, new)
+        store.keep_totals_of_other_periods(db, self._plans, standing, new, new_changes)
         return [*others, *sorted_out(used, outcomes)[1]]
 
     def adopt(self, db: Connection, old: Callable[[str], str]) -> None:
@@ -206,7 +202,7 @@ def periods_used(db: Connection, plans: Plans) -> Iterator[PeriodUsed]:
         for user_id, of_user in chunk:
             for row in of_user:
                 then = subscribed(change for change in changed[user_id] if change.changed_at < row.period_end)
-                plan, calendar = _plan_and_calendar(plans, then)
+                plan, calendar = plan_and_calendar(plans, then)
                 periods = {calendar.period(row.period_start, plan, limit).bounds: limit for limit in plan.limits}
                 if limit := periods.get((row.period_start, row.period_end)):
                     period = calendar.period(row.period_start, plan, limit)
@@ -236,56 +232,14 @@ def _subscribed(db: Connection) -> Iterator[tuple[str, Subscribed]]:
 
 def _periods_of_users(db: Connection, plans: Plans) -> Iterator[list[dict[str, Any]]]:
     """A list for each user of the periods with settlements, under every plan that decides something about them."""
-    days = db.execute(_days(db), execution_options={"yield_per": CHUNK})
-    by_user = groupby(days, lambda row: str(row.user_id))
-    for chunk in _chunks((user_id, [_midnight(row.day) for row in of_user]) for user_id, of_user in by_user):
+    by_user = groupby(days_used(db), lambda used: used[0])
+    for chunk in _chunks((user_id, [day for _, day in of_user]) for user_id, of_user in by_user):
         changed = changes_of(db, [user_id for user_id, _ in chunk])
-        for user_id, days_used in chunk:
+        for user_id, days in chunk:
             yield [
                 {"user_id": user_id, "period_start": start, "period_end": end, "is_in_use": False}
-                for start, end in set(_deciding(plans, sorted(changed[user_id]), days_used))
+                for start, end in set(deciding(plans, sorted(changed[user_id]), days))
             ]
-
-
-def _days(db: Connection) -> Select[Any]:
-    """Each day in UTC on which something of a user counts: far fewer than settlements."""
-    moment = settlements.c.started_at
-    day = func.substr(cast(moment, Text), 1, 10) if is_sqlite(db) else func.date_trunc("day", moment, "UTC")
-    return select(settlements.c.user_id, day.label("day")).distinct().order_by(settlements.c.user_id, "day")
-
-
-def _midnight(found: str | datetime) -> datetime:
-    return found if isinstance(found, datetime) else datetime.fromisoformat(f"{found}T00:00:00+00:00")
-
-
-def _deciding(
-    plans: Plans, changed: Sequence[Change], days: Sequence[datetime]
-) -> Iterator[tuple[datetime, datetime]]:
-    """The periods that the moments of these days may fall into: under the plan of then, that of now, and that with
-    which the period ends, which decides what is carried from it."""
-    come_to = [None, *(subscribed(changed[: nth + 1]) for nth in range(len(changed)))]
-    changed_at = [change.changed_at for change in changed]
-    for state, begun, ended in zip(come_to, [None, *changed_at], [*changed_at, None], strict=True):
-        plan, calendar = _plan_and_calendar(plans, state)
-        for limit in plan.limits:
-            period_at = partial(calendar.period, plan=plan, limit=limit)
-            since = ALWAYS.start if begun is None or ended is None else period_at(begun).start
-            yield from _covering(days, since, ended or FOR_EVER, period_at)
-
-
-def _covering(
-    days: Sequence[datetime], since: datetime, until: datetime, period_at: Callable[[datetime], Period]
-) -> Iterator[tuple[datetime, datetime]]:
-    """The periods of one kind into which something of these days may fall that is between the two moments."""
-    while (nth := bisect_right(days, since - DAY)) < len(days) and (moment := max(since, days[nth])) < until:
-        start, since = period_at(moment).bounds
-        yield start, since
-
-
-def _plan_and_calendar(plans: Plans, state: Subscribed | None) -> tuple[Plan, Calendar]:
-    if state is None:
-        return plans.of(None), Calendar()
-    return plans.of(state.tier), Calendar(state.time_zone, state.subscribed_at)
 
 
 def _totals(db: Connection) -> Iterator[dict[str, Any]]:
@@ -295,14 +249,7 @@ def _totals(db: Connection) -> Iterator[dict[str, Any]]:
         if not parts and not is_in_use:
             continue
         by_model = (of_model(row.model, *(int(getattr(row, name)) for name in SUMS)) for row in parts)
-        total = sum(by_model, start=Totals())
-        yield {
-            "user_id": user_id,
-            "period_start": start,
-            "period_end": end,
-            **dict(zip(SUMS, sums_of(total), strict=True)),
-            "models": models_text(total.models),
-        }
+        yield total(user_id, (start, end), sum(by_model, start=Totals()))
 
 
 def _sums_of_periods() -> Select[Any]:

@@ -24,6 +24,7 @@ from services.quota.domain import (
     is_kept_and_quiet,
 )
 from services.quota.models import Alert, Hold
+from services.quota.periods import decided_since, deciding, midnight
 from services.quota.standing import Events, Grant, Standing, lock, look
 from services.quota.standing import standing as read_standing
 from services.quota.subscriptions import change_subscriptions, changes_of
@@ -32,7 +33,9 @@ from services.quota.totals import (
     NOTHING,
     Kept,
     add_to_totals,
+    days_used,
     keep_totals,
+    keep_totals_of_periods,
     settlement,
     settlements,
     sums_of_settlements,
@@ -152,7 +155,7 @@ def settle(db: Connection, plans: Plans, events: Sequence[Event], poison: Sequen
     done = _all_done(plans, add_to_totals(db, new), new, at) - {event.data.user_id for event in changed}
     standing, unkept = _accounts(db, plans, read_standing(db, user_ids - done, at=at))
     keep_totals(db, [standing[user_id] for user_id in unkept])
-    keep_totals_of_other_periods(db, plans, standing, [s for s in new if s["user_id"] not in done])
+    keep_totals_of_other_periods(db, plans, standing, [s for s in new if s["user_id"] not in done], new_changes)
     quarantine(db, poison)
     new_events = len(new_changes) + len(new_uses)
     return Settled(new_events, user_ids, _alert(db, standing.values(), at), [*contradicting, *others])
@@ -259,7 +262,7 @@ def _accounts(db: Connection, plans: Plans, rows: Sequence[Standing]) -> tuple[d
         if found[user_id].has_settlements:
             by_period[period].append(user_id)
     for period, users in by_period.items():
-        for user_id, sums in sums_of_settlements(db, period, users).items():
+        for user_id, sums in sums_of_settlements(db, period.bounds, users).items():
             kept[user_id, *period.bounds] = sums
     standing = {}
     for user_id, row in found.items():
@@ -346,19 +349,26 @@ def _release(dialect: str) -> Executable:
 
 
 def keep_totals_of_other_periods(
-    db: Connection, plans: Plans, standing: dict[str, Account], arrived: Sequence[dict[str, Any]]
+    db: Connection,
+    plans: Plans,
+    standing: Mapping[str, Account],
+    arrived: Sequence[dict[str, Any]],
+    changed: Sequence[SubscriptionChanged],
 ) -> None:
-    """For late events, and for a replay: the first of a period finds no total that it could be added to."""
-    latest = dict(standing)
-    late = sorted(
-        (moment, user_id)
-        for moment, user_id in {(s["started_at"], s["user_id"]) for s in arrived}
-        if not latest[user_id].covers(moment)
-    )
-    for moment, user_id in late:
-        if not latest[user_id].covers(moment):
-            latest |= accounts(db, plans, {user_id for _, user_id in late}, at=moment)
-            keep_totals(db, [user for user in latest.values() if any(s.totals != NOTHING for s in user.standings)])
+    """Of the past: where usage is late, and where a change of plan arrives after usage that it decides about."""
+    days: dict[str, set[datetime]] = defaultdict(set)
+    for row in arrived:
+        if not standing[row["user_id"]].covers(row["started_at"]):
+            days[row["user_id"]].add(midnight(row["started_at"]))
+    user_ids = {*days, *(event.data.user_id for event in changed)}
+    known = {user_id: sorted(changes) for user_id, changes in changes_of(db, list(user_ids)).items()}
+    for event in changed:
+        user_id = event.data.user_id
+        since = decided_since(plans, known[user_id], event.data.changed_at)
+        of_user = (settlements.c.user_id == user_id, settlements.c.started_at >= since)
+        days[user_id].update(day for _, day in days_used(db, *of_user))
+    periods = {user_id: set(deciding(plans, known.get(user_id, []), sorted(used))) for user_id, used in days.items()}
+    keep_totals_of_periods(db, periods)
 
 
 def _alert(db: Connection, standing: Iterable[Account], at: datetime) -> list[str]:

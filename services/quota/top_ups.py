@@ -28,7 +28,7 @@ def carried(db: Connection, plans: Plans, user_id: str, limit: Limit, period: Pe
     for lived in _lived_through(db, plans, user_id, limit, since=since, at=at):
         if (over := lived.until(period.start)) is None:
             continue
-        had = over.totals or sums_of_settlements(db, over.period, [user_id]).get(user_id, NOTHING)
+        had = over.totals or sums_of_settlements(db, over.period.bounds, [user_id]).get(user_id, NOTHING)
         standing = LimitStanding.of(over.limit, over.period, over.plan.weights, had)
         spent.append((over.period.bounds[1], standing.beyond_tokens))
     return carried_tokens(top_ups, spent)

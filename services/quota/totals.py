@@ -2,21 +2,22 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
 
 from pydantic_core import to_json
-from sqlalchemy import Connection, Select, bindparam, func, select
+from sqlalchemy import ColumnElement, Connection, Select, Text, bindparam, cast, func, select
 
 from services.quota.domain import Account, Totals
 from services.quota.models import Settlement, UsageTotal
+from services.quota.periods import Bounds
 from services.quota.subscriptions import subscriptions
 from shared.bulk import listed, update_each
-from shared.database import UtcDateTime, insert_new, table_of
+from shared.database import UtcDateTime, insert_new, is_sqlite, table_of
 from shared.events import GenerationCompleted, UsageAdjusted
-from shared.plans import COUNTS, Counts, Period
+from shared.plans import COUNTS, Counts
 
 settlements, totals = table_of(Settlement), table_of(UsageTotal)
 NOTHING = Totals()
@@ -76,27 +77,56 @@ def add_to_totals(db: Connection, arrived: Sequence[dict[str, Any]]) -> dict[str
 
 
 def keep_totals(db: Connection, standing: Iterable[Account]) -> None:
-    rows = [
-        {
-            "user_id": user.user_id,
-            "period_start": limit.period.bounds[0],
-            "period_end": limit.period.bounds[1],
-            **dict(zip(SUMS, sums_of(limit.totals), strict=True)),
-            "models": models_text(limit.totals.models),
-        }
-        for user in standing
-        for limit in user.standings
-    ]
-    insert_new(db, totals, rows)
+    insert_new(
+        db,
+        totals,
+        [total(user.user_id, each.period.bounds, each.totals) for user in standing for each in user.standings],
+    )
 
 
-def sums_of_settlements(db: Connection, period: Period, user_ids: list[str]) -> dict[str, Totals]:
-    start, end = period.bounds
+def keep_totals_of_periods(db: Connection, periods: Mapping[str, Collection[Bounds]]) -> None:
+    """By user. What is kept already stays, and a period without settlements has no total."""
+    starts = [start for of_user in periods.values() for start, _ in of_user]
+    if not starts:
+        return
+    known = {"user_ids": json.dumps(list(periods)), "after": min(starts)}
+    kept = {tuple(row[:3]) for row in db.execute(_kept_periods(db.dialect.name), known)}
+    by_period: dict[Bounds, list[str]] = defaultdict(list)
+    for user_id, of_user in periods.items():
+        for bounds in of_user:
+            if (user_id, *bounds) not in kept:
+                by_period[bounds].append(user_id)
+    for bounds, user_ids in by_period.items():
+        sums = sums_of_settlements(db, bounds, user_ids)
+        insert_new(db, totals, [total(user_id, bounds, of_user) for user_id, of_user in sums.items()])
+
+
+def total(user_id: str, bounds: Bounds, totals: Totals) -> dict[str, Any]:
+    return {
+        "user_id": user_id,
+        "period_start": bounds[0],
+        "period_end": bounds[1],
+        **dict(zip(SUMS, sums_of(totals), strict=True)),
+        "models": models_text(totals.models),
+    }
+
+
+def sums_of_settlements(db: Connection, bounds: Bounds, user_ids: list[str]) -> dict[str, Totals]:
+    start, end = bounds
     known = {"user_ids": json.dumps(user_ids), "start": start, "end": end}
     sums: defaultdict[str, Totals] = defaultdict(Totals)
     for row in db.execute(_sums_by_model(db.dialect.name), known):
         sums[row.user_id] += of_model(row.model, *(int(getattr(row, name)) for name in SUMS))
     return sums
+
+
+def days_used(db: Connection, *which: ColumnElement[bool]) -> Iterator[tuple[str, datetime]]:
+    """Each user and each midnight in UTC that begins a day of such settlements, in order: far fewer than those."""
+    moment = settlements.c.started_at
+    day = func.substr(cast(moment, Text), 1, 10) if is_sqlite(db) else func.date_trunc("day", moment, "UTC")
+    days = select(settlements.c.user_id, day.label("day")).where(*which).distinct().order_by("user_id", "day")
+    for user_id, found in db.execute(days, execution_options={"yield_per": 1000}):
+        yield user_id, found if isinstance(found, datetime) else datetime.fromisoformat(f"{found}T00:00:00+00:00")
 
 
 def of_model(model: str | None, *sums: int) -> Totals:

@@ -414,7 +414,7 @@ async def test_a_total_is_kept_for_every_period_that_has_usage_also_when_it_come
     quota: Quota, plans: Plans, tier: str
 ) -> None:
     moments = [NOVEMBER, OCTOBER, OCTOBER - DAY, OCTOBER + SECOND, NOVEMBER - 300 * DAY]
-    await quota.settle(subscription_changed(tier=tier))
+    await quota.settle(subscription_changed(tier=tier, changed_at=NOVEMBER - 400 * DAY))
     await quota.settle(*(usage_reported(tokens_used=n, started_at=moment) for n, moment in enumerate(moments, 1)))
     await quota.settle(usage_reported(tokens_used=100, started_at=OCTOBER))
 
@@ -797,6 +797,38 @@ async def test_what_two_periods_have_of_a_lasting_top_up_is_used_once(quota: Quo
     await quota.settle(usage_reported(tokens_used=100, started_at=begin + 2 * TICK))
     usage = (await quota.account_at(begin + DAY)).usage
     assert (usage.tokens_used, usage.tokens_limit) == (0, LIMIT + 2_900)
+
+
+@pytest.mark.parametrize(
+    ("later", "left"),
+    [
+        ([("free", None, 0)], LIMIT + 3_000),
+        ([("free", None, -15), ("daily", "Asia/Tokyo", 0)], 50_000 + 5_000),
+        ([("daily", None, -12), ("anchored", None, 0)], LIMIT + 3_000),
+    ],
+)
+async def test_what_is_left_of_a_lasting_top_up_is_the_same_in_whatever_order_events_arrive(
+    quota: Quota, later: list[tuple[str, str | None, int]], left: int
+) -> None:
+    """Also where a change of plan arrives after usage that it decides about, or usage after the next change."""
+    begin = (await quota.account()).tightest.period.start
+    arriving: dict[str, list[Event]] = {}
+    for order in permutations(range(2 + len(later))):
+        user_id = f"user_{order}"
+        events: list[Event] = [
+            usage_reported(user_id, tokens_used=52_000, started_at=begin - 10 * DAY),
+            subscription_changed(user_id, "daily", changed_at=begin - 20 * DAY),
+            *(
+                subscription_changed(user_id, tier, time_zone=time_zone, changed_at=begin + days * DAY)
+                for tier, time_zone, days in later
+            ),
+        ]
+        arriving[user_id] = [events[nth] for nth in order]
+    await quota.settle(*(topped_up(user_id, lasts=True, effective_at=begin - 11 * DAY) for user_id in arriving))
+    for arrived in zip(*arriving.values(), strict=True):
+        await quota.settle(*arrived)
+    limits = {user_id: (await quota.account_at(begin + DAY, user_id)).usage.tokens_limit for user_id in arriving}
+    assert limits == dict.fromkeys(arriving, left)
 
 
 async def test_one_generation_at_a_time_where_the_plan_says_so(quota: Quota) -> None:
