@@ -16,8 +16,9 @@ from nats.errors import Error as NatsError
 from rich.console import Console
 
 from shared.bus_of_folder import bus_of_folder
+from shared.differences import Difference
 from shared.errors import Misconfigured, Unavailable
-from shared.replaying import Difference, Rebuilt, Told, dry_run, rebuild_into, replay
+from shared.replaying import Rebuilt, Told, dry_run, rebuild_into, replay
 from shared.server import ServiceSettings
 from shared.telemetry import configure_logging_of_a_command
 

@@ -13,47 +13,34 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
+from psycopg import errors
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from sqlalchemy import (
-    JSON,
-    ColumnElement,
-    Connection,
-    FromClause,
-    MetaData,
-    Table,
-    Text,
-    and_,
-    cast,
-    false,
-    func,
-    make_url,
-    not_,
-    or_,
-    select,
-)
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import Connection, Table, make_url, select
 from sqlalchemy.exc import OperationalError
 
 from shared.database import Database, patient_engine
+from shared.differences import Difference, Pair, in_schema, key_of
 from shared.errors import Misconfigured, Unavailable
 from shared.events import Event
 from shared.loading import Loads, by_the_book, load
+from shared.postgres_shadow import in_postgresql
 from shared.quarantine import ANOTHER_BODY, Poison, alarm, quarantine
 from shared.record import Record
 from shared.recorded import Recorded, bounds
-from shared.shadows import Shadow, is_busy, open_file, open_shadow
+from shared.shadows import Shadow
+from shared.sqlite_shadow import beside_sqlite, open_file
 from shared.streams import LEDGER_SEALED, STREAM
 
 # What is left for the switch to add, while others wait: a tenth of a millisecond each.
@@ -62,7 +49,6 @@ ROUNDS_MAX = 20
 TAIL_WITHIN_S = 1.0
 SWITCH_WITHIN_S = 60.0
 AGAIN_S = 0.1
-EXAMPLES_MAX = 20
 
 
 class Rebuilt(Loads, Protocol):
@@ -109,25 +95,6 @@ class Told:
     locked_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """What a replay would change in one table: how many rows, and the first of them, in words.
-
-    What is `absent` is no loss: a row that follows from others whenever it is asked for.
-    """
-
-    table: str
-    changed: int = 0
-    missing: int = 0
-    unknown: int = 0
-    absent: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        return self.changed + self.missing + self.unknown
-
-
 async def replay(nc: Client, url: str, rebuilt: Rebuilt, *, archive: Path | None = None) -> Told:
     """Build the tables anew and switch to them. What the stream has no more is in the folder `archive`.
 
@@ -140,7 +107,7 @@ async def replay(nc: Client, url: str, rebuilt: Rebuilt, *, archive: Path | None
     told = Told()
     with open_shadow(url, rebuilt.tables, rebuilt.migrations) as shadow:
         with shadow.begin() as db:
-            in_use = (_in(shadow.live, table) for table in rebuilt.kept)
+            in_use = (in_schema(shadow.live, table) for table in rebuilt.kept)
             if last == 0 and any(db.execute(select(table).limit(1)).first() for table in in_use):
                 raise Misconfigured(f"The stream is empty, and the {rebuilt.service}'s database is not.")
         try:
@@ -178,7 +145,7 @@ async def dry_run(
                 )
             rebuilt.derive(db, shadow.live)
             differences = [
-                _Pair(db, shadow.live, table).difference(may_lack_rows=table in rebuilt.optional)
+                Pair(db, shadow.live, table).difference(may_lack_rows=table in rebuilt.optional)
                 for table in rebuilt.tables
             ]
     return told, differences
@@ -199,6 +166,14 @@ async def rebuild_into(
         with shadow.begin() as db:
             rebuilt.derive(db, None)
     return told
+
+
+@contextmanager
+def open_shadow(url: str, tables: Sequence[Table], migrations: Path) -> Iterator[Shadow]:
+    """Empty tables. Raises Misconfigured when somebody else replays the same database."""
+    is_sqlite = make_url(url).get_backend_name() == "sqlite"
+    with beside_sqlite(url, tables, migrations) if is_sqlite else in_postgresql(url, tables) as shadow:
+        yield shadow
 
 
 def _prepare(url: str, migrations: Path) -> None:
@@ -261,12 +236,12 @@ async def _is_in_use(record: Record, shadow: Shadow, rebuilt: Rebuilt, *, after:
     """
     with shadow.snapshot() as db, db.begin_nested() as trial:
         await _load_known(record, shadow, rebuilt, db, after=after, told=Told())
-        is_same = all(_Pair(db, shadow.live, table).is_same() for table in rebuilt.kept)
+        is_same = all(Pair(db, shadow.live, table).is_same() for table in rebuilt.kept)
         if is_same:
             rebuilt.derive(db, shadow.live)
             derived = [table for table in rebuilt.tables if table not in rebuilt.kept]
             is_same = all(
-                _Pair(db, shadow.live, table).is_same(may_lack_rows=table in rebuilt.optional) for table in derived
+                Pair(db, shadow.live, table).is_same(may_lack_rows=table in rebuilt.optional) for table in derived
             )
         trial.rollback()
     return is_same
@@ -308,11 +283,16 @@ async def _catch_up(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told
             told.locked_s = await _switch(record, shadow, rebuilt, told, after=after)
             return
         except (OperationalError, TimeoutError, NatsError, APIError, OSError, Unavailable) as error:
-            if isinstance(error, OperationalError) and not is_busy(error):
+            if isinstance(error, OperationalError) and not _is_busy(error):
                 raise
             if perf_counter() > deadline:
                 raise Unavailable("The tables cannot be switched right now; nothing was changed.") from error
             await asyncio.sleep(AGAIN_S)
+
+
+def _is_busy(error: OperationalError) -> bool:
+    """Somebody else has what we wait for."""
+    return isinstance(error.orig, errors.LockNotAvailable | errors.DeadlockDetected) or "locked" in str(error.orig)
 
 
 async def _switch(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told, *, after: int) -> float:
@@ -335,109 +315,14 @@ async def _acknowledged(nc: Client, durable: str) -> int:
     return min(consumer.ack_floor.stream_seq if consumer.ack_floor else 0, stream.state.last_seq)
 
 
-def _in(schema: str, table: Table) -> Table:
-    return table.to_metadata(MetaData(), schema=schema)
-
-
-def _key(table: Table) -> list[str]:
-    return [column.name for column in table.primary_key]
-
-
 def _known(db: Connection, live: str, rebuilt: Rebuilt, events: Sequence[Event]) -> list[Event]:
     """Of these events, those that the tables in use have."""
     ids = {event.id for event in events}
     known: set[str] = set()
     for table in rebuilt.kept:
-        key = _in(live, table).c[_key(table)[0]]
+        key = in_schema(live, table).c[key_of(table)[0]]
         known |= set(db.execute(select(key).where(key.in_(ids))).scalars())
     return [event for event in events if event.id in known]
-
-
-class _Pair:
-    """A table in use, and the one that was built."""
-
-    def __init__(self, db: Connection, live: str, table: Table) -> None:
-        self._db, self._table = db, table
-        self.found, self.expected = _in(live, table), table.alias("expected")
-        self.same_key = and_(*(self.found.c[name] == self.expected.c[name] for name in _key(table)))
-        self.others = [column.name for column in table.c if column.name not in (*_key(table), *_NOT_OF_THE_STREAM)]
-        self.differs = or_(*(_differs(db, self.found.c[name], self.expected.c[name]) for name in self.others))
-
-    def is_same(self, *, may_lack_rows: bool = False) -> bool:
-        """Looks up each row once."""
-        found, expected = self._number(self.found), self._number(self.expected)
-        if found > expected or (found < expected and not may_lack_rows):
-            return False
-        return self._number(self.found.join(self.expected, self.same_key), not_(self.differs)) == found
-
-    def _number(self, rows: FromClause, *where: ColumnElement[bool]) -> int:
-        return self._db.execute(select(func.count()).select_from(rows).where(*where)).scalar_one()
-
-    def difference(self, *, may_lack_rows: bool) -> Difference:
-        found, expected, key = self.found, self.expected, _key(self._table)[0]
-        wanted = (expected.c[name].label(f"expected_{name}") for name in self.others)
-        changed = select(found, *wanted).join(expected, self.same_key).where(self.differs)
-        missing = select(expected).outerjoin(found, self.same_key).where(found.c[key].is_(None))
-        unknown = select(found).outerjoin(expected, self.same_key).where(expected.c[key].is_(None))
-        listing = _Listing(self._db, self._table)
-        if may_lack_rows:
-            return listing.of(changed, missing.where(false()), unknown, self.others, absent=missing)
-        return listing.of(changed, missing, unknown, self.others, absent=missing.where(false()))
-
-
-# Facts of the moment at which an event was settled.
-_NOT_OF_THE_STREAM = ("is_late",)
-_JSON_AS_TEXT = ("models",)
-
-
-def _differs(db: Connection, found: Any, expected: Any) -> Any:
-    is_another = found.is_distinct_from(expected)
-    if not isinstance(found.type, JSON) and found.name not in _JSON_AS_TEXT:
-        return is_another
-    found, expected = cast(found, Text), cast(expected, Text)
-    if db.dialect.name == "sqlite":
-        return and_(found.is_distinct_from(expected), func.canonical(found) != func.canonical(expected))
-    return cast(found, JSONB).is_distinct_from(cast(expected, JSONB))
-
-
-class _Listing:
-    """Counts, and the first few rows in words."""
-
-    def __init__(self, db: Connection, table: Table) -> None:
-        self._db, self._table = db, table
-        self._examples: list[str] = []
-
-    def of(self, changed: Any, missing: Any, unknown: Any, others: Sequence[str], *, absent: Any) -> Difference:
-        return Difference(
-            self._table.name,
-            changed=self._count(changed, lambda row: self._changes(row, others)),
-            missing=self._count(missing, lambda row: f"{self._name(row)} is missing"),
-            unknown=self._count(unknown, lambda row: f"{self._name(row)} is not on the stream"),
-            absent=self._count(absent),
-            examples=self._examples,
-        )
-
-    def _count(self, statement: Any, words: Callable[[Any], str] | None = None) -> int:
-        number: int = self._db.execute(select(func.count()).select_from(statement.subquery())).scalar_one()
-        if number and words:
-            self._examples += [words(row) for row in self._db.execute(statement.limit(EXAMPLES_MAX)).mappings()]
-        return number
-
-    def _changes(self, row: Any, others: Sequence[str]) -> str:
-        told = [
-            f"{name} {_words(row[name])} becomes {_words(row[f'expected_{name}'])}"
-            for name in others
-            if row[name] != row[f"expected_{name}"]
-        ]
-        return f"{self._name(row)}: {', '.join(told)}"
-
-    def _name(self, row: Any) -> str:
-        names = dict.fromkeys([*_key(self._table), *(name for name in ("user_id",) if name in row)])
-        return ", ".join(f"{name} {_words(row[name])}" for name in names)
-
-
-def _words(value: Any) -> str:
-    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared.database import Database, is_sqlite, now
-from shared.shadows import REPLAY_KEY
+from shared.postgres_shadow import REPLAY_KEY
 
 log = structlog.get_logger()
 

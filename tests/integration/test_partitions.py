@@ -18,7 +18,7 @@ from services.ledger.partitions import MONTHS_AHEAD, least_id, make_ahead, month
 from shared.calls import LogsQuery
 from shared.database import Database, insert_new
 from shared.events import Event, GenerationCompleted, new_id
-from shared.shadows import REPLAY_KEY
+from shared.postgres_shadow import REPLAY_KEY
 from tests.builders import NOON, generation_completed, usage_reported
 from tests.fixtures import Postgres
 from tests.integration.test_ledger_history import migrate_to

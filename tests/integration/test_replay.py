@@ -32,8 +32,7 @@ from shared.plain import plain_generation
 from shared.plans import Plans
 from shared.quarantine import Quarantined
 from shared.recorded import BATCH_SIZE
-from shared.replaying import Rebuilt, Told, dry_run, rebuild_into, replay
-from shared.shadows import open_shadow
+from shared.replaying import Rebuilt, Told, dry_run, open_shadow, rebuild_into, replay
 from shared.streams import ALERTS, LEDGER_SEALED
 from tests.builders import (
     NOON,

@@ -1,0 +1,138 @@
+"""How a table in use differs from one that was built anew."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    FromClause,
+    MetaData,
+    Table,
+    Text,
+    and_,
+    cast,
+    false,
+    func,
+    not_,
+    or_,
+    select,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+EXAMPLES_MAX = 20
+# Facts of the moment at which an event was settled.
+_NOT_OF_THE_STREAM = ("is_late",)
+_JSON_AS_TEXT = ("models",)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a replay would change in one table: how many rows, and the first of them, in words.
+
+    What is `absent` is no loss: a row that follows from others whenever it is asked for.
+    """
+
+    table: str
+    changed: int = 0
+    missing: int = 0
+    unknown: int = 0
+    absent: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return self.changed + self.missing + self.unknown
+
+
+class Pair:
+    """A table in use, and the one that was built."""
+
+    def __init__(self, db: Connection, live: str, table: Table) -> None:
+        self._db, self._table = db, table
+        self.found, self.expected = in_schema(live, table), table.alias("expected")
+        self.same_key = and_(*(self.found.c[name] == self.expected.c[name] for name in key_of(table)))
+        self.others = [column.name for column in table.c if column.name not in (*key_of(table), *_NOT_OF_THE_STREAM)]
+        self.differs = or_(*(_differs(db, self.found.c[name], self.expected.c[name]) for name in self.others))
+
+    def is_same(self, *, may_lack_rows: bool = False) -> bool:
+        """Looks up each row once."""
+        found, expected = self._number(self.found), self._number(self.expected)
+        if found > expected or (found < expected and not may_lack_rows):
+            return False
+        return self._number(self.found.join(self.expected, self.same_key), not_(self.differs)) == found
+
+    def _number(self, rows: FromClause, *where: ColumnElement[bool]) -> int:
+        return self._db.execute(select(func.count()).select_from(rows).where(*where)).scalar_one()
+
+    def difference(self, *, may_lack_rows: bool) -> Difference:
+        found, expected, key = self.found, self.expected, key_of(self._table)[0]
+        wanted = (expected.c[name].label(f"expected_{name}") for name in self.others)
+        changed = select(found, *wanted).join(expected, self.same_key).where(self.differs)
+        missing = select(expected).outerjoin(found, self.same_key).where(found.c[key].is_(None))
+        unknown = select(found).outerjoin(expected, self.same_key).where(expected.c[key].is_(None))
+        listing = _Listing(self._db, self._table)
+        if may_lack_rows:
+            return listing.of(changed, missing.where(false()), unknown, self.others, absent=missing)
+        return listing.of(changed, missing, unknown, self.others, absent=missing.where(false()))
+
+
+def _differs(db: Connection, found: Any, expected: Any) -> Any:
+    is_another = found.is_distinct_from(expected)
+    if not isinstance(found.type, JSON) and found.name not in _JSON_AS_TEXT:
+        return is_another
+    found, expected = cast(found, Text), cast(expected, Text)
+    if db.dialect.name == "sqlite":
+        return and_(found.is_distinct_from(expected), func.canonical(found) != func.canonical(expected))
+    return cast(found, JSONB).is_distinct_from(cast(expected, JSONB))
+
+
+class _Listing:
+    """Counts, and the first few rows in words."""
+
+    def __init__(self, db: Connection, table: Table) -> None:
+        self._db, self._table = db, table
+        self._examples: list[str] = []
+
+    def of(self, changed: Any, missing: Any, unknown: Any, others: Sequence[str], *, absent: Any) -> Difference:
+        return Difference(
+            self._table.name,
+            changed=self._count(changed, lambda row: self._changes(row, others)),
+            missing=self._count(missing, lambda row: f"{self._name(row)} is missing"),
+            unknown=self._count(unknown, lambda row: f"{self._name(row)} is not on the stream"),
+            absent=self._count(absent),
+            examples=self._examples,
+        )
+
+    def _count(self, statement: Any, words: Callable[[Any], str] | None = None) -> int:
+        number: int = self._db.execute(select(func.count()).select_from(statement.subquery())).scalar_one()
+        if number and words:
+            self._examples += [words(row) for row in self._db.execute(statement.limit(EXAMPLES_MAX)).mappings()]
+        return number
+
+    def _changes(self, row: Any, others: Sequence[str]) -> str:
+        told = [
+            f"{name} {_words(row[name])} becomes {_words(row[f'expected_{name}'])}"
+            for name in others
+            if row[name] != row[f"expected_{name}"]
+        ]
+        return f"{self._name(row)}: {', '.join(told)}"
+
+    def _name(self, row: Any) -> str:
+        names = dict.fromkeys([*key_of(self._table), *(name for name in ("user_id",) if name in row)])
+        return ", ".join(f"{name} {_words(row[name])}" for name in names)
+
+
+def _words(value: Any) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def in_schema(schema: str, table: Table) -> Table:
+    return table.to_metadata(MetaData(), schema=schema)
+
+
+def key_of(table: Table) -> list[str]:
+    return [column.name for column in table.primary_key]
