@@ -24,7 +24,7 @@ PLAIN_COLUMNS = (
 
 
 def plain_row(generation: PlainGeneration) -> tuple[Value, ...]:
-    """What `store.usage_row` makes of the same event, in the order of PLAIN_COLUMNS and as a database keeps it."""
+    """What `store.usage_rows` makes of the same event, in the order of PLAIN_COLUMNS and as a database keeps it."""
     data = generation.data
     created_at = utc_text(data.started_at)
     return (

@@ -156,10 +156,6 @@ def _place(db: Connection, event_id: str, event_type: str) -> Place:
     )
 
 
-def usage_row(event: GenerationCompleted | UsageAdjusted) -> dict[str, Any]:
-    return usage_rows([event])[0]
-
-
 def usage_rows(events: Sequence[GenerationCompleted | UsageAdjusted]) -> list[dict[str, Any]]:
     """A row for each, in their order."""
     granted = [event.data.authorized for event in events if isinstance(event, GenerationCompleted)]

@@ -65,7 +65,7 @@ class Ledger:
         self.database.migrate(MIGRATIONS)
         await self.database.write(self._make_partitions)
         event = generation_completed(provider_request_id="req_011CSHoEeqs5C35K2UUqR7Fy")
-        template = store.usage_row(event)
+        (template,) = store.usage_rows([event])
         for first in range(0, self.number, INSERTED_AT_ONCE):
             last = min(first + INSERTED_AT_ONCE, self.number)
             rows = [template | self._differing(n) for n in range(first, last)]

@@ -236,7 +236,7 @@ async def test_of_what_was_granted_and_held_what_was_changed_is_named(system: Sy
     altered = generation_completed(authorized=authorized(output_tokens_granted=97))
     await publish(system.nats, COUNTED, forgotten)
     await system.deliver()
-    changed = json.dumps(ledger_store.usage_row(altered)["authorized"]).replace(":", "\\:")
+    changed = json.dumps(ledger_store.usage_rows([altered])[0]["authorized"]).replace(":", "\\:")
     await system.ledger_does(f"UPDATE usage SET authorized = '{changed}' WHERE id = '{COUNTED.id}'")  # noqa: S608
     await system.ledger_does(f"UPDATE usage SET authorized = NULL WHERE id = '{forgotten.id}'")  # noqa: S608
 

@@ -246,7 +246,7 @@ async def test_a_ledger_of_an_earlier_release_is_summed_up_when_it_is_migrated(d
     ]
     await asyncio.to_thread(migrate_to, database_url, "0006")
     database = Database(database_url)
-    await database.write(insert_new, store.usage, [store.usage_row(event) for event in events])
+    await database.write(insert_new, store.usage, store.usage_rows(events))
 
     await asyncio.to_thread(database.migrate, MIGRATIONS)
 

@@ -226,7 +226,7 @@ async def test_the_table_of_an_earlier_release_becomes_a_partition_with_all_that
     old = Database(url)
     events = [generation_completed(f"user_{n}", input_tokens=n) for n in range(20)]
     foreign = [with_id(event_id) for event_id in ("generation_1", "ffffffff", "Å", "0", "")]
-    rows = [store.usage_row(event) for event in [*events, *foreign]]
+    rows = store.usage_rows([*events, *foreign])
     await old.write(insert_new, store.usage, rows)
     await old.write(do("GRANT SELECT ON usage TO PUBLIC"))
     file_of = text("SELECT pg_relation_filenode(oid) FROM pg_class WHERE relname = :name")

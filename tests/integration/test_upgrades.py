@@ -66,7 +66,7 @@ async def test_what_a_ledger_recorded_before_grants_were_noted_is_not_contradict
     document["dataschema"] = "urn:chatrail:generation.completed:2"
     old, new = decode(json.dumps(document).encode()), generation_completed(authorized=authorized())
     assert isinstance(old, GenerationCompleted)
-    row = {name: value for name, value in ledger_store.usage_row(old).items() if name != "authorized"}
+    row = {name: value for name, value in ledger_store.usage_rows([old])[0].items() if name != "authorized"}
     await ledger.write(lambda db: db.execute(ledger_store.usage.insert().values(row)))
     await ledger.write(do("INSERT INTO leaves VALUES (1, :id, :hash)", id=old.id, hash=b"\1" * 32))
 

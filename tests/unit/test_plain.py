@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from sqlalchemy import JSON
 
 from services.ledger import replay as ledger
-from services.ledger.store import usage_row
+from services.ledger.store import usage_rows
 from services.quota import replay as quota
 from services.quota.totals import settlement
 from shared.database import iso
@@ -51,7 +51,7 @@ def check(body: bytes) -> None:
     event = decode(body)
     assert isinstance(event, GenerationCompleted)
     of_ledger, of_quota = ledger.RebuiltLedger.plain, quota.RebuiltQuota.plain
-    assert of_ledger.row(generation) == kept_by_a_database(usage_row(event), of_ledger)
+    assert of_ledger.row(generation) == kept_by_a_database(usage_rows([event])[0], of_ledger)
     assert of_quota.row(generation) == kept_by_a_database(settlement(event), of_quota)
 
 
