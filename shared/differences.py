@@ -1,7 +1,8 @@
 """How a table in use differs from one that was built anew."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -14,14 +15,18 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    case,
     cast,
     false,
     func,
     not_,
     or_,
     select,
+    true,
+    type_coerce,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import NullType
 
 EXAMPLES_MAX = 20
 # Facts of the moment at which an event was settled.
@@ -31,17 +36,13 @@ _JSON_AS_TEXT = ("models",)
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What a replay would change in one table: how many rows, and the first of them, in words.
-
-    What is `absent` is no loss: a row that follows from others whenever it is asked for.
-    """
+    """What a replay would change in one table: how many rows, and the first of them, in words."""
 
     table: str
-    changed: int = 0
-    missing: int = 0
-    unknown: int = 0
-    absent: int = 0
-    examples: list[str] = field(default_factory=list)
+    changed: int
+    missing: int
+    unknown: int
+    examples: list[str]
 
     @property
     def rows(self) -> int:
@@ -58,26 +59,29 @@ class Pair:
         self.others = [column.name for column in table.c if column.name not in (*key_of(table), *_NOT_OF_THE_STREAM)]
         self.differs = or_(*(_differs(db, self.found.c[name], self.expected.c[name]) for name in self.others))
 
-    def is_same(self, *, may_lack_rows: bool = False) -> bool:
+    def is_same(self) -> bool:
         """Looks up each row once."""
         found, expected = self._number(self.found), self._number(self.expected)
-        if found > expected or (found < expected and not may_lack_rows):
+        if found != expected:
             return False
         return self._number(self.found.join(self.expected, self.same_key), not_(self.differs)) == found
 
     def _number(self, rows: FromClause, *where: ColumnElement[bool]) -> int:
         return self._db.execute(select(func.count()).select_from(rows).where(*where)).scalar_one()
 
-    def difference(self, *, may_lack_rows: bool) -> Difference:
+    def difference(self) -> Difference:
         found, expected, key = self.found, self.expected, key_of(self._table)[0]
-        wanted = (expected.c[name].label(f"expected_{name}") for name in self.others)
-        changed = select(found, *wanted).join(expected, self.same_key).where(self.differs)
-        missing = select(expected).outerjoin(found, self.same_key).where(found.c[key].is_(None))
-        unknown = select(found).outerjoin(expected, self.same_key).where(expected.c[key].is_(None))
-        listing = _Listing(self._db, self._table)
-        if may_lack_rows:
-            return listing.of(changed, missing.where(false()), unknown, self.others, absent=missing)
-        return listing.of(changed, missing, unknown, self.others, absent=missing.where(false()))
+        there = [_as_it_is(column) for column in found.c]
+        wanted = [_as_it_is(expected.c[name], f"expected_{name}") for name in self.others]
+        changed = select(*there, *wanted).join(expected, self.same_key).where(self.differs)
+        missing = select(*map(_as_it_is, expected.c)).outerjoin(found, self.same_key).where(found.c[key].is_(None))
+        unknown = select(*there).outerjoin(expected, self.same_key).where(expected.c[key].is_(None))
+        return _Listing(self._db, self._table).of(changed, missing, unknown, self.others)
+
+
+def _as_it_is(column: ColumnElement[Any], name: str | None = None) -> ColumnElement[Any]:
+    """As the driver gives it: what somebody wrote into a table in use may be no moment, and no JSON."""
+    return type_coerce(column, NullType()).label(name or str(column.key))
 
 
 def _differs(db: Connection, found: Any, expected: Any) -> Any:
@@ -85,9 +89,19 @@ def _differs(db: Connection, found: Any, expected: Any) -> Any:
     if not isinstance(found.type, JSON) and found.name not in _JSON_AS_TEXT:
         return is_another
     found, expected = cast(found, Text), cast(expected, Text)
+    is_another = found.is_distinct_from(expected)
     if db.dialect.name == "sqlite":
-        return and_(found.is_distinct_from(expected), func.canonical(found) != func.canonical(expected))
-    return cast(found, JSONB).is_distinct_from(cast(expected, JSONB))
+        return and_(is_another, func.canonical(found) != func.canonical(expected))
+    says_another = cast(found, JSONB).is_distinct_from(cast(expected, JSONB))
+    return case((~is_another, false()), (func.pg_input_is_valid(found, "jsonb"), says_another), else_=true())
+
+
+def canonical(text: str | None) -> str:
+    """JSON that is the same where it says the same; what is no JSON as it is."""
+    try:
+        return "" if text is None else json.dumps(json.loads(text), sort_keys=True)
+    except ValueError:
+        return text or ""
 
 
 class _Listing:
@@ -97,19 +111,18 @@ class _Listing:
         self._db, self._table = db, table
         self._examples: list[str] = []
 
-    def of(self, changed: Any, missing: Any, unknown: Any, others: Sequence[str], *, absent: Any) -> Difference:
+    def of(self, changed: Any, missing: Any, unknown: Any, others: Sequence[str]) -> Difference:
         return Difference(
             self._table.name,
             changed=self._count(changed, lambda row: self._changes(row, others)),
             missing=self._count(missing, lambda row: f"{self._name(row)} is missing"),
             unknown=self._count(unknown, lambda row: f"{self._name(row)} is not on the stream"),
-            absent=self._count(absent),
             examples=self._examples,
         )
 
-    def _count(self, statement: Any, words: Callable[[Any], str] | None = None) -> int:
+    def _count(self, statement: Any, words: Callable[[Any], str]) -> int:
         number: int = self._db.execute(select(func.count()).select_from(statement.subquery())).scalar_one()
-        if number and words:
+        if number:
             self._examples += [words(row) for row in self._db.execute(statement.limit(EXAMPLES_MAX)).mappings()]
         return number
 

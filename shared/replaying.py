@@ -61,8 +61,6 @@ class Rebuilt(Loads, Protocol):
     tables: tuple[Table, ...]
     # Of these, what is not summed up from others: a row for each event.
     kept: tuple[Table, ...]
-    # A row of these may be absent: it follows from others whenever it is asked for.
-    optional: tuple[Table, ...]
     # Indexes that `derive` needs.
     indexes: tuple[str, ...]
 
@@ -144,10 +142,7 @@ async def dry_run(
                     db, lambda db, events: rebuilt.load(db, _known(db, shadow.live, rebuilt, events)), messages
                 )
             rebuilt.derive(db, shadow.live)
-            differences = [
-                Pair(db, shadow.live, table).difference(may_lack_rows=table in rebuilt.optional)
-                for table in rebuilt.tables
-            ]
+            differences = [Pair(db, shadow.live, table).difference() for table in rebuilt.tables]
     return told, differences
 
 
@@ -230,7 +225,7 @@ async def _load_known(
 
 
 async def _is_in_use(record: Record, shadow: Shadow, rebuilt: Rebuilt, *, after: int) -> bool:
-    """Whether the tables in use say what was built, and nothing else; optional rows may be absent.
+    """Whether the tables in use say what was built, and nothing else.
 
     What the service has handled `after` counts, too, and goes on being handled by it.
     """
@@ -240,9 +235,7 @@ async def _is_in_use(record: Record, shadow: Shadow, rebuilt: Rebuilt, *, after:
         if is_same:
             rebuilt.derive(db, shadow.live)
             derived = [table for table in rebuilt.tables if table not in rebuilt.kept]
-            is_same = all(
-                Pair(db, shadow.live, table).is_same(may_lack_rows=table in rebuilt.optional) for table in derived
-            )
+            is_same = all(Pair(db, shadow.live, table).is_same() for table in derived)
         trial.rollback()
     return is_same
 

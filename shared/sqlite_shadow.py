@@ -5,7 +5,6 @@ Its rows are copied into the database a little at a time, since whoever writes t
 
 import asyncio
 import fcntl
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from time import perf_counter
 from sqlalchemy import Connection, Engine, Table, make_url
 
 from shared.database import Database, patient_engine
+from shared.differences import canonical
 from shared.errors import Misconfigured
 from shared.shadows import AT_IT, Adopt, Result
 
@@ -79,7 +79,7 @@ class SqliteShadow:
         driver = connection.connection.driver_connection
         assert driver is not None  # noqa: S101 - it is open
         # What a crash leaves of this file is thrown away.
-        driver.create_function("canonical", 1, _canonical, deterministic=True)
+        driver.create_function("canonical", 1, canonical, deterministic=True)
         for pragma in ("journal_mode=MEMORY", "synchronous=OFF", f"cache_size=-{CACHE_KIB}"):
             driver.execute(f"PRAGMA {pragma}")
         if live is not None:
@@ -193,11 +193,6 @@ class _Chunks:
         took_s = perf_counter() - self._begun
         self.rows = max(CHUNK_ROWS, min(CHUNK_ROWS_MAX, int(self.rows * CHUNK_S / took_s)))
         await asyncio.sleep(took_s / 2)
-
-
-def _canonical(text: str | None) -> str:
-    """JSON that is the same where it says the same."""
-    return "" if text is None else json.dumps(json.loads(text), sort_keys=True)
 
 
 _Part = tuple[str, str, str, str]

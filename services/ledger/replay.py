@@ -75,7 +75,6 @@ class RebuiltLedger:
     migrations = Path(__file__).with_name("migrations")
     tables: tuple[Table, ...] = (store.usage, store.subscription_changes, store.usage_daily)
     kept: tuple[Table, ...] = (store.usage, store.subscription_changes)
-    optional: tuple[Table, ...] = ()
     indexes: tuple[str, ...] = ()
     plain = PlainRows(store.usage, PLAIN_COLUMNS, plain_row)
 

@@ -16,14 +16,14 @@ Bounds = tuple[datetime, datetime]
 
 
 def deciding(plans: Plans, changed: Sequence[Change], days: Sequence[datetime]) -> Iterator[Bounds]:
-    """The periods that usage of these days may fall into: under the plan of then, that of now, and that with which
-    the period ends, which decides what is carried from it.
+    """The periods that usage of these days may fall into, under the plan of then and under that with which the
+    period ends, which decides what is carried from it.
 
     `changed` and `days`, their midnights in UTC, are sorted. Some periods come twice, and some have no usage.
     """
     for had in _had(plans, changed):
         for period_at in had.periods:
-            since = ALWAYS.start if had.begun is None or had.ended is None else period_at(had.begun).start
+            since = ALWAYS.start if had.begun is None else period_at(had.begun).start
             yield from _covering(days, since, had.ended or FOR_EVER, period_at)
 
 

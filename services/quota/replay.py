@@ -11,6 +11,7 @@ from nats.aio.client import Client
 from sqlalchemy import (
     Boolean,
     Column,
+    ColumnElement,
     Connection,
     MetaData,
     Select,
@@ -18,6 +19,7 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    cast,
     func,
     insert,
     literal,
@@ -44,7 +46,7 @@ from services.quota.totals import (
     totals_of,
 )
 from shared.bulk import insert_once, sorted_out
-from shared.database import UtcDateTime, insert_new, now, patient_engine
+from shared.database import UtcDateTime, insert_new, is_sqlite, now, patient_engine
 from shared.events import Event, SubscriptionChanged, ThresholdReached
 from shared.loading import PlainRows, Value
 from shared.plain import PlainGeneration, utc_text
@@ -96,7 +98,6 @@ class RebuiltQuota:
     migrations = Path(__file__).with_name("migrations")
     tables: tuple[Table, ...] = (changes, settlements, totals, subscriptions)
     kept: tuple[Table, ...] = (changes, settlements)
-    optional: tuple[Table, ...] = (totals,)
     indexes: tuple[str, ...] = ("plan_changes_by_user", "settlements_by_user")
     plain = PlainRows(settlements, PLAIN_COLUMNS, plain_row)
 
@@ -117,7 +118,8 @@ class RebuiltQuota:
         if live:
             in_use = totals.to_metadata(MetaData(), schema=live)
             names = ("user_id", "period_start", "period_end")
-            db.execute(insert(_periods).from_select([*names, "is_in_use"], select(*in_use.c[names], literal(True))))
+            kept = select(*in_use.c[names], literal(True)).where(*_are_moments(db, in_use))
+            db.execute(insert(_periods).from_select([*names, "is_in_use"], kept))
         for of_users in _chunks(_periods_of_users(db, self._plans)):
             insert_new(db, _periods, list(chain.from_iterable(of_users)))
         for rows in _chunks(_totals(db)):
@@ -174,6 +176,14 @@ def _alert(body: bytes) -> dict[str, Any]:
         "event": body.decode(),
         "is_published": True,
     }
+
+
+def _are_moments(db: Connection, in_use: Table) -> Iterator[ColumnElement[bool]]:
+    """Both ends of each period: SQLite takes any text for a moment."""
+    if is_sqlite(db):
+        for column in in_use.c["period_start", "period_end"]:
+            written = cast(column, Text)
+            yield func.strftime("%Y-%m-%dT%H:%M:%S", written, type_=Text) + func.substr(written, 20) == written
 
 
 class PeriodUsed(NamedTuple):
