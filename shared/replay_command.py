@@ -32,13 +32,21 @@ Out = Annotated[
 ]
 
 
-def moment(given: str) -> datetime:
+def moment(given: str, option: str) -> datetime:
     """A moment as RFC 3339 has it; without a zone it is UTC's, and a day alone is its beginning."""
     try:
         found = datetime.fromisoformat(given)
-    except ValueError:
-        raise typer.BadParameter(f"{given!r} is not a time such as 2026-11-30T18:00:00Z") from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{given!r} is not a time such as 2026-11-30T18:00:00Z", param_hint=option) from None
+
+
+def check(*, is_dry: bool, looks_at_the_past: bool, out: Path | None) -> None:
+    """Refuse options that do not go together: what was meant as a look must not become a replay."""
+    if is_dry and looks_at_the_past:
+        raise typer.BadParameter("it is about the present; leave out the other", param_hint="'--dry-run'")
+    if out is not None and not looks_at_the_past:
+        raise typer.BadParameter("it is for what is rebuilt to look at: add --until", param_hint="'--out'")
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:

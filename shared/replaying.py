@@ -205,14 +205,11 @@ async def _load(
     until: datetime | None = None,
 ) -> None:
     with _progress(rebuilt.service, last) as advance:
-        async for messages in _messages(record, 1, last, told):
-            arrived = [each for each in messages if until is None or each.stored_at <= until]
+        async for messages in _messages(record, 1, last, told, until=until):
             with shadow.begin() as db:
-                refused = load(db, rebuilt, arrived)
+                refused = load(db, rebuilt, messages)
             _set_aside(shadow, refused, told, is_kept=is_kept)
             advance(len(messages))
-            if len(arrived) < len(messages):
-                break
 
 
 async def _load_known(
@@ -240,11 +237,16 @@ async def _is_in_use(record: Record, shadow: Shadow, rebuilt: Rebuilt, *, after:
     return is_same
 
 
-async def _messages(record: Record, first: int, last: int, told: Told) -> AsyncIterator[list[Recorded]]:
+async def _messages(
+    record: Record, first: int, last: int, told: Told, *, until: datetime | None = None
+) -> AsyncIterator[list[Recorded]]:
     async for batch in record.read(first=first, last=last):
+        stored = [message for message in batch if until is None or message.stored_at <= until]
+        told.messages += len(stored)
         # Seals say something of the record, and are no part of what it says.
-        yield [message for message in batch if message.subject != LEDGER_SEALED]
-        told.messages += len(batch)
+        yield [message for message in stored if message.subject != LEDGER_SEALED]
+        if len(stored) < len(batch):
+            return
 
 
 def _set_aside(shadow: Shadow, refused: Sequence[Poison], told: Told, *, is_kept: bool) -> None:

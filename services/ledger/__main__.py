@@ -7,9 +7,7 @@ gc.disable()
 
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -24,14 +22,15 @@ from services.ledger.app import create_app
 from services.ledger.archive_command import archive, trim
 from services.ledger.audit_command import audit
 from services.ledger.explain import explain
-from services.ledger.export import Format, Selection
+from services.ledger.export import Format
 from services.ledger.prove import prove
 from services.ledger.replay import RebuiltLedger, show_past
+from services.ledger.scope import asked
 from services.ledger.settings import Settings
 from shared.database import Database, snapshot
 from shared.events import Event
 from shared.quarantine import command
-from shared.replay_command import DryRun, Out, Until, into_place, moment, without_a_change
+from shared.replay_command import DryRun, Out, Until, check, into_place, moment, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence
 from shared.server import serve as run
@@ -86,17 +85,17 @@ def export(
     file = None if out == "-" else _file(out)
     if file is None and file_format is Format.PARQUET:
         raise typer.BadParameter("Parquet is written to a file only; name one", param_hint="'--out'")
-    selection = _selection(user, first, last)
+    scope = asked(user, first, last)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as on Ctrl-C: what is half-written is removed
     with one_sentence("ledger"), snapshot(Settings().database_url, store.usage) as db:
         exporting.check(db)
         # On the terminal that shows the records themselves, a bar would be in their way.
         watched = sys.stderr.isatty() and (file is not None or not sys.stdout.isatty())
-        total = exporting.count(db, selection) if watched else None
+        total = exporting.count(db, scope) if watched else None
         whole = exporting.replacing(file) if file else nullcontext(sys.stdout.buffer)
         with Progress(console=Console(stderr=True), disable=not watched) as progress, whole as written:
             task = progress.add_task("Exporting", total=total)
-            exporting.export(db, selection, file_format, written, lambda rows: progress.advance(task, rows))
+            exporting.export(db, scope, file_format, written, lambda rows: progress.advance(task, rows))
             written.flush()
 
 
@@ -107,35 +106,17 @@ def _file(name: str) -> Path:
     return file
 
 
-def _selection(user: str | None, first: str | None, last: str | None) -> Selection:
-    if user == "":
-        raise typer.BadParameter("an empty name is nobody's; leave it out for everybody", param_hint="'--user'")
-    selection = Selection(
-        user,
-        None if first is None else _moment(first, "'--from'", exporting.first_moment),
-        None if last is None else _moment(last, "'--to'", exporting.last_moment),
-    )
-    if selection.first and selection.last and selection.first > selection.last:
-        raise typer.BadParameter(f"{first} is after --to, {last}", param_hint="'--from'")
-    return selection
-
-
-def _moment(text: str, option: str, read: Callable[[str], datetime]) -> datetime:
-    try:
-        return read(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-
-
 @cli.command()
 def replay(*, is_dry: DryRun = False, until: Until = None, out: Out = None) -> None:
     """Build every record anew from the stream, and switch to them in one transaction. Services may run."""
+    at = None if until is None else moment(until, "'--until'")
+    check(is_dry=is_dry, looks_at_the_past=at is not None, out=out)
     with one_sentence("ledger"):
         settings, rebuilt = Settings(), RebuiltLedger()
         if is_dry:
             run_command(without_a_change(settings, settings.database_url, rebuilt))
-        elif until:
-            run_command(show_past(settings, moment(until), out=out))
+        elif at:
+            run_command(show_past(settings, at, out=out))
         else:
             run_command(into_place(settings, settings.database_url, rebuilt))
 

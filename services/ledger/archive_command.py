@@ -39,7 +39,7 @@ def archive(
     out: Folder = None,
 ) -> None:
     """Write down what the stream had before, behind what is archived already, and check it. Services may run."""
-    until = moment(before)
+    until = moment(before, "'--before'")
     if until > datetime.now(UTC):
         raise typer.BadParameter(f"{before} is still to come", param_hint="'--before'")
     with one_sentence("The archive"):

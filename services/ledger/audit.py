@@ -20,11 +20,12 @@ from services.ledger.audit_comparison import Comparison, Tally
 from services.ledger.audit_expected import CHANGES, PLAN_CHANGES, SETTLEMENTS, SUBSCRIPTIONS, USAGE
 from services.ledger.checkpoint import Keys
 from services.ledger.findings import Difference, Read, Report
+from services.ledger.scope import Scope
 from services.ledger.scratch import Scratch
 from services.ledger.seal_check import seal_check
 from services.ledger.seal_findings import Result
 from services.ledger.seals import Sealed, sealed_after
-from services.ledger.snapshots import Layout, Scope, Snapshot, snapshot
+from services.ledger.snapshots import Layout, Snapshot, snapshot
 from shared.archive import Archive
 from shared.errors import Unavailable
 from shared.record import Record, check_origin

@@ -6,8 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, time
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -18,11 +17,11 @@ from services.ledger.audit import Databases, Evidence
 from services.ledger.audit import audit as run
 from services.ledger.checkpoint import load_keys
 from services.ledger.findings import as_json, in_words
+from services.ledger.scope import Scope, asked
 from services.ledger.scratch import scratch
 from services.ledger.settings import Settings
-from services.ledger.snapshots import Scope
 from shared.bus_of_folder import bus_of_folder
-from shared.errors import Unavailable
+from shared.errors import Misconfigured, Unavailable
 from shared.server import one_sentence
 from shared.telemetry import configure_logging_of_a_command
 
@@ -40,7 +39,7 @@ def audit(
 
     Ends with 0 when all agree, with 1 when there is a difference, with 2 when it cannot be done. Services may run.
     """
-    scope = Scope(user, _moment(first, time.min, "'--from'"), _moment(last, time.max, "'--to'"))
+    scope = asked(user, first, last)
     configure_logging_of_a_command(logging.CRITICAL)
     # What is loaded stays; of what is read nothing is left after each batch.
     gc.freeze()
@@ -65,6 +64,8 @@ async def _audit(settings: Settings, scope: Scope, *, as_document: bool) -> bool
                 report = await run(
                     nc, databases, scope, kept, evidence=evidence, archive=settings.archive_folder, progress=show
                 )
+        if scope.user_id is not None and report.agrees and not report.has_records:
+            raise Misconfigured(f"Nothing is known of {scope.user_id} there: no event, no record, no total.")
         if as_document:
             for part in as_json(report):
                 sys.stdout.write(part)
@@ -100,18 +101,3 @@ def _ended_by_a_sentence() -> Iterator[None]:
     except (KeyboardInterrupt, asyncio.CancelledError):
         typer.echo("The audit was stopped before its end.", err=True)
         raise typer.Exit(CANNOT) from None
-
-
-def _moment(text: str | None, time_of_day: time, option: str) -> datetime | None:
-    """A day in UTC, at `time_of_day`, or a moment as it is."""
-    if text is None:
-        return None
-    with suppress(ValueError, OverflowError):
-        moment = datetime.fromisoformat(text)
-        if len(text) == len("2026-11-30"):
-            return datetime.combine(moment, time_of_day, UTC)
-        if moment.tzinfo:
-            return moment.astimezone(UTC)
-    raise typer.BadParameter(
-        f"{text!r} is neither a day, as 2026-11-30, nor a moment, as 2026-11-30T12:00:00Z", param_hint=option
-    )

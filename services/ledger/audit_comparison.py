@@ -20,9 +20,10 @@ from services.ledger.audit_expected import (
 from services.ledger.audit_quarantine import Quarantine
 from services.ledger.audit_records import Arrived, TableCheck
 from services.ledger.audit_sums import DAYS, TOTALS, compare_days, compare_totals
+from services.ledger.scope import Scope
 from services.ledger.scratch import CHANGES as CHANGED
 from services.ledger.scratch import EVENTS, SUMS, Scratch
-from services.ledger.snapshots import BATCH_SIZE, Copy, Layout, Row, Scope, Snapshot, as_sqlite_has_it
+from services.ledger.snapshots import BATCH_SIZE, Copy, Layout, Row, Snapshot, as_sqlite_has_it
 from shared.errors import PoisonMessage
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted, decode
 from shared.recorded import Recorded
@@ -65,7 +66,7 @@ class Comparison:
     def take(self, batch: Sequence[Recorded]) -> None:
         uses: list[tuple[Recorded, Uses]] = []
         changes: list[tuple[Recorded, SubscriptionChanged]] = []
-        unreadable = []
+        unreadable, others = [], []
         for message in batch:
             if message.subject == LEDGER_SEALED:
                 continue  # the tamper evidence is about these
@@ -75,12 +76,14 @@ class Comparison:
                 unreadable.append(message)
                 continue
             if self._scope.user_id is not None and event.subject != self._scope.user_id:
+                others.append((event.id, event.subject))
                 continue
             if isinstance(event, SubscriptionChanged):
                 changes.append((message, event))
             elif isinstance(event, GenerationCompleted | UsageAdjusted):
                 uses.append((message, event))
         self.tally.messages += len(batch)
+        self._scratch.keep_others(others)
         self._look_for_in_quarantine(unreadable)
         self._take_uses(uses)
         self._take_changes(changes)

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from services.ledger.audit_quarantine import Quarantine, sha256_of
 from services.ledger.findings import Difference
+from services.ledger.scope import Scope
 from services.ledger.scratch import Scratch
-from services.ledger.snapshots import Copy, Row, Scope
+from services.ledger.snapshots import Copy, Row
 from shared.events import Event
 from shared.recorded import Recorded
 from shared.streams import STREAM
@@ -42,6 +43,8 @@ class TableCheck:
                 self.matched += 1
                 if row != expected:
                     self._compare(expected, row)
+            elif row != expected and self.copy.is_within(self._scope, row):
+                self._compare(expected, row)
         return counted | self._look_for_absent(absent)
 
     def _look_for_absent(self, absent: Sequence[tuple[Recorded, Event, Mapping[str, Any], Row]]) -> set[str]:
@@ -96,8 +99,12 @@ class TableCheck:
             return
         for rows in self.copy.batches(self._scope):
             explained = known([row[0] for row in rows])
-            for row in rows:
-                if row[0] not in explained:
+            strange = [row for row in rows if row[0] not in explained]
+            owners = self._scratch.owners([row[0] for row in strange])
+            for row in strange:
+                if owner := owners.get(row[0]):
+                    self._add("changed", row, {"user_id": owner}, {"user_id": self._scope.user_id})
+                else:
                     self._add("unexplained", row, None, self.copy.told(row))
 
     def _add(self, kind: str, row: Row, expected: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> None:

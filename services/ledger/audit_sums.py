@@ -6,8 +6,9 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 from services.ledger.findings import Difference
+from services.ledger.scope import Scope
 from services.ledger.scratch import DAILY, SUMS, Day, Scratch, Total
-from services.ledger.snapshots import Row, Scope, Snapshot, as_sqlite_has_it
+from services.ledger.snapshots import Row, Snapshot, as_sqlite_has_it
 
 EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 TOTALS, DAYS = "quota.usage_totals", "ledger.usage_daily"

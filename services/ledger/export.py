@@ -8,8 +8,6 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, time
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +27,7 @@ from sqlalchemy import (
     select,
 )
 
+from services.ledger.scope import Scope
 from services.ledger.store import usage
 from shared.database import UtcDateTime, is_sqlite
 from shared.errors import Misconfigured
@@ -49,44 +48,6 @@ class Format(StrEnum):
     PARQUET = "parquet"
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Whose records, and from which moment to which, both included; all where nothing is said."""
-
-    user_id: str | None = None
-    first: datetime | None = None
-    last: datetime | None = None
-
-    def conditions(self) -> Iterator[ColumnElement[bool]]:
-        if self.user_id is not None:
-            yield usage.c.user_id == self.user_id
-        if self.first is not None:
-            yield usage.c.created_at >= self.first
-        if self.last is not None:
-            yield usage.c.created_at <= self.last
-
-
-def first_moment(text: str) -> datetime:
-    """Of a day in UTC (2026-11-30), or the moment itself (RFC 3339). Raises ValueError for anything else."""
-    return _moment(text, time.min)
-
-
-def last_moment(text: str) -> datetime:
-    return _moment(text, time.max)
-
-
-def _moment(text: str, time_of_day: time) -> datetime:
-    try:
-        moment = datetime.fromisoformat(text)
-        if len(text) == len("2026-11-30"):
-            return datetime.combine(moment, time_of_day, UTC)
-        if moment.tzinfo:
-            return moment.astimezone(UTC)
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError(f"{text!r} is neither a day, as 2026-11-30, nor a moment, as 2026-11-30T12:00:00Z")
-
-
 def check(db: Connection) -> None:
     """Raises Misconfigured when the database has not all that this release would export."""
     found = inspect(db)
@@ -98,19 +59,19 @@ def check(db: Connection) -> None:
         )
 
 
-def count(db: Connection, selection: Selection) -> int:
-    return db.execute(select(func.count()).select_from(usage).where(*selection.conditions())).scalar_one()
+def count(db: Connection, scope: Scope) -> int:
+    return db.execute(select(func.count()).select_from(usage).where(*_conditions(scope))).scalar_one()
 
 
-def export(db: Connection, selection: Selection, file_format: Format, out: BinaryIO, on_rows: OnRows) -> None:
+def export(db: Connection, scope: Scope, file_format: Format, out: BinaryIO, on_rows: OnRows) -> None:
     """Write the records, ordered by created_at and id; `on_rows` hears how many each batch had."""
-    _WRITERS[file_format](db, selection, out, on_rows)
+    _WRITERS[file_format](db, scope, out, on_rows)
 
 
-def _csv(db: Connection, selection: Selection, out: BinaryIO, on_rows: OnRows) -> None:
+def _csv(db: Connection, scope: Scope, out: BinaryIO, on_rows: OnRows) -> None:
     """As RFC 4180 has it, in UTF-8. A text is a cell as `spreadsheet.cell` makes it, and null an empty one."""
     out.write(_lines([usage.c.keys()]))
-    for rows in _batches(db, selection, _values(db)):
+    for rows in _batches(db, scope, _values(db)):
         columns = zip(usage.c, zip(*rows, strict=True), strict=True)
         cells = [_cells(values) if isinstance(column.type, Text) else values for column, values in columns]
         out.write(_lines(zip(*cells, strict=True)))
@@ -127,7 +88,7 @@ def _cells(texts: Sequence[str | None]) -> list[str | None]:
     return [text and cell(text) for text in texts]
 
 
-def _ndjson(db: Connection, selection: Selection, out: BinaryIO, on_rows: OnRows) -> None:
+def _ndjson(db: Connection, scope: Scope, out: BinaryIO, on_rows: OnRows) -> None:
     """An object a line, made by the database, which takes half the time; `metadata` is an object in it."""
     is_json = [isinstance(column.type, JSON) for column in usage.c]
     values = [
@@ -138,13 +99,13 @@ def _ndjson(db: Connection, selection: Selection, out: BinaryIO, on_rows: OnRows
         part for name, value in zip(usage.c.keys(), values, strict=True) for part in (literal(name, Text), value)
     ]
     make = func.json_object if is_sqlite(db) else func.json_build_object
-    for rows in _batches(db, selection, [cast(make(*names_and_values), Text)]):
+    for rows in _batches(db, scope, [cast(make(*names_and_values), Text)]):
         # Inside of strings JSON escapes it; between them it is a space like any other, and would end the line.
         out.write("".join([line.replace("\n", " ") + "\n" for (line,) in rows]).encode())
         on_rows(len(rows))
 
 
-def _parquet(db: Connection, selection: Selection, out: BinaryIO, on_rows: OnRows) -> None:
+def _parquet(db: Connection, scope: Scope, out: BinaryIO, on_rows: OnRows) -> None:
     """Moments are timestamps in UTC, days dates, `metadata` its JSON as text: every reader has functions for that."""
     # Nobody else should wait for it to load, nor keep it in memory.
     import pyarrow as pa  # noqa: PLC0415
@@ -168,7 +129,7 @@ def _parquet(db: Connection, selection: Selection, out: BinaryIO, on_rows: OnRow
     schema = pa.schema([pa.field(c.name, arrow_type(c), nullable=bool(c.nullable)) for c in usage.c])
     gathered: list[Any] = []
     with ParquetWriter(out, schema, compression="zstd") as writer:
-        for rows in _batches(db, selection, _values(db)):
+        for rows in _batches(db, scope, _values(db)):
             gathered.append(arrow(rows))
             on_rows(len(rows))
             if len(gathered) * BATCH_ROWS >= ROW_GROUP_ROWS:
@@ -181,9 +142,18 @@ def _parquet(db: Connection, selection: Selection, out: BinaryIO, on_rows: OnRow
 _WRITERS = {Format.CSV: _csv, Format.NDJSON: _ndjson, Format.PARQUET: _parquet}
 
 
-def _batches(db: Connection, selection: Selection, values: Sequence[ColumnElement[Any]]) -> Iterator[Rows]:
+def _conditions(scope: Scope) -> Iterator[ColumnElement[bool]]:
+    if scope.user_id is not None:
+        yield usage.c.user_id == scope.user_id
+    if scope.first is not None:
+        yield usage.c.created_at >= scope.first
+    if scope.last is not None:
+        yield usage.c.created_at <= scope.last
+
+
+def _batches(db: Connection, scope: Scope, values: Sequence[ColumnElement[Any]]) -> Iterator[Rows]:
     """The cursor stays with the database, which hands out a batch at a time."""
-    statement = select(*values).where(*selection.conditions()).order_by(usage.c.created_at, usage.c.id)
+    statement = select(*values).where(*_conditions(scope)).order_by(usage.c.created_at, usage.c.id)
     return db.execute(statement, execution_options={"yield_per": BATCH_ROWS}).partitions()
 
 

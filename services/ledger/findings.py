@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
+# What is compared whatever is looked at.
+OF_ALL = ("ledger.leaves", "ledger.seals", "archive")
 SHOWN_MAX = 20
 VALUE_CHARS_MAX = 60
 
@@ -87,6 +89,11 @@ class Report:
     @property
     def agrees(self) -> bool:
         return not self.found.groups()
+
+    @property
+    def has_records(self) -> bool:
+        """Whether there was anything of whom and when was looked at, beside the evidence, which is of all."""
+        return any(number for name, number in self.compared.items() if name not in OF_ALL)
 
 
 def in_words(report: Report) -> Iterator[str]:

@@ -30,6 +30,7 @@ CREATE TABLE events (
 ) WITHOUT ROWID;
 CREATE TABLE changes (id TEXT PRIMARY KEY, user_id TEXT, moment TEXT, tier TEXT, time_zone TEXT, is_counted INT);
 CREATE INDEX changes_by_user ON changes (user_id, moment, id);
+CREATE TABLE others (id TEXT PRIMARY KEY, user_id TEXT) WITHOUT ROWID;
 CREATE TABLE totals (
     nth INTEGER PRIMARY KEY, user_id TEXT, period_start TEXT, period_end TEXT, {_SUMS}, models TEXT
 );
@@ -135,6 +136,15 @@ class Scratch:
     def keep_changes(self, rows: Iterable[Sequence[Any]]) -> None:
         """(id, user, moment as text, tier, time zone, whether it counts) of each."""
         self._connection.executemany(_CHANGE, rows)
+
+    def keep_others(self, rows: Iterable[tuple[str, str]]) -> None:
+        """(id, user) of events of users who are not looked at."""
+        self._connection.executemany("INSERT OR IGNORE INTO others VALUES (?, ?)", rows)
+
+    def owners(self, ids: Sequence[str]) -> dict[str, str]:
+        """Of ids that are others', whose."""
+        owned = "SELECT id, user_id FROM others WHERE id IN (SELECT value FROM json_each(?))"
+        return dict(self._connection.execute(owned, (json.dumps(ids),)))
 
     def changes(self) -> Iterator[Change]:
         """Those that count, user by user, the oldest first; of two at once, by id."""

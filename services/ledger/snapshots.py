@@ -19,6 +19,7 @@ import psycopg
 from pydantic_core import to_json
 from sqlalchemy import make_url
 
+from services.ledger.scope import Scope
 from shared.database import iso
 from shared.errors import Misconfigured
 
@@ -38,17 +39,6 @@ class Layout(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.service}.{self.table}"
-
-
-class Scope(NamedTuple):
-    """Whose records are looked at, and from which moment to which, both included."""
-
-    user_id: str | None = None
-    first: datetime | None = None
-    last: datetime | None = None
-
-    def covers(self, moment: datetime) -> bool:
-        return (self.first is None or self.first <= moment) and (self.last is None or moment <= self.last)
 
 
 class Snapshot:
@@ -173,6 +163,14 @@ class Copy:
         where, values = self._within(scope)
         ((number,),) = self.snapshot.rows(f'SELECT count(*) FROM "{self.layout.table}"{where}', *values)  # noqa: S608
         return int(number)
+
+    def is_within(self, scope: Scope, row: Row) -> bool:
+        """By the row's own moment, whatever somebody made of it."""
+        moment = row[self.layout.columns.index(self.layout.moment)]
+        if not isinstance(moment, str | datetime):
+            return False
+        first, last = (None if end is None else self.snapshot.time(end) for end in (scope.first, scope.last))
+        return (first is None or first <= moment) and (last is None or moment <= last)
 
     def batches(self, scope: Scope) -> Iterator[list[Row]]:
         where, values = self._within(scope)

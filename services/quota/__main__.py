@@ -20,7 +20,7 @@ from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
 from shared.quarantine import command
-from shared.replay_command import DryRun, Out, Until, into_place, moment, without_a_change
+from shared.replay_command import DryRun, Out, Until, check, into_place, moment, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence
 from shared.server import serve as run
@@ -68,11 +68,13 @@ def replay(
     out: Out = None,
 ) -> None:
     """Build totals and plans anew from the stream, and switch to them in one transaction. Services may run."""
+    at = None if until is None else moment(until, "'--until'")
+    check(is_dry=is_dry, looks_at_the_past=at is not None or weights is not None, out=out)
     with one_sentence("quota"):
         settings = Settings()
         plans = Plans.load(settings.plans)
         others = Plans.load(weights) if weights else None
-        rebuilt, at = RebuiltQuota(plans), moment(until) if until else None
+        rebuilt = RebuiltQuota(plans)
         if is_dry:
             run_command(without_a_change(settings, settings.database_url, rebuilt))
         elif others:

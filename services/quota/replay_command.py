@@ -38,8 +38,10 @@ async def compare_weights(
     async with as_of(settings, RebuiltQuota(plans), until=until, out=out) as file:
         table = _table("user", "plan", "period", "used", "cost USD", "would be used", "would cost USD", "difference")
         now_usd = then_usd = Decimal("0.00")
+        tiers: set[str] = set()
         with _reading(file) as db:
             for used in periods_used(db, plans):
+                tiers.add(used.plan.tier)
                 now, then = used.under(used.plan), used.under(others.of(used.plan.tier))
                 now_usd, then_usd = now_usd + now[1], then_usd + then[1]
                 table.add_row(*_names(used), _number(now[0]), str(now[1]), _number(then[0]), str(then[1]),
@@ -47,6 +49,9 @@ async def compare_weights(
         table.add_section()
         table.add_row("all", "", "", "", str(now_usd), "", str(then_usd), str(then_usd - now_usd))
         console().print(table)
+        if unnamed := sorted(tiers - others.plans.keys()):
+            told = f"The other plans do not name {', '.join(unnamed)}: counted as their default, {others.default}."
+            console(stderr=True).print(told, markup=False)
 
 
 def _names(used: PeriodUsed) -> tuple[Text, str, str]:

@@ -33,8 +33,8 @@ from services.ledger import store as ledger_store
 from services.ledger.audit import Databases, audit
 from services.ledger.merkle import leaf_hash
 from services.ledger.models import Leaf
+from services.ledger.scope import Scope
 from services.ledger.scratch import scratch
-from services.ledger.snapshots import Scope
 from services.quota import __main__ as quota
 from services.quota import store as quota_store
 from shared import streams

@@ -27,7 +27,8 @@ from sqlalchemy import Connection, make_url, select
 
 from services.ledger import store
 from services.ledger.__main__ import MIGRATIONS
-from services.ledger.export import BATCH_ROWS, Format, Selection, export, replacing
+from services.ledger.export import BATCH_ROWS, Format, export, replacing
+from services.ledger.scope import Scope
 from shared.database import Database, insert_new, snapshot, sqlite_url
 from shared.events import new_id
 from tests.bench.quota import postgresql
@@ -57,7 +58,7 @@ def measured(url: str, what: str, out: Path) -> Sample:
         rows += map(len, _bare_batches(url))
     else:
         with snapshot(url, store.usage) as db, replacing(out) as file:
-            export(db, Selection(), Format(what), file, rows.append)
+            export(db, Scope(), Format(what), file, rows.append)
     seconds, cpu_s = perf_counter() - begun, process_time() - cpu_begun
     status = Path("/proc/self/status").read_text()
     (peak_kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))

@@ -23,9 +23,10 @@ from services.ledger.audit import audit
 from services.ledger.checkpoint import Keys, load_keys
 from services.ledger.handlers import Handlers as LedgerHandlers
 from services.ledger.replay import RebuiltLedger
+from services.ledger.scope import Scope
 from services.ledger.scratch import scratch
 from services.ledger.sealer import Sealer
-from services.ledger.snapshots import Scope, snapshot
+from services.ledger.snapshots import snapshot
 from services.ledger.trim import Trimmed, trim
 from services.quota import subscriptions as quota_subscriptions
 from services.quota import totals as quota_totals

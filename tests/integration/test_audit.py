@@ -16,15 +16,15 @@ from services.ledger import store as ledger_store
 from services.ledger.audit import Databases, audit
 from services.ledger.findings import Difference, Report, as_json, in_words
 from services.ledger.handlers import Handlers as LedgerHandlers
+from services.ledger.scope import Scope
 from services.ledger.scratch import scratch
-from services.ledger.snapshots import Scope
 from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
 from services.quota import totals as quota_totals
 from services.quota.handlers import Handlers as QuotaHandlers
 from shared import streams
 from shared.consumer import Handler, apply
-from shared.database import Database, sqlite_url
+from shared.database import Database, iso, sqlite_url
 from shared.errors import Misconfigured
 from shared.events import Event, encode
 from shared.plans import Plans
@@ -301,10 +301,32 @@ async def test_a_record_that_was_given_to_another_user_does_not_hide_one_that_wa
     assert [(d.kind, d.id) for d in found.differences] == [("changed", COUNTED.id), ("unexplained", "forged")]
 
 
+async def test_a_record_is_named_where_it_should_be_and_where_somebody_put_it(system: System) -> None:
+    """Another moment, or another user: whoever looks there sees that it is not as the stream has it."""
+    moved, given = generation_completed("moved"), generation_completed("given")
+    await publish(system.nats, moved, given)
+    await system.deliver()
+    there = NOON - 90 * DAY
+    await system.ledger_does(f"UPDATE usage SET created_at = '{iso(there)}' WHERE id = '{moved.id}'")  # noqa: S608
+    await system.ledger_does(f"UPDATE usage SET user_id = 'taker' WHERE id = '{given.id}'")  # noqa: S608
+    for scope, changed in (
+        (Scope(first=there - DAY, last=there + DAY), moved.id),
+        (Scope("moved"), moved.id),
+        (Scope("taker"), given.id),
+        (Scope("given"), given.id),
+    ):
+        records = [d for d in (await system.audit(scope)).differences if d.where == "ledger.usage"]
+        assert [(d.kind, d.id) for d in records] == [("changed", changed)]
+    (taken,) = [d for d in (await system.audit(Scope("taker"))).differences if d.where == "ledger.usage"]
+    assert (taken.expected, taken.found) == ({"user_id": "given"}, {"user_id": "taker"})
+    assert (await system.audit(Scope(first=there - DAY, last=there - DAY))).differences == []
+
+
 async def test_a_total_that_is_not_the_sum_of_its_events_is_named_by_user_and_period(system: System) -> None:
     await publish(system.nats, *EVENTS)
     await system.deliver()
-    await system.quota_does("UPDATE usage_totals SET tokens_used = tokens_used + 5 WHERE tokens_used = 16195")
+    month = "user_id = 'user_2' AND period_start = '2026-10-31T18:15:00.000000Z'"
+    await system.quota_does(f"UPDATE usage_totals SET tokens_used = tokens_used + 5 WHERE {month}")  # noqa: S608
 
     (difference,) = (await system.audit()).differences
 

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 from services.ledger import store
 from services.ledger.__main__ import MIGRATIONS, cli
-from services.ledger.export import Format, Selection, export, first_moment, last_moment, replacing
+from services.ledger.export import Format, export, replacing
+from services.ledger.scope import Scope, asked
 from shared.database import Database, UtcDateTime, snapshot
 from shared.errors import Misconfigured
 from shared.events import Event, small
@@ -66,12 +67,12 @@ async def ledger(database: Database) -> Records:
 
 
 def exported(
-    url: str, file_format: Format, selection: Selection, on_rows: Callable[[int], object] = lambda _: None
+    url: str, file_format: Format, scope: Scope, on_rows: Callable[[int], object] = lambda _: None
 ) -> Records:
     """What a reader of the format makes of an export."""
     out = io.BytesIO()
     with snapshot(url, store.usage) as db:
-        export(db, selection, file_format, out, on_rows)
+        export(db, scope, file_format, out, on_rows)
     return READ[file_format](out.getvalue())
 
 
@@ -177,7 +178,7 @@ async def test_what_was_recorded_is_what_is_read_back_from_each_format_in_order(
     await record(database, *events)
     expected = await ledger(database)
     for file_format in Format:
-        assert exported(database_url, file_format, Selection()) == expected
+        assert exported(database_url, file_format, Scope()) == expected
 
 
 @FORMATS
@@ -201,7 +202,7 @@ async def test_metadata_that_stands_on_several_lines_is_one_line_of_ndjson(
     values = ", ".join({"id": "'by hand'", "metadata": "'{\n\"a\"\\: 1}'"}.get(name, name) for name in COLUMNS)
     await database.write(do(f"INSERT INTO usage ({', '.join(COLUMNS)}) SELECT {values} FROM usage"))  # noqa: S608
 
-    records = exported(database_url, Format.NDJSON, Selection())
+    records = exported(database_url, Format.NDJSON, Scope())
 
     assert records == await ledger(database)
     assert [row["metadata"] for row in records if row["id"] == "by hand"] == [{"a": 1}]
@@ -249,8 +250,8 @@ async def test_a_user_and_days_choose_records_both_days_included(
     def chosen(
         user: str | None = None, first: str | None = None, last: str | None = None
     ) -> list[tuple[str, datetime]]:
-        selection = Selection(user, first_moment(first) if first else None, last_moment(last) if last else None)
-        return [(row["user_id"], row["created_at"]) for row in exported(database_url, file_format, selection)]
+        scope = asked(user, first, last)
+        return [(row["user_id"], row["created_at"]) for row in exported(database_url, file_format, scope)]
 
     assert chosen("a") == [("a", at) for at in [*moments, midnight + 2 * DAY]]
     assert chosen("a", "2026-11-22", "2026-11-23") == [("a", at) for at in moments[1:]]
@@ -336,7 +337,7 @@ async def test_an_export_that_breaks_off_leaves_what_was_there_and_nothing_else(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), replacing(out) as file, snapshot(database_url, store.usage) as db:
-        export(db, Selection(), file_format, file, interrupt)
+        export(db, Scope(), file_format, file, interrupt)
 
     assert [file.read_text() for file in out.parent.iterdir()] == ["of yesterday"]
 
@@ -363,7 +364,7 @@ async def test_what_is_recorded_meanwhile_waits_for_no_export_and_is_not_in_it(
         is_under_way.set()
         assert is_recorded.wait(20)
 
-    exporting = asyncio.create_task(asyncio.to_thread(exported, database_url, file_format, Selection(), on_rows))
+    exporting = asyncio.create_task(asyncio.to_thread(exported, database_url, file_format, Scope(), on_rows))
     await asyncio.to_thread(is_under_way.wait, 20)
     await record(database, generation_completed(started_at=NOON + 300 * DAY))
     is_recorded.set()

@@ -1,0 +1,58 @@
+"""What operators type: what makes no sense is refused in a sentence, before anything is read or changed."""
+
+import pytest
+from typer.testing import CliRunner
+
+from services.ledger.__main__ import cli as ledger
+from services.quota.__main__ import cli as quota
+
+NO_TIME = ["", "yesterday", "2026-13-01", "9999-12-31T23:59:59-14:00"]
+
+
+@pytest.mark.parametrize("service", [ledger, quota])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        *((["--until", text], "is not a time") for text in NO_TIME),
+        (["--out", "somewhere"], "add --until"),
+        (["--dry-run", "--out", "somewhere"], "add --until"),
+        (["--dry-run", "--until", "2026-11-30"], "leave out the other"),
+    ],
+)
+def test_a_look_at_the_past_that_makes_no_sense_does_not_become_a_replay(
+    service: object, options: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(service, ["replay", *options], told, monkeypatch)
+
+
+def test_other_weights_are_no_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(quota, ["replay", "--dry-run", "--weights", "plans.toml"], "leave out the other", monkeypatch)
+
+
+@pytest.mark.parametrize("command", ["audit", "export"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--user", ""], "nobody's"),
+        *(([option, text], "is neither a day") for option in ("--from", "--to") for text in NO_TIME),
+        (["--from", "2026-11-30T12:00:00"], "is neither a day"),
+        (["--from", "2026-12-01", "--to", "2026-11-30"], "is after --to"),
+    ],
+)
+def test_nobody_is_looked_at_by_mistake(
+    command: str, options: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(ledger, [command, *options], told, monkeypatch)
+
+
+@pytest.mark.parametrize("text", NO_TIME)
+def test_what_is_archived_is_before_a_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(ledger, ["archive", "--before", text], "is not a time", monkeypatch)
+
+
+def refused(service: object, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    ended = CliRunner().invoke(service, arguments)  # type: ignore[arg-type]
+    assert ended.exit_code == 2
+    assert told in ended.stderr
+    assert ended.stdout == ""
