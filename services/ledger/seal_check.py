@@ -11,7 +11,7 @@ sealed:
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from services.ledger.checkpoint import Keys
 from services.ledger.merkle import leaf_hash
 from services.ledger.seal_findings import Findings, Kind, Result, in_hex
 from services.ledger.seal_tree import Announced, SealTree
-from services.ledger.seals import Leaf, Rows, Sealed, event_id, leaves_up_to, read_outside, sealed_after
+from services.ledger.seals import Leaf, Rows, Sealed, event_id, in_order, kept_leaves, read_outside, sealed_after
 from services.ledger.verify_record import Checkpoint
 from shared.recorded import Recorded
 from shared.streams import LEDGER_SEALED
@@ -37,10 +37,10 @@ def seal_check(
     `known_up_to` is a sequence that the stream had before the database was read: seals on it up to there are known.
     To where the stream is read is to be asked after that: all that has a leaf is on it by then.
     """
-    ((leaves,),) = rows("SELECT coalesce(max(stream_sequence), 0) FROM leaves")
     ((sealed,),) = rows("SELECT coalesce(max(tree_size), 0) FROM seals")
     return SealCheck(
-        leaves=leaves_up_to(rows, max(leaves, sealed)),
+        leaves=kept_leaves(rows),
+        sealed_up_to=sealed,
         seals=sealed_after(rows, 0),
         outside=read_outside(seals_file) if seals_file else (),
         keys=keys,
@@ -59,7 +59,8 @@ class SealCheck:
     def __init__(
         self,
         *,
-        leaves: Iterator[Leaf],
+        leaves: Iterable[Leaf],
+        sealed_up_to: int,
         seals: Iterable[Sealed],
         outside: Iterable[Checkpoint | str] = (),
         keys: Keys | None = None,
@@ -68,7 +69,9 @@ class SealCheck:
         self._found = Findings()
         self._tree = SealTree(iter(seals), iter(outside), keys or Keys(None, {}), self._found)
         self._announced = Announced(self._tree, known_up_to, self._found)
-        self._leaves, self._ahead = leaves, deque[Leaf]()
+        self._strays: list[Leaf] = []
+        self._leaves = in_order(leaves, self._strays, sealed_up_to=sealed_up_to, known_up_to=known_up_to)
+        self._ahead = deque[Leaf]()
         self._waiting = deque[_Message]()
         # How far a message is behind its own leaf, where others were inserted or left out before it.
         self._shift = 0
@@ -94,6 +97,8 @@ class SealCheck:
         while rest := self._look_ahead():
             self._take_apart([], rest)
         tree, found = self._tree, self._found
+        for stray in self._strays:
+            found.add(Kind.LEAF_STRAY, stray.sequence, stray.event_id, "-", in_hex(stray.hash))
         tree.end()
         differences = found.differences(cut_after=last_leaf)
         return Result(tree.size, tree.seals, tree.signed, tree.outside, differences, found.more)
@@ -116,6 +121,7 @@ class SealCheck:
             return True
         if leaf.hash == arrived.hash:
             self._shift = sequence - leaf.sequence
+            self._compare_ids(leaf, arrived.message)
         elif leaf.hash is None and sequence - self._shift == leaf.sequence:
             self._found.add(
                 Kind.LEAF_DELETED, leaf.sequence, event_id(arrived.message.body), in_hex(arrived.hash), "-"
@@ -127,6 +133,13 @@ class SealCheck:
         self._last_leaf = leaf.sequence
         self._consumed(arrived)
         return True
+
+    def _compare_ids(self, leaf: Leaf, message: Recorded) -> None:
+        # As our services write it, it can be seen without a parser.
+        if isinstance(leaf.event_id, str) and f'"id":"{leaf.event_id}"'.encode() in message.body:
+            return
+        if (expected := event_id(message.body)) != leaf.event_id:
+            self._found.add(Kind.LEAF_EDITED, leaf.sequence, expected, f"of {expected}", f"of {leaf.event_id}")
 
     def _consumed(self, arrived: _Message) -> None:
         self._last_message = arrived.message.sequence

@@ -23,6 +23,7 @@ class Kind(StrEnum):
     REWRITTEN = "messages changed together with their leaves"
     LEAF_EDITED = "leaf edited"
     LEAF_DELETED = "leaf deleted"
+    LEAF_STRAY = "leaf of no message that there was"
     SEAL_EDITED = "seal that does not fit the leaves"
     SEAL_UNKNOWN = "seal on the stream that the ledger does not have"
     SEAL_OTHER = "seal on the stream that differs from the ledger's"

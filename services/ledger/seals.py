@@ -21,6 +21,7 @@ from shared.events import Seal
 
 PAGE_SIZE = 5_000
 HASH_BYTES = 32
+SEQUENCE_MIN = -(2**63)
 ID_CHARS_MAX = 128
 
 # What a statement finds, in the driver's own terms; a `?` in it stands for a value.
@@ -61,24 +62,31 @@ def event_id(body: bytes) -> str | None:
     return told if is_one else None
 
 
-def leaves_up_to(rows: Rows, last: int) -> Iterator[Leaf]:
-    """As the database has them, `with_holes`."""
+def kept_leaves(rows: Rows) -> Iterator[Leaf]:
+    """As the database has them. What is no hash in it is none of any message."""
     statement = (
         "SELECT stream_sequence, event_id, leaf_hash FROM leaves WHERE stream_sequence > ?"
         " ORDER BY stream_sequence LIMIT ?"
     )
-    return with_holes((Leaf(*row) for row in paged(rows, statement)), last)
+    for sequence, event_id, digest in paged(rows, statement, SEQUENCE_MIN):
+        yield Leaf(sequence, event_id, digest if isinstance(digest, bytes) else str(digest).encode())
 
 
-def with_holes(leaves: Iterable[Leaf], last: int) -> Iterator[Leaf]:
-    """All up to `last`; those that are not there without a hash."""
+def in_order(leaves: Iterable[Leaf], strays: list[Leaf], *, sealed_up_to: int, known_up_to: int) -> Iterator[Leaf]:
+    """All that are sealed, or before one that is there; those that are not there without a hash.
+
+    Behind what is `known`, leaves follow each other without a gap. Others are `strays`, once they have been passed.
+    """
     expected = 1
     for leaf in leaves:
+        if leaf.sequence < 1 or leaf.sequence > max(expected, sealed_up_to + 1, known_up_to + 1):
+            strays.append(leaf)
+            continue
         for sequence in range(expected, leaf.sequence):
             yield Leaf(sequence, None, None)
         yield leaf
         expected = leaf.sequence + 1
-    for sequence in range(expected, last + 1):
+    for sequence in range(expected, sealed_up_to + 1):
         yield Leaf(sequence, None, None)
 
 

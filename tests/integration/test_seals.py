@@ -415,6 +415,10 @@ async def test_nothing_is_sealed_on_top_of_a_stream_that_was_written_anew(
             "itself",
         ),
         ("DELETE FROM seals WHERE tree_size = 4", [(Kind.SEAL_UNKNOWN, 4)], None),
+        ("UPDATE leaves SET event_id = 'another' WHERE stream_sequence = 2", [(Kind.LEAF_EDITED, 2)], None),
+        ("INSERT INTO leaves VALUES (100000, 'another', {})", [(Kind.LEAF_STRAY, 100_000)], "leaf 10 is missing"),
+        ("UPDATE leaves SET leaf_hash = 'no hash' WHERE stream_sequence = 2", [(Kind.LEAF_EDITED, 2)], None),
+        ("INSERT INTO leaves VALUES (0, 'another', {})", [(Kind.LEAF_STRAY, 0)], None),
     ],
 )
 async def test_leaves_and_seals_that_were_changed_are_found_and_not_built_upon(  # noqa: PLR0917 - fixtures

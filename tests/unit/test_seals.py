@@ -15,7 +15,7 @@ from services.ledger.checkpoint import Keys, Signature, checkpoint
 from services.ledger.merkle import Frontier, Head, leaf_hash
 from services.ledger.seal_check import SealCheck
 from services.ledger.seal_findings import Kind, Result
-from services.ledger.seals import Leaf, Sealed, event_id, read_outside, with_holes
+from services.ledger.seals import Leaf, Sealed, event_id, read_outside
 from services.ledger.verify_record import Checkpoint, key_id, read_checkpoint
 from shared import streams
 from shared.database import iso
@@ -57,9 +57,9 @@ class Record:
     def check(
         self, *, keys: Keys | None = None, outside: Sequence[Checkpoint | str] = (), known_up_to: int | None = None
     ) -> Result:
-        last = max([*(leaf.sequence for leaf in self.leaves), self.last_sealed])
         check = SealCheck(
-            leaves=with_holes(self.leaves, last),
+            leaves=self.leaves,
+            sealed_up_to=self.last_sealed,
             seals=self.seals,
             outside=outside,
             keys=keys,
@@ -200,6 +200,28 @@ def test_leaves_that_were_deleted_are_named(data: st.DataObject) -> None:
     places = data.draw(st.sets(st.integers(0, len(record.leaves) - 1), min_size=1, max_size=5))
     record.leaves = [leaf for place, leaf in enumerate(record.leaves) if place not in places]
     assert named(record.check()) == [(Kind.LEAF_DELETED, place + 1) for place in sorted(places)]
+
+
+@given(st.data(), st.booleans())
+def test_leaves_of_no_message_are_named_and_nothing_else(data: st.DataObject, is_being_written: bool) -> None:
+    """Also while the last messages have no leaves yet."""
+    record = Record(data.draw(st.integers(8, 60)))
+    size = len(record.leaves)
+    if is_being_written:
+        record.leaves = record.leaves[: record.last_sealed]
+    strays = data.draw(st.sets(st.integers(-5, 0) | st.integers(size + 2, 2**62), min_size=1, max_size=3))
+    record.leaves += [Leaf(stray, None, leaf_hash(b"stray")) for stray in strays]
+    record.leaves.sort(key=lambda leaf: leaf.sequence)
+    assert named(record.check()) == [(Kind.LEAF_STRAY, stray) for stray in sorted(strays)]
+
+
+@given(st.data())
+def test_a_leaf_that_tells_of_another_event_is_named(data: st.DataObject) -> None:
+    record = Record(data.draw(st.integers(8, 60)))
+    place = data.draw(st.integers(0, len(record.leaves) - 1))
+    told = data.draw(st.sampled_from([None, "", "another", record.leaves[place - 1].event_id]))
+    record.leaves[place] = record.leaves[place]._replace(event_id=told)
+    assert named(record.check()) == [(Kind.LEAF_EDITED, place + 1)]
 
 
 @given(st.data())
