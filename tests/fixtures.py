@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,15 +26,21 @@ from sqlalchemy import make_url
 from shared import streams
 from shared.broker import connect
 from shared.database import sqlite_url
+from tests import forked
 
 Found = TypeVar("Found")
 MIB = 1024**2
 START_DEADLINE_S = 20
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # A run that is told to stop, by `timeout` or by CI, ends as on Ctrl-C: with every server that it started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if config.getoption("numprocesses", None):
+        # One for all processes of the run, which inherit its address.
+        opened = ExitStack()
+        os.environ[forked.SOCKET] = opened.enter_context(forked.server())
+        config.add_cleanup(opened.close)
 
 
 async def eventually(look: Callable[[], Awaitable[Found | None]], *, deadline_s: float = 30) -> Found:

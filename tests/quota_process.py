@@ -3,8 +3,6 @@
 import asyncio
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,8 +20,10 @@ from shared import broker, calls, streams
 from shared.broker import connect
 from shared.calls import Authorization, Authorize, Usage, UsageAnswer, UsageQuery, authorization
 from shared.database import Database, sqlite_url
+from tests import forked
 from tests.fixtures import MIB, START_DEADLINE_S, Postgres, eventually
-from tests.stack import PROJECT, environment, free_port
+from tests.forked import Forked
+from tests.stack import environment, free_port
 
 # What a killed replica had taken comes again after this, and not after half a minute.
 ACK_WAIT_S = 2
@@ -40,19 +40,14 @@ class Replica:
     log: Path
     command: Sequence[str] = SERVE
     url: str = field(init=False)
-    process: subprocess.Popen[bytes] = field(init=False)
+    process: Forked = field(init=False)
 
     def start(self) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *self.command],
-                cwd=PROJECT,
-                env=environment(**self.settings, CHATRAIL_PORT=str(port)),
-                stdout=log,
-                stderr=log,
-            )
+            variables = environment(**self.settings, CHATRAIL_PORT=str(port))
+            self.process = forked.start(*self.command, env=variables, output=log)
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_DEADLINE_S

@@ -13,14 +13,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 import psutil
 import pytest
 from pydantic import TypeAdapter
 
-PROJECT = Path(__file__).parent.parent
+from tests import forked
+from tests.forked import Forked
+
+PROJECT = forked.PROJECT
 COMMAND = [sys.executable, "-m", "deploy.local"]
 READY_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 60
@@ -54,7 +57,7 @@ class Stack:
         variables.setdefault("CHATRAIL_STAND_IN_DELAY_MS", "2")
         self.url = f"http://127.0.0.1:{port}"
         self._environment = environment(CHATRAIL_DATA=str(data), **variables)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
 
     def __enter__(self) -> "Stack":
         self.start()
@@ -68,15 +71,7 @@ class Stack:
     def start(self) -> None:
         """Returns when the stack says that it is ready; fails the test with all that it said when it is not."""
         with tempfile.TemporaryFile() as output:
-            self._process = subprocess.Popen(
-                COMMAND,
-                cwd=PROJECT,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self._process = self._launched(output)
             deadline = time.monotonic() + READY_TIMEOUT_S
             while f"ChatRail is ready at {self.url}\n" not in (
                 said := os.pread(output.fileno(), 1_000_000, 0).decode()
@@ -85,6 +80,9 @@ class Stack:
                     self.stop()
                     pytest.fail(f"The stack is not ready. It said:\n{said}", pytrace=False)
                 time.sleep(0.05)
+
+    def _launched(self, output: IO[bytes]) -> subprocess.Popen[bytes] | Forked:
+        return forked.start("deploy.local", env=self._environment, output=output)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """The exit status, once the process is gone. To stop what has stopped is no error."""
@@ -168,9 +166,24 @@ class Stack:
     def _client(self) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(base_url=self.url, trust_env=False)
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> subprocess.Popen[bytes] | Forked:
         assert self._process, "the stack was never started"
         return self._process
+
+
+class ExecutedStack(Stack):
+    """Started as users start it: every process of it by an exec."""
+
+    def _launched(self, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            COMMAND,
+            cwd=PROJECT,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -181,7 +194,7 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 def _part(process: psutil.Process) -> str | None:
     """The name that supervisor gave it."""
     try:
-        name: str | None = process.environ().get("SUPERVISOR_PROCESS_NAME")
+        name: str | None = process.environ().get(forked.NAMED) or forked.name_of(process.name())
     except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
         return None
     return name

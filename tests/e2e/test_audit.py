@@ -3,11 +3,10 @@
 import asyncio
 import json
 import sqlite3
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -15,28 +14,18 @@ from shared.bus_of_folder import bus_of_folder
 from shared.errors import Misconfigured
 from shared.recorded import bounds
 from shared.server import ServiceSettings
+from tests import forked
+from tests.forked import Ended
 from tests.people import ask_until_answered, client_of
-from tests.stack import PROJECT, Stack, environment
+from tests.stack import Stack, environment
 
 PEOPLE = 4
 
 
-class Said(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-async def audit(data: Path, *options: str) -> Said:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.ledger", "audit", *options),
-        cwd=PROJECT,
-        env=environment(CHATRAIL_DATA=str(data)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+async def audit(data: Path, *options: str) -> Ended:
+    return await forked.run(
+        "services.ledger", "audit", *options, env=environment(CHATRAIL_DATA=str(data)), apart=True
     )
-    out, err = await process.communicate()
-    return Said(process.returncode or 0, out.decode(), err.decode())
 
 
 @asynccontextmanager

@@ -3,8 +3,6 @@
 import asyncio
 import json
 import sqlite3
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from datetime import datetime, timedelta
@@ -14,10 +12,12 @@ from uuid import uuid4
 import httpx2
 import pytest
 
+from tests import forked
 from tests.e2e.test_api import problem_of, question, report
 from tests.fixtures import eventually
+from tests.forked import Ended
 from tests.people import ask, client_of, rows
-from tests.stack import PROJECT, Stack, environment
+from tests.stack import Stack, environment
 
 PATH = "/api/usage/explain"
 Story = dict[str, Any]
@@ -268,16 +268,9 @@ async def test_the_story_says_the_limits_as_every_answer_does(http: httpx2.Async
 # The command
 
 
-def command(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "services.ledger", "explain", *arguments],
-        cwd=PROJECT,
-        env=environment(CHATRAIL_DATA=str(stack.data)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+async def command(stack: Stack, *arguments: str) -> Ended:
+    variables = environment(CHATRAIL_DATA=str(stack.data))
+    return await forked.run("services.ledger", "explain", *arguments, env=variables, apart=True)
 
 
 async def test_the_command_tells_the_same_story_in_words_and_as_json(
@@ -289,10 +282,10 @@ async def test_the_command_tells_the_same_story_in_words_and_as_json(
     ]
     story = await explained(http, generation_id)
 
-    as_json = command(stack, "--id", generation_id, "--user", user, "--json")
-    assert (as_json.returncode, as_json.stderr) == (0, "")
-    assert json.loads(as_json.stdout) == story
-    words = command(stack, "--id", generation_id).stdout
+    as_json = await command(stack, "--id", generation_id, "--user", user, "--json")
+    assert (as_json.status, as_json.err) == (0, "")
+    assert json.loads(as_json.out) == story
+    words = (await command(stack, "--id", generation_id)).out
     assert words.startswith(f"{generation_id}, {user}: settled\n")
     assert "8,000 of output" in words
     assert f"granted  {story['granted']['outputTokens']:,} tokens of output" in words
@@ -307,9 +300,9 @@ async def test_the_command_tells_of_what_is_under_way_and_keeps_anothers_to_itse
     async with under_way(http, user) as generation_id:
         story = (await http.get(PATH, params={"generationId": generation_id})).json()
         told, strangers = await asyncio.gather(
-            asyncio.to_thread(command, stack, "--id", generation_id, "--json"),
-            asyncio.to_thread(command, stack, "--id", generation_id, "--user", "somebody else"),
+            command(stack, "--id", generation_id, "--json"),
+            command(stack, "--id", generation_id, "--user", "somebody else"),
         )
-    assert json.loads(told.stdout) == story
-    assert (strangers.returncode, strangers.stdout) == (1, "")
-    assert strangers.stderr.startswith(f"Nothing is held or on record under {generation_id} for somebody else.")
+    assert json.loads(told.out) == story
+    assert (strangers.status, strangers.out) == (1, "")
+    assert strangers.err.startswith(f"Nothing is held or on record under {generation_id} for somebody else.")

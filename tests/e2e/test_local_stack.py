@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.stack import COMMAND, PROJECT, Stack, alive, environment, free_port
+from tests.stack import COMMAND, PROJECT, ExecutedStack, Stack, alive, environment, free_port
 
 
 @pytest.fixture(scope="module")
 def spare_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(tmp_path_factory.mktemp("spare") / 'it\'s 100% "data" #1 ;') as running:
+    with ExecutedStack(tmp_path_factory.mktemp("spare") / 'it\'s 100% "data" #1 ;') as running:
         yield running
 
 
 @pytest.fixture
 def own_stack(spare_stack: Stack) -> Stack:
-    """A stack that the test may stop; in a folder whose name needs quoting everywhere."""
+    """A stack that the test may stop, started as users do; in a folder whose name needs quoting everywhere."""
     if not spare_stack.is_running:
         spare_stack.start()
     return spare_stack

@@ -2,16 +2,15 @@
 
 import asyncio
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import httpx2
 
+from tests import forked
 from tests.fixtures import eventually
 from tests.people import ask, client_of, given, open_holds, recorded, rows, totalled
-from tests.stack import PROJECT, Stack, environment
+from tests.stack import Stack, environment
 
 PEOPLE, QUESTIONS, REPLAYS = 8, 6, 2
 REPLAY_S = 120
@@ -30,17 +29,10 @@ async def replay(data: Path, *arguments: str) -> str:
     """What both commands say; they end with 0."""
     said = ""
     for service in ("ledger", "quota"):
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", f"services.{service}", "replay", *arguments),
-            cwd=PROJECT,
-            env=environment(CHATRAIL_DATA=str(data)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        async with asyncio.timeout(REPLAY_S):
-            output, _ = await process.communicate()
-        said += output.decode()
-        assert process.returncode == 0, said
+        variables = environment(CHATRAIL_DATA=str(data))
+        ended = await forked.run(f"services.{service}", "replay", *arguments, env=variables, timeout_s=REPLAY_S)
+        said += ended.out
+        assert ended.status == 0, said
     return said
 
 
@@ -68,10 +60,14 @@ async def test_people_chat_while_all_is_replayed_and_every_token_is_counted_once
                 assert now >= used
                 used = now
 
+        async def is_counted() -> bool:
+            return recorded(stack) > 0 and totalled(stack) > 0
+
         async with client_of(stack) as client, asyncio.TaskGroup() as people:
             for nth in range(PEOPLE):
                 people.create_task(chat(client, f"user_{nth}"))
                 people.create_task(watch(f"user_{nth}"))
+            await eventually(is_counted)
             for _ in range(REPLAYS):
                 # Only where something is wrong all tables have to be exchanged.
                 do(stack.data / "ledger.db", NOBODYS_DAY)

@@ -3,27 +3,26 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import httpx2
 
-from tests.faults.failpoints import forked
+from tests import forked
 from tests.fixtures import eventually
+from tests.forked import Forked
 from tests.people import rows
 from tests.stack import Stack, environment, free_port
 
 
 @dataclass
 class Chat:
-    process: ForkServerProcess
+    process: Forked
     folder: Path
     port: int
     http: httpx2.AsyncClient
 
     @property
     def pid(self) -> int:
-        assert self.process.pid
         return self.process.pid
 
     async def is_ready(self) -> bool:
@@ -46,7 +45,8 @@ async def chat_beside(stack: Stack, folder: Path, **variables: str) -> AsyncIter
         "ANTHROPIC_BASE_URL": stack.endpoints["claude"],
         **variables,
     }
-    process = forked("services.chat", environment(**variables), folder / "chat.log", crash_at=None)
+    with (folder / "chat.log").open("ab") as log:
+        process = forked.start("services.chat", "serve", env=environment(**variables), output=log)
     limits = httpx2.Limits(max_connections=200)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -56,4 +56,4 @@ async def chat_beside(stack: Stack, folder: Path, **variables: str) -> AsyncIter
             yield chat
     finally:
         process.terminate()
-        process.join()
+        process.wait(30)

@@ -10,25 +10,20 @@ The end is a SIGKILL: nothing is written, sent or said after it.
 """
 
 import functools
-import gc
 import importlib
 import inspect
-import multiprocessing
 import os
 import re
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.context import ForkServerProcess
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, event
 
 CRASH_AT = "CHATRAIL_CRASH_AT"
 _STEP = re.compile(r"(before|after|within) ([\w.]+):([\w.]+)(?:#(\d+))?")
-_ENTRY_POINTS = [f"services.{service}.app" for service in ("chat", "ledger", "quota")]
 
 
 class Countdown:
@@ -97,26 +92,6 @@ def run(module: str, arguments: Sequence[str]) -> None:
         arm(step)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def forked(module: str, environment: Mapping[str, str], log: Path, *, crash_at: str | None) -> ForkServerProcess:
-    """The same, started within a moment: from a process that has imported our services, and nothing more."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_ENTRY_POINTS)
-    step = {CRASH_AT: crash_at} if crash_at else {}
-    process = context.Process(target=_serve, args=(module, {**environment, **step}, log))
-    process.start()
-    return process
-
-
-def _serve(module: str, environment: Mapping[str, str], log: Path) -> None:
-    gc.freeze()  # or each process would copy all that it shares with the others
-    os.environ.clear()
-    os.environ.update(environment)
-    with log.open("ab") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-    run(module, ["serve"])
 
 
 if __name__ == "__main__":

@@ -27,9 +27,11 @@ from shared.broker import connect
 from shared.calls import Authorize, Granted
 from shared.database import Database, sqlite_url
 from shared.events import GenerationCompleted, new_id
+from tests import forked
 from tests.builders import generation_completed, publish
-from tests.faults.failpoints import CRASH_AT, arm, forked
+from tests.faults.failpoints import CRASH_AT, arm
 from tests.fixtures import MIB, Postgres, broker_in, eventually
+from tests.forked import Forked
 from tests.integration.test_claude_stand_in import stand_in
 from tests.people import rows
 from tests.quota_process import authorize, authorize_once
@@ -51,20 +53,27 @@ class Service:
     settings: dict[str, str]
     folder: Path
     url: str = ""
-    process: Any = field(default=None, init=False)
+    process: Forked | None = field(default=None, init=False)
 
     def start(self, crash_at: str | None = None) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        variables = environment(**self.settings, CHATRAIL_PORT=str(port))
-        log = self.folder / f"{self.name}.log"
-        self.process = forked(f"services.{self.name}", variables, log, crash_at=crash_at)
+        step = {CRASH_AT: crash_at} if crash_at else {}
+        variables = environment(**self.settings, **step, CHATRAIL_PORT=str(port))
+        with (self.folder / f"{self.name}.log").open("ab") as log:
+            self.process = forked.start(
+                "tests.faults.failpoints", f"services.{self.name}", "serve", env=variables, output=log
+            )
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     async def is_ready(self) -> None:
         async with httpx2.AsyncClient(trust_env=False) as client:
 
             async def look() -> bool:
-                assert self.process.is_alive(), (self.folder / f"{self.name}.log").read_text()[-3000:]
+                assert self.is_running, (self.folder / f"{self.name}.log").read_text()[-3000:]
                 with suppress(httpx2.TransportError):
                     return (await client.get(f"{self.url}/readyz")).is_success
                 return False
@@ -73,13 +82,14 @@ class Service:
 
     async def dies(self, crash_at: str) -> None:
         """Returns once it has killed itself."""
-        await asyncio.to_thread(self.process.join, DEADLINE_S)
-        assert self.process.exitcode == KILLED, f"{self.name} was never {crash_at}"
+        assert self.process, "it was never started"
+        async with asyncio.timeout(DEADLINE_S):
+            assert await self.process.ended() == KILLED, f"{self.name} was never {crash_at}"
 
     def kill(self) -> None:
         if self.process:
             self.process.kill()
-            self.process.join()
+            self.process.wait()
 
 
 @dataclass
@@ -406,14 +416,14 @@ async def _dies_at_each_statement(service: Service, is_counted: Callable[[], Awa
     """How many statements the transaction has: after each of them the process died, and nothing was changed."""
 
     async def has_ended() -> bool:
-        return not service.process.is_alive() or await is_counted()
+        return not service.is_running or await is_counted()
 
     number = 0
     while True:
         step = f"within {TRANSACTIONS[service.name]}#{number + 1}"
         service.start(step)
         await eventually(has_ended, deadline_s=DEADLINE_S)
-        if service.process.is_alive():
+        if service.is_running:
             service.kill()
             return number
         await service.dies(step)

@@ -43,6 +43,7 @@ from shared.plans import Plans
 from shared.record import Record
 from shared.recorded import Recorded, bounds, recorded
 from shared.replaying import dry_run, rebuild_into, replay
+from tests import forked
 from tests.builders import (
     generation_completed,
     publish,
@@ -650,15 +651,9 @@ def variables(system: Archiving, nats_url: str) -> dict[str, str]:
 async def command(system: Archiving, nats_url: str, *arguments: str, crash_at: str | None = None) -> tuple[int, str]:
     """How `python -m services.ledger …` ends, and what it says."""
     step = {"CHATRAIL_CRASH_AT": crash_at} if crash_at else {}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.faults.failpoints", "services.ledger", *arguments),
-        cwd=PROJECT,
-        env=environment(**variables(system, nats_url), **step),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    said, _ = await process.communicate()
-    return process.returncode or 0, said.decode()
+    told = environment(**variables(system, nats_url), **step)
+    ended = await forked.run("tests.faults.failpoints", "services.ledger", *arguments, env=told)
+    return ended.status, ended.out
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,6 +13,9 @@ import anthropic
 import httpx2
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
+
+from tests import forked
+from tests.stack import environment
 
 START_DEADLINE_S = 20
 MODEL = "claude-haiku-4-5"
@@ -36,7 +38,8 @@ def fetch(port: int, path: str) -> Any:
 def stand_in(*options: str) -> Iterator[int]:
     """The port of a stand-in that answers."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "deploy.claude", "--port", str(port), *options])
+    with open(os.devnull, "wb") as nothing:
+        process = forked.start("deploy.claude", "--port", str(port), *options, env=environment(), output=nothing)
     try:
         deadline = time.monotonic() + START_DEADLINE_S
         while True:

@@ -1,8 +1,6 @@
 """Quota replayed while it answers: nobody is refused or waits too long, and no figure is wrong in between."""
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from shared.calls import Authorize, Granted
 from shared.database import patient_engine
 from shared.events import GenerationCompleted, new_id, utc_now
 from shared.plans import FOR_EVER
+from tests import forked
 from tests.builders import NOON, generation_completed, publish
 from tests.quota_process import (
     Quota,
@@ -26,7 +25,7 @@ from tests.quota_process import (
     started,
     usage_of,
 )
-from tests.stack import PROJECT, environment
+from tests.stack import environment
 
 USERS, REPLAYS = 6, 3
 PLANS = """
@@ -55,15 +54,8 @@ def quota(request: pytest.FixtureRequest, own_nats_server: str, tmp_path: Path) 
 
 
 async def replay(settings: dict[str, str]) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.quota", "replay"),
-        cwd=PROJECT,
-        env=environment(**settings),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    said, _ = await process.communicate()
-    assert process.returncode == 0, said.decode()
+    ended = await forked.run("services.quota", "replay", env=environment(**settings))
+    assert ended.status == 0, ended.out
 
 
 def add_a_total(url: str, user_id: str) -> None:

@@ -36,6 +36,7 @@ from shared.errors import Misconfigured, Unavailable
 from shared.events import Event, decode_seal, encode
 from shared.quarantine import Quarantined
 from shared.recorded import Recorded, bounds, recorded
+from tests import forked
 from tests.builders import generation_completed, publish, publish_raw, subscription_changed
 from tests.fixtures import MIB, broker_in, eventually
 from tests.stack import environment
@@ -459,7 +460,8 @@ async def proven(settings: Settings, nats: Client, database: Database, tmp_path:
 
 async def ledger(settings: Settings, *arguments: str) -> tuple[int | None, str]:
     variables = {"CHATRAIL_NATS_URL": settings.nats_url, "CHATRAIL_LEDGER_DATABASE_URL": settings.database_url}
-    return await finished(sys.executable, "-m", "services.ledger", *arguments, env=environment(**variables))
+    ended = await forked.run("services.ledger", *arguments, env=environment(**variables))
+    return ended.status, ended.out
 
 
 async def finished(*command: str, **more: Any) -> tuple[int | None, str]:

@@ -1,7 +1,6 @@
 """The bus, as `shared/streams.py` creates it on a real broker: what it refuses is what makes it the record."""
 
 import asyncio
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from nats.js.errors import APIError
 from shared import streams
 from shared.errors import Misconfigured
 from shared.events import decode, encode
+from tests import forked
 from tests.builders import generation_completed, publish, publish_raw, usage_adjusted
 from tests.fixtures import MIB, broker_in
-from tests.stack import PROJECT, environment
+from tests.stack import environment
 
 ONLY_FIRST = {"Nats-Expected-Last-Subject-Sequence": "0"}
 
@@ -130,16 +130,8 @@ async def test_replicas_that_a_stream_lacks_are_asked_for_in_words(bare_js: JetS
 
 
 async def run(**variables: str) -> tuple[int | None, str]:
-    step = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "shared.streams",
-        cwd=PROJECT,
-        env=environment(**variables),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, said = await asyncio.wait_for(step.communicate(), timeout=30)
-    return step.returncode, said.decode()
+    ended = await forked.run("shared.streams", env=environment(**variables), apart=True)
+    return ended.status, ended.err
 
 
 @pytest.mark.parametrize(

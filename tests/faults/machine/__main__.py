@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from tests import forked
 from tests.faults.machine.log import OperationLog
 from tests.faults.machine.mutants import MUTANTS, SQLITE, Mutant
 from tests.faults.machine.run import Run
@@ -84,10 +86,9 @@ async def _find(name: str, seed: int, folder: Path) -> int:
 async def _checked(system: System) -> int:
     """The checker's exit status: it is a process of its own, and reads while the system is still up."""
     system.places.save(system.folder)
-    checking = asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.faults.machine.checker", str(system.folder)
-    )
-    return await (await checking).wait()
+    found = await forked.run("tests.faults.machine.checker", str(system.folder), env=dict(os.environ))
+    _say(found.out)
+    return found.status
 
 
 def _status(running: Coroutine[Any, Any, int]) -> int:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tests import forked
 from tests.faults.machine.log import OperationLog
+from tests.forked import Forked
 from tests.stack import PROJECT, environment
 
 RESTART_AFTER_S = 0.5
@@ -36,7 +38,7 @@ class Part:
         self._is_wanted = asyncio.Event()
         self._has_ended = asyncio.Event()
         self._has_ended.set()
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | Forked | None = None
         self._supervising: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -66,7 +68,7 @@ class Part:
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGKILL)
         if self._process:
-            await self._process.wait()
+            await _ended(self._process)
 
     def signal(self, number: signal.Signals) -> None:
         """To the process, when there is one."""
@@ -78,22 +80,32 @@ class Part:
         while True:
             await self._is_wanted.wait()
             self._has_ended.clear()
-            with self._output.open("ab") as output:
-                self._process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    cwd=PROJECT,
-                    env=self._environment,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    user=self._user,
-                    start_new_session=True,
-                )
+            self._process = await self._launched()
             self._log.write("started", part=self.name, pid=self._process.pid)
-            status = await self._process.wait()
+            status = await _ended(self._process)
             self._log.write("ended", part=self.name, pid=self._process.pid, status=status)
             self._has_ended.set()
             await asyncio.sleep(RESTART_AFTER_S)
+
+    async def _launched(self) -> asyncio.subprocess.Process | Forked:
+        """One of our modules is forked, anything else executed."""
+        with self._output.open("ab") as output:
+            if self._command[:2] == python():
+                return forked.start(*self._command[2:], env=self._environment, output=output)
+            return await asyncio.create_subprocess_exec(
+                *self._command,
+                cwd=PROJECT,
+                env=self._environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                user=self._user,
+                start_new_session=True,
+            )
+
+
+async def _ended(process: asyncio.subprocess.Process | Forked) -> int:
+    return await (process.ended() if isinstance(process, Forked) else process.wait())
 
 
 class StepFailed(Exception):
@@ -101,18 +113,10 @@ class StepFailed(Exception):
 
 
 async def step(*command: str, **variables: str) -> None:
-    """A command that ends by itself. Raises StepFailed when it does so with an error."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        cwd=PROJECT,
-        env=environment(**variables),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    said, _ = await process.communicate()
-    if process.returncode:
-        raise StepFailed(f"{' '.join(command)} failed: {said.decode()[-2000:]}")
+    """A module of ours that ends by itself. Raises StepFailed when it does so with an error."""
+    ended = await forked.run(*command[2:], env=environment(**variables))
+    if ended.status:
+        raise StepFailed(f"{' '.join(command)} failed: {ended.out[-2000:]}")
 
 
 def python(*arguments: str) -> list[str]:

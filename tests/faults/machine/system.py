@@ -21,13 +21,14 @@ from sqlalchemy import make_url
 
 from shared.database import sqlite_url
 from shared.streams import DURABLES, STREAM
+from tests import forked
 from tests.faults.machine.load import PLANS
 from tests.faults.machine.log import OperationLog
 from tests.faults.machine.parts import Part, is_root, python, step
 from tests.faults.machine.places import Places
 from tests.faults.machine.schedule import Shape
 from tests.proxy import Proxy
-from tests.stack import PROJECT, environment, free_port
+from tests.stack import environment, free_port
 
 Service = Literal["ledger", "quota"]
 SERVICES: tuple[Service, ...] = ("ledger", "quota")
@@ -216,18 +217,16 @@ class System:
 
     async def audit(self) -> int:
         """What the product says of itself in the end, to whoever runs it: the status of its own audit."""
-        auditing = await asyncio.create_subprocess_exec(
-            *python("services.ledger", "audit"),
-            cwd=PROJECT,
-            env=environment(
-                CHATRAIL_NATS_URL=self.nats_url,
-                CHATRAIL_LEDGER_DATABASE_URL=self._database_url("ledger", linked=False),
-                CHATRAIL_QUOTA_DATABASE_URL=self._database_url("quota", linked=False),
-                CHATRAIL_PLANS=str(self.folder / "plans.toml"),
-                CHATRAIL_DATA=str(self.folder),
-            ),
+        variables = environment(
+            CHATRAIL_NATS_URL=self.nats_url,
+            CHATRAIL_LEDGER_DATABASE_URL=self._database_url("ledger", linked=False),
+            CHATRAIL_QUOTA_DATABASE_URL=self._database_url("quota", linked=False),
+            CHATRAIL_PLANS=str(self.folder / "plans.toml"),
+            CHATRAIL_DATA=str(self.folder),
         )
-        return await auditing.wait()
+        said = await forked.run("services.ledger", "audit", env=variables)
+        print(said.out, end="", flush=True)  # noqa: T201 - a command
+        return said.status
 
     async def _connected(self) -> Client:
         return await nats.connect(self.nats_url, max_reconnect_attempts=2, connect_timeout=2, error_cb=_unheard)
