@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import signal
 import sqlite3
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -34,6 +32,7 @@ from shared.quarantine import Quarantined
 from shared.recorded import BATCH_SIZE
 from shared.replaying import Rebuilt, Told, dry_run, open_shadow, rebuild_into, replay
 from shared.streams import ALERTS, LEDGER_SEALED
+from tests import forked
 from tests.builders import (
     NOON,
     authorized,
@@ -46,7 +45,7 @@ from tests.builders import (
     usage_reported,
 )
 from tests.fixtures import eventually
-from tests.stack import PROJECT, environment
+from tests.stack import environment
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
 PLANS_FILE = """
@@ -569,7 +568,7 @@ async def test_an_empty_stream_takes_nothing_away(nats: Client, service: Service
 
 
 async def test_a_replay_that_is_killed_has_changed_nothing_and_the_next_one_ends_the_same(
-    nats: Client, own_nats_server: str, service: Service
+    nats: Client, own_nats_server: str, service: Service, tmp_path: Path
 ) -> None:
     events = [generation_completed(f"user_{nth % 50}", output_tokens=nth) for nth in range(3 * BATCH_SIZE)]
     await asyncio.gather(*(publish(nats, event) for event in events))
@@ -579,18 +578,20 @@ async def test_a_replay_that_is_killed_has_changed_nothing_and_the_next_one_ends
     damaged = await service.rows()
 
     name = service.rebuilt.service
-    variables = {f"CHATRAIL_{name.upper()}_DATABASE_URL": service.url, "CHATRAIL_NATS_URL": own_nats_server}
-    command = [sys.executable, "-m", f"services.{name}", "replay"]
+    variables = environment(
+        **{f"CHATRAIL_{name.upper()}_DATABASE_URL": service.url}, CHATRAIL_NATS_URL=own_nats_server
+    )
     # At every step a little later, until one is through before it is killed.
     for nth in range(100):
-        process = await asyncio.create_subprocess_exec(*command, cwd=PROJECT, env=environment(**variables))
+        with (tmp_path / "said").open("wb") as said:
+            process = forked.start(f"services.{name}", "replay", env=variables, output=said)
         try:
-            async with asyncio.timeout(0.8 * 1.25**nth):
-                assert await process.wait() == 0
+            async with asyncio.timeout(0.05 * 1.25**nth):
+                assert await process.ended() == 0
             break
         except TimeoutError:
-            process.send_signal(signal.SIGKILL)
-            await process.wait()
+            process.kill()
+            await process.ended()
         if await service.has(before):
             break  # killed after the switch, with something left to clean
         assert await service.rows() == damaged
