@@ -31,10 +31,10 @@ run: .venv/installed-run
 run-cluster: .venv/installed-run
 	@CHATRAIL_NATS_CLUSTER=true exec $(bin)/python -m deploy.local
 
-# A process for each core, and a file's tests in one of them: they share what is slow to start. In the order of
-# the folders, which has the long ones first: the short ones then fill both processes to the end.
+# Several processes, and a file's tests in one of them: they share what is slow to start. How many, and in which
+# order, says tests/conftest.py.
 test: .venv/installed-dev
-	@exec $(bin)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder $(ARGS)
+	@exec $(bin)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/installed-dev
 	$(bin)/ruff check .

@@ -1,1 +1,30 @@
+import os
+
+import pytest
+
 pytest_plugins = ["tests.stack", "tests.fixtures"]
+
+# What takes longest begins first, and the rest fills all processes to the end.
+LONGEST_FIRST = (
+    "faults/test_machine.py",
+    "faults/test_mutations.py",
+    "faults/test_links.py",
+    "integration/test_archive.py",
+    "integration/test_replay.py",
+    "faults/test_full_disk.py",
+    "faults/test_storm.py",
+    "integration/test_quota_store.py",
+    "e2e/test_archive.py",
+    "faults/test_failpoints.py",
+    "e2e/test_local_stack.py",
+)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two a core: half of the time a test waits for a process that it has started or harmed."""
+    return 2 * (os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(places)))

@@ -257,9 +257,15 @@ def _serve(listening: socket.socket) -> None:
     gc.enable()
     request = _Server(listening).next_request()
     if request:
+        _call_it(request.module)
         if request.module == "deploy.local":
             _fork_what_it_starts()
         _become(request.module, request.arguments, request.environment, PROJECT)
+
+
+def _call_it(name: str) -> None:
+    """What `ps` and `top` show of this process, as far as the kernel has room for it."""
+    Path("/proc/self/comm").write_text(name, encoding="ascii")
 
 
 def _become(module: str, arguments: Iterable[str], environment: Mapping[str, str], folder: Path) -> None:
@@ -337,7 +343,7 @@ def _execute(_options: Any, filename: str, argv: list[str], environment: dict[st
             environment[name] = value
     if words[0] != Path(sys.executable).name:
         os.execve(filename, argv, environment)  # noqa: S606
-    Path("/proc/self/comm").write_text(NAME_PREFIX + environment[NAMED], encoding="ascii")
+    _call_it(NAME_PREFIX + environment[NAMED])
     _python, _m, module, *arguments = words
     _become_for_good(module, arguments, environment, Path.cwd())
 
