@@ -4,8 +4,6 @@ import asyncio
 import csv
 import io
 import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -18,9 +16,10 @@ import pytest
 
 from shared import streams
 from shared.broker import connect
+from tests import forked
 from tests.fixtures import eventually
 from tests.people import client_of, given, open_holds
-from tests.stack import PROJECT, Stack, environment
+from tests.stack import Stack, environment
 
 OPERATOR_KEY = "operator-key-that-must-stay-secret"
 PROVIDER_KEY = "provider-key-that-must-stay-secret"
@@ -818,20 +817,11 @@ async def test_what_is_an_operators_needs_the_operators_key_where_there_is_one(
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])  # noqa: S104 - refused
-def test_in_open_mode_chat_refuses_to_listen_to_the_network(host: str) -> None:
-    command = [sys.executable, "-m", "services.chat", "serve"]
-    ended = subprocess.run(
-        command,
-        cwd=PROJECT,
-        env=environment(CHATRAIL_HOST=host),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert ended.returncode == 1
-    assert ended.stderr.count("\n") == 1
-    assert "Set CHATRAIL_HOST=127.0.0.1." in ended.stderr
+async def test_in_open_mode_chat_refuses_to_listen_to_the_network(host: str) -> None:
+    ended = await forked.run("services.chat", "serve", env=environment(CHATRAIL_HOST=host), apart=True)
+    assert ended.status == 1
+    assert ended.err.count("\n") == 1
+    assert "Set CHATRAIL_HOST=127.0.0.1." in ended.err
 
 
 # What an operator sees, and what nobody sees

@@ -76,13 +76,6 @@ async def test_a_stop_leaves_no_process_and_the_next_run_goes_on_with_the_same_d
     await own_stack.usage_reaches("user_1", 8094)
 
 
-def test_a_killed_stack_leaves_no_process_and_the_next_goes_on(own_stack: Stack) -> None:
-    left_behind = own_stack.processes()
-    own_stack.stop(signal.SIGKILL)
-    own_stack.start()
-    assert not alive(left_behind)
-
-
 def test_a_killed_supervisor_ends_everything(own_stack: Stack) -> None:
     _, supervisor, *programs = own_stack.processes()
     supervisor.kill()
@@ -91,6 +84,14 @@ def test_a_killed_supervisor_ends_everything(own_stack: Stack) -> None:
     while alive(programs):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_killed_stack_leaves_no_process_and_the_next_goes_on(tmp_path: Path) -> None:
+    with Stack(tmp_path / "data") as running:
+        left_behind = running.processes()
+        running.stop(signal.SIGKILL)
+        running.start()
+        assert not alive(left_behind)
 
 
 def test_a_key_is_never_written_down_and_a_named_claude_is_used(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 
 from shared import guards, telemetry
 from shared.telemetry import Missing
+from tests import forked
 from tests.fixtures import eventually
 from tests.people import client_of, given, recorded, rows
 from tests.stack import PROJECT, Stack, environment, free_port
@@ -152,20 +153,20 @@ def test_a_process_ends_when_a_part_fails_that_it_cannot_do_without(ends: str, s
 @pytest.mark.parametrize("service", ["ledger", "quota"])
 async def test_a_service_that_waits_for_its_broker_can_be_told_to_stop(tmp_path: Path, service: str) -> None:
     settings = environment(CHATRAIL_DATA=str(tmp_path), CHATRAIL_NATS_URL=f"nats://127.0.0.1:{free_port()}")
-    command = [sys.executable, "-m", f"services.{service}", "serve"]
-    process = await asyncio.create_subprocess_exec(*command, cwd=PROJECT, env=settings, stdout=subprocess.PIPE)
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = forked.start(f"services.{service}", "serve", env=settings, output=output)
+
+    async def is_waiting() -> bool:
+        return b"nats_error" in log.read_bytes()
+
     try:
-        assert process.stdout
-        async with asyncio.timeout(30):
-            while b"nats_error" not in await process.stdout.readline():
-                pass
+        await eventually(is_waiting)
         process.terminate()
         async with asyncio.timeout(10):
-            await process.communicate()
+            assert await process.ended() == 0
     finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-    assert process.returncode == 0
+        process.kill()
 
 
 @pytest.mark.parametrize("blocked_s", [0, 0.5])

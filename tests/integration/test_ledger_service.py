@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -28,6 +29,7 @@ from shared.database import Database, table_of
 from shared.errors import BadCall
 from shared.events import decode, encode
 from shared.quarantine import ANOTHER_BODY, Poison, Quarantined
+from tests import forked
 from tests.builders import generation_completed, publish, publish_raw, subscription_changed, usage_adjusted
 from tests.fixtures import Postgres, eventually
 from tests.stack import environment, free_port
@@ -289,10 +291,10 @@ def process(*command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
 async def test_without_its_stream_the_ledger_refuses_to_start_with_a_sentence(
     bare_nats: Client, own_nats_server: str, database_url: str
 ) -> None:
-    with process("serve", CHATRAIL_NATS_URL=own_nats_server, CHATRAIL_LEDGER_DATABASE_URL=database_url) as ledger:
-        said, sentence = await asyncio.to_thread(ledger.communicate, timeout=30)
+    variables = environment(CHATRAIL_NATS_URL=own_nats_server, CHATRAIL_LEDGER_DATABASE_URL=database_url)
+    status, said, sentence = await forked.run("services.ledger", "serve", env=variables, apart=True)
 
-    assert ledger.returncode == 1
+    assert status == 1
     assert sentence == "The broker has no stream USAGE. Run: python -m shared.streams\n"
     assert "Traceback" not in said
 
@@ -348,10 +350,11 @@ async def test_a_quarantine_is_listed_and_handed_over_again_after_a_fix(
     await everything_is_acknowledged(nats)
     await database.write(store.record, [], [Poison("generation.completed", encode(fixed), "a mistake of last week")])
 
-    with process("quarantine", "--redrive", CHATRAIL_LEDGER_DATABASE_URL=database_url) as listing:
-        said, complaints = await asyncio.to_thread(listing.communicate, timeout=30)
+    variables = environment(CHATRAIL_LEDGER_DATABASE_URL=database_url)
+    listing = ("services.ledger", "quarantine", "--redrive")
+    status, said, complaints = await forked.run(*listing, env=variables, apart=True)
 
-    assert (listing.returncode, complaints) == (0, "")
+    assert (status, complaints) == (0, "")
     assert "ledger: 1 messages are counted now" in said
     assert "ledger: 2 messages in quarantine" in said
     assert ANOTHER_BODY.split()[0] in said
@@ -360,9 +363,11 @@ async def test_a_quarantine_is_listed_and_handed_over_again_after_a_fix(
     assert sorted(await recorded_ids(database)) == sorted([first.id, fixed.id])
 
 
-def test_the_quarantine_of_a_folder_without_data_is_a_sentence_and_leaves_nothing_there(tmp_path: Path) -> None:
-    with process("quarantine", CHATRAIL_DATA=str(tmp_path / "data")) as listing:
-        _, sentence = listing.communicate(timeout=30)
-    assert listing.returncode == 1
+async def test_the_quarantine_of_a_folder_without_data_is_a_sentence_and_leaves_nothing_there(
+    tmp_path: Path,
+) -> None:
+    variables = environment(CHATRAIL_DATA=str(tmp_path / "data"))
+    status, _, sentence = await forked.run("services.ledger", "quarantine", env=variables, apart=True)
+    assert status == 1
     assert sentence == f"ledger has no database yet at {tmp_path / 'data' / 'ledger.db'}\n"
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
