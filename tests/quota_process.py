@@ -67,7 +67,7 @@ class Replica:
 
     def _is_ready(self) -> bool:
         with suppress(httpx2.TransportError):
-            return httpx2.get(f"{self.url}/readyz", trust_env=False).is_success
+            return httpx2.get(f"{self.url}/readyz", trust_env=False, verify=False).is_success
         return False
 
 

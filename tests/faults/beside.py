@@ -50,7 +50,7 @@ async def chat_beside(stack: Stack, folder: Path, **variables: str) -> AsyncIter
     limits = httpx2.Limits(max_connections=200)
     url = f"http://127.0.0.1:{port}"
     try:
-        async with httpx2.AsyncClient(base_url=url, trust_env=False, timeout=60, limits=limits) as http:
+        async with httpx2.AsyncClient(base_url=url, trust_env=False, verify=False, timeout=60, limits=limits) as http:
             chat = Chat(process, folder, port, http)
             await eventually(chat.is_ready)
             yield chat

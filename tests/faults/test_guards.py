@@ -121,7 +121,7 @@ async def test_whatever_is_served_ends_when_its_event_loop_is_stuck(tmp_path: Pa
         command, settings = [sys.executable, "-c", SERVICE], environment(CHATRAIL_PORT=str(port))
         process = await asyncio.create_subprocess_exec(*command, cwd=PROJECT, env=settings, stdout=output)
     try:
-        async with httpx2.AsyncClient(trust_env=False) as client:
+        async with httpx2.AsyncClient(trust_env=False, verify=False) as client:
 
             async def is_ready() -> bool:
                 with suppress(httpx2.TransportError):

@@ -314,7 +314,7 @@ async def test_the_process_migrates_serves_and_ends_in_order(
         with process("migrate", **variables) as migration:
             assert await asyncio.to_thread(migration.wait, 30) == 0
 
-    async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
+    async with httpx2.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
         with process("serve", **variables) as ledger:
 
             async def ready() -> bool:
