@@ -2,9 +2,14 @@ import gc
 import os
 
 import pytest
+from hypothesis import settings
 
 # What is imported and collected stays. To look through it again and again takes a fifth of the run's CPU.
 gc.disable()
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+settings.register_profile("chatrail", deadline=None)
+settings.load_profile("chatrail")
 
 pytest_plugins = ["tests.stack", "tests.fixtures"]
 
