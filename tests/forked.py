@@ -264,8 +264,9 @@ def _serve(listening: socket.socket) -> None:
 
 
 def _call_it(name: str) -> None:
-    """What `ps` and `top` show of this process, as far as the kernel has room for it."""
-    Path("/proc/self/comm").write_text(name, encoding="ascii")
+    """What `ps` and `top` show of this process, as far as the kernel has room for it. Linux alone has this file."""
+    with suppress(FileNotFoundError):
+        Path("/proc/self/comm").write_text(name, encoding="ascii")
 
 
 def _become(module: str, arguments: Iterable[str], environment: Mapping[str, str], folder: Path) -> None:
@@ -349,7 +350,7 @@ def _execute(_options: Any, filename: str, argv: list[str], environment: dict[st
 
 
 def _close_all_but(kept: set[int]) -> None:
-    for file in [int(name) for name in os.listdir("/proc/self/fd")]:
+    for file in [int(name) for name in os.listdir("/dev/fd")]:
         if file not in kept:
             with suppress(OSError):
                 os.close(file)

@@ -82,7 +82,20 @@ class Stack:
                 time.sleep(0.05)
 
     def _launched(self, output: IO[bytes]) -> subprocess.Popen[bytes] | Forked:
+        if sys.platform != "linux":  # elsewhere a forked part has no name by which it could be found
+            return self._executed(output)
         return forked.start("deploy.local", env=self._environment, output=output)
+
+    def _executed(self, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            COMMAND,
+            cwd=PROJECT,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """The exit status, once the process is gone. To stop what has stopped is no error."""
@@ -176,15 +189,7 @@ class ExecutedStack(Stack):
     """Started as users start it: every process of it by an exec."""
 
     def _launched(self, output: IO[bytes]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            COMMAND,
-            cwd=PROJECT,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return self._executed(output)
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
