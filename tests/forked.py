@@ -52,6 +52,7 @@ PRELOADED = (
 # What the supervisor calls its program; a forked one has this as the kernel's name for it, and no environment to see.
 NAMED = "SUPERVISOR_PROCESS_NAME"
 NAME_PREFIX = "part:"
+NUMBER_BYTES = 4
 
 
 class Forked:
@@ -71,7 +72,7 @@ class Forked:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
-            self.returncode = int(_line(self._connection))
+            self.returncode = _number(self._connection)
             self._connection.close()
         return self.returncode
 
@@ -114,7 +115,7 @@ def start(
     with open(os.devnull, "rb") as nothing:
         socket.send_fds(connection, [b"\n"], [nothing.fileno(), output.fileno(), (errors or output).fileno()])
     connection.sendall(json.dumps(asdict(request)).encode() + b"\n")
-    return Forked(int(_line(connection)), connection)
+    return Forked(_number(connection), connection)
 
 
 class Ended(NamedTuple):
@@ -137,15 +138,17 @@ async def run(
         return Ended(status, *(os.pread(file.fileno(), 100_000_000, 0).decode() for file in (output, errors)))
 
 
-def _line(connection: socket.socket) -> bytes:
-    """The next line, as it was sent: both sides take turns."""
-    line = b""
-    while not line.endswith(b"\n"):
-        chunk = connection.recv(65_536)
-        if not chunk:
-            raise ConnectionError("the process that programs are forked from has ended")
-        line += chunk
-    return line
+def _number(connection: socket.socket) -> int:
+    """The pid, and in the end the status: both may have come already."""
+    told = connection.recv(NUMBER_BYTES, socket.MSG_WAITALL)
+    if len(told) < NUMBER_BYTES:
+        raise ConnectionError("the process that programs are forked from has ended")
+    return int.from_bytes(told, sys.byteorder, signed=True)
+
+
+def _tell(connection: socket.socket, number: int) -> None:
+    with suppress(OSError):  # nobody wants to know any more
+        connection.sendall(number.to_bytes(NUMBER_BYTES, sys.byteorder, signed=True))
 
 
 # The process that others are forked from
@@ -187,7 +190,10 @@ def _own_server() -> str:
 
 
 class _Server:
-    """Gives each request to a new process, and tells the requester how that one has ended."""
+    """Gives each request to a new process, and tells the requester how that one has ended.
+
+    What still runs when the tests are gone is told to stop.
+    """
 
     def __init__(self, listening: socket.socket) -> None:
         self._listening = listening
@@ -206,6 +212,8 @@ class _Server:
                 self._woken.recv(1_000)
                 self._tell_ends()
             if sys.stdin in ready:
+                for pid in self._requesters:
+                    os.kill(pid, signal.SIGTERM)
                 return None
             if self._listening in ready:
                 requester, _ = self._listening.accept()
@@ -214,7 +222,14 @@ class _Server:
 
     def _forked(self, requester: socket.socket) -> _Request | None:
         _, files, _, _ = socket.recv_fds(requester, 1, 3)
-        request = _Request(**json.loads(_line(requester)))
+        told = b""
+        while not told.endswith(b"\n"):
+            chunk = requester.recv(65_536)
+            if not chunk:  # it has ended before it had asked
+                requester.close()
+                return None
+            told += chunk
+        request = _Request(**json.loads(told))
         pid = os.fork()
         if not pid:
             self._leave([requester, *self._requesters.values()], files)
@@ -222,7 +237,7 @@ class _Server:
         for file in files:
             os.close(file)
         self._requesters[pid] = requester
-        requester.sendall(b"%d\n" % pid)
+        _tell(requester, pid)
         return None
 
     def _leave(self, requesters: Iterable[socket.socket], files: list[int]) -> None:
@@ -242,8 +257,7 @@ class _Server:
                 if not pid:
                     return
                 requester = self._requesters.pop(pid)
-                with suppress(OSError):  # nobody wants to know
-                    requester.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                _tell(requester, os.waitstatus_to_exitcode(status))
                 requester.close()
 
 

@@ -4,7 +4,7 @@
 
     before MODULE:FUNCTION       when it is called
     after MODULE:FUNCTION#3      when it returns for the third time
-    within MODULE:FUNCTION#2     after the second SQL statement on the connection that it is called with
+    within MODULE:FUNCTION#2     after the second SQL statement of the transaction that it is called in
 
 The end is a SIGKILL: nothing is written, sent or said after it.
 """
@@ -37,6 +37,9 @@ class Countdown:
         if not self._left:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def stop(self, *_: object) -> None:
+        self._left = 0
+
 
 def arm(step: str) -> None:
     """From now on this process dies at the step. Raises where there is no such step."""
@@ -48,19 +51,23 @@ def arm(step: str) -> None:
     *classes, name = path.split(".")
     for each in classes:
         owner = getattr(owner, each)
-    setattr(owner, name, _dying(getattr(owner, name), when, Countdown(int(times))))
+    setattr(owner, name, _dying(getattr(owner, name), when, int(times)))
 
 
-def _dying(function: Callable[..., Any], when: str, die: Countdown) -> Callable[..., Any]:
+def _dying(function: Callable[..., Any], when: str, times: int) -> Callable[..., Any]:
     if when == "within":
 
         @functools.wraps(function)
         def in_transaction(db: Connection, *args: Any, **kw: Any) -> Any:
+            # Of this transaction alone: what is handled once more, because the machine is slow, begins anew.
+            die = Countdown(times)
             event.listen(db, "after_cursor_execute", die)
+            event.listen(db, "commit", die.stop)
             return function(db, *args, **kw)
 
         return in_transaction
 
+    die = Countdown(times)
     if inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
