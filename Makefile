@@ -67,8 +67,8 @@ quarantine: .venv/installed-run
 	@$(bin)/python -m services.ledger quarantine $(ARGS)
 	@$(bin)/python -m services.quota quarantine $(ARGS)
 
-# Only what make itself is told: every shell has a USER. The values come through the environment, whatever is in them.
-told = $(if $(filter command,$(origin $(1))),--$(2)="$$$(1)")
+# Only what make itself is told: every shell has a USER. As it was typed, whatever is in it.
+told = $(if $(filter command,$(origin $(1))),--$(2)='$(subst ','\'',$(value $(1)))')
 
 # Ends with an error where something differs: 1 from the command itself, 2 from make.
 audit: .venv/installed-run

@@ -23,6 +23,9 @@ from shared.server import ServiceSettings
 from shared.telemetry import configure_logging_of_a_command
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")]
+DespiteGaps = Annotated[
+    bool, typer.Option("--despite-gaps", help="Replay what is left of a stream that has lost messages.")
+]
 Until = Annotated[
     str | None,
     typer.Option(metavar="TIME", help="Rebuild what the stream had then (RFC 3339, or a day in UTC), to look at."),
@@ -72,9 +75,9 @@ def run(work: Coroutine[Any, Any, None]) -> None:
         raise Misconfigured(f"The broker cannot be used: {error!r}") from error
 
 
-async def into_place(settings: ServiceSettings, url: str, rebuilt: Rebuilt) -> None:
+async def into_place(settings: ServiceSettings, url: str, rebuilt: Rebuilt, *, despite_gaps: bool) -> None:
     async with bus_of_folder(settings, name="replay") as nc:
-        told = await replay(nc, url, rebuilt, archive=settings.archive_folder)
+        told = await replay(nc, url, rebuilt, archive=settings.archive_folder, despite_gaps=despite_gaps)
     ended = f"writers waited {told.locked_s * 1000:.0f} ms" if told.is_exchanged else "all was as it should be"
     console().print(f"{rebuilt.service}: {told.messages:,} messages replayed; {ended}{_set_aside(told)}")
 
@@ -85,7 +88,8 @@ async def without_a_change(settings: ServiceSettings, url: str, rebuilt: Rebuilt
     out = console()
     found = [difference for difference in differences if difference.rows]
     if not found:
-        out.print(f"{rebuilt.service}: {told.messages:,} messages read; a replay would change nothing")
+        nothing = f"{told.messages:,} messages read; a replay would change nothing"
+        out.print(f"{rebuilt.service}: {nothing}{_set_aside(told)}")
     for difference in found:
         out.print(f"{rebuilt.service}: a replay would change {difference.table}: {_counts(difference)}")
         for example in difference.examples:
@@ -125,5 +129,9 @@ def _counts(difference: Difference) -> str:
 
 
 def _set_aside(told: Told) -> str:
-    parts = ((told.poison, "cannot be read"), (told.contradicting, "repeat an id with another body"))
+    parts = (
+        (told.lacking, "are missing: the stream is damaged (make audit)"),
+        (told.poison, "cannot be read"),
+        (told.contradicting, "repeat an id with another body"),
+    )
     return "".join(f"; {number:,} {what} (make quarantine)" for number, what in parts if number)

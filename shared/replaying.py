@@ -86,18 +86,29 @@ class Told:
     """What a replay has read."""
 
     messages: int = 0
+    # Sequences that the record should have and does not, and the first of them.
+    lacking: int = 0
+    first_lacking: int | None = None
     poison: int = 0
     contradicting: int = 0
     # Of tables that were as they should be, none was exchanged.
     is_exchanged: bool = True
     locked_s: float = 0.0
 
+    def lacks(self, sequences: range, *, but_for: Sequence[Recorded]) -> None:
+        if (number := len(sequences) - len(but_for)) > 0:
+            there = {message.sequence for message in but_for}
+            self.lacking += number
+            self.first_lacking = self.first_lacking or next(each for each in sequences if each not in there)
 
-async def replay(nc: Client, url: str, rebuilt: Rebuilt, *, archive: Path | None = None) -> Told:
+
+async def replay(
+    nc: Client, url: str, rebuilt: Rebuilt, *, archive: Path | None = None, despite_gaps: bool = False
+) -> Told:
     """Build the tables anew and switch to them. What the stream has no more is in the folder `archive`.
 
     Raises Misconfigured when that would lose something, or somebody else is at it; Unavailable when the broker or the
-    database cannot be had for long enough.
+    database cannot be had for long enough. A stream never lacks a message that was on it: one that does is damaged.
     """
     record = Record(nc, archive)
     _, last = await record.bounds()
@@ -110,6 +121,12 @@ async def replay(nc: Client, url: str, rebuilt: Rebuilt, *, archive: Path | None
                 raise Misconfigured(f"The stream is empty, and the {rebuilt.service}'s database is not.")
         try:
             await _load(record, shadow, rebuilt, told, last=last, is_kept=True)
+            if told.lacking and not despite_gaps:
+                raise Misconfigured(
+                    f"The stream lacks {told.lacking:,} of its messages, the first of them message "
+                    f"{told.first_lacking:,}: a replay would lose what they say, and nothing was changed. "
+                    "Restore the broker's store first; make audit names them. --despite-gaps replays what is left."
+                )
             shadow.index(rebuilt.indexes)
             await rebuilt.restore(nc, url)
             told.is_exchanged = not (shadow.is_copied and await _is_in_use(record, shadow, rebuilt, after=last))
@@ -241,12 +258,15 @@ async def _messages(
     record: Record, first: int, last: int, told: Told, *, until: datetime | None = None
 ) -> AsyncIterator[list[Recorded]]:
     async for batch in record.read(first=first, last=last):
+        told.lacks(range(first, batch[-1].sequence + 1), but_for=batch)
+        first = batch[-1].sequence + 1
         stored = [message for message in batch if until is None or message.stored_at <= until]
         told.messages += len(stored)
         # Seals say something of the record, and are no part of what it says.
         yield [message for message in stored if message.subject != LEDGER_SEALED]
         if len(stored) < len(batch):
             return
+    told.lacks(range(first, last + 1), but_for=())
 
 
 def _set_aside(shadow: Shadow, refused: Sequence[Poison], told: Told, *, is_kept: bool) -> None:

@@ -30,7 +30,7 @@ from services.ledger.settings import Settings
 from shared.database import Database, snapshot
 from shared.events import Event
 from shared.quarantine import command
-from shared.replay_command import DryRun, Out, Until, check, into_place, moment, without_a_change
+from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, moment, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence
 from shared.server import serve as run
@@ -107,7 +107,9 @@ def _file(name: str) -> Path:
 
 
 @cli.command()
-def replay(*, is_dry: DryRun = False, until: Until = None, out: Out = None) -> None:
+def replay(
+    *, is_dry: DryRun = False, until: Until = None, out: Out = None, despite_gaps: DespiteGaps = False
+) -> None:
     """Build every record anew from the stream, and switch to them in one transaction. Services may run."""
     at = None if until is None else moment(until, "'--until'")
     check(is_dry=is_dry, looks_at_the_past=at is not None, out=out)
@@ -118,7 +120,7 @@ def replay(*, is_dry: DryRun = False, until: Until = None, out: Out = None) -> N
         elif at:
             run_command(show_past(settings, at, out=out))
         else:
-            run_command(into_place(settings, settings.database_url, rebuilt))
+            run_command(into_place(settings, settings.database_url, rebuilt, despite_gaps=despite_gaps))
 
 
 if __name__ == "__main__":

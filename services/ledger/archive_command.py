@@ -71,8 +71,8 @@ def _written_in_words(folder: Path, written: Sequence[Manifest], reach: Reach) -
         yield f"Nothing new is archived: the archive {folder} {so_far}."
     if (left := reach.stored_before - kept.last) > 0:
         is_handled = reach.handled >= reach.stored_before
-        why = "they are not sealed yet" if is_handled else "ledger and quota have not handled them all yet"
-        yield f"Of what was stored before, {left:,} at the end are not archived: {why}. Seals come every minute."
+        why = "the next seal covers them" if is_handled else "ledger and quota have not handled them all yet"
+        yield f"Of what was stored before, {left:,} at the end wait for a later archive: {why}."
     if kept.last:
         yield (
             f"The archive is as it was sealed, up to message {kept.last:,}. Keep a copy of it elsewhere; then "

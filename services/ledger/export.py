@@ -7,7 +7,7 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -183,4 +183,5 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise Misconfigured(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could never be made, there is none
+            partial.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ SHOWN_MAX = 20
 VALUE_CHARS_MAX = 60
 
 REBUILD = "make replay rebuilds it from the stream."
+FIRST_THE_RECORD = "The stream itself was changed (see evidence): restore the broker's store first. Then:"
 SEALED = "The record itself was changed: keep all copies of it, compare them, and restore the right one."
 # What can be wrong, in the order in which it is told: what it is called, and what to do about it.
 KINDS = {
@@ -118,7 +119,7 @@ def in_words(report: Report) -> Iterator[str]:
         yield "All agree."
         return
     for group in groups:
-        what, advice = KINDS[group.kind]
+        what, advice = KINDS[group.kind][0], _advice(group, groups)
         yield f"{group.where}: {group.number:,} {what}"
         for difference in islice(report.found.differences(group.where, group.kind), SHOWN_MAX):
             yield from _lines(difference)
@@ -138,7 +139,7 @@ def as_json(report: Report) -> Iterator[str]:
         "compared": dict(report.compared),
         "seconds": round(report.seconds, 3),
         "groups": [
-            {**group._asdict(), "means": KINDS[group.kind][0], "advice": KINDS[group.kind][1]} for group in groups
+            {**group._asdict(), "means": KINDS[group.kind][0], "advice": _advice(group, groups)} for group in groups
         ],
     }
     yield json.dumps(head, ensure_ascii=False)[:-1] + ', "differences": ['
@@ -148,6 +149,13 @@ def as_json(report: Report) -> Iterator[str]:
             yield separator + json.dumps(asdict(difference), ensure_ascii=False)
             separator = ",\n"
     yield "]}\n"
+
+
+def _advice(group: Group, groups: list[Group]) -> str:
+    """Of a stream that was changed itself nothing is to be rebuilt."""
+    advice = KINDS[group.kind][1]
+    is_record_changed = any(each.where.startswith("evidence, message") for each in groups)
+    return f"{FIRST_THE_RECORD} {advice}" if is_record_changed and REBUILD in advice else advice
 
 
 def _lines(difference: Difference) -> Iterator[str]:

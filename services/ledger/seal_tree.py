@@ -1,5 +1,6 @@
 """The tree over the leaves, held against its seals: the ledger's, the stream's, and those of the file outside."""
 
+from collections import deque
 from collections.abc import Iterator
 
 from services.ledger.checkpoint import Keys, Signature
@@ -11,6 +12,9 @@ from shared.database import iso
 from shared.errors import PoisonMessage
 from shared.events import decode_seal
 from shared.recorded import Recorded
+
+# How many heads may be between one of the file outside and its repetition: replicas that shared it wrote both.
+AGAIN_WITHIN = 100
 
 
 class SealTree:
@@ -35,6 +39,7 @@ class SealTree:
         self._doubted: Sealed | None = None
         self._last_signature: Signature | None = None
         self._misfits_outside = 0
+        self._fitted_outside = deque[tuple[int, bytes]](maxlen=AGAIN_WITHIN)
         # Seals that the stream has not told of yet.
         self.unannounced: dict[int, Sealed] = {}
 
@@ -132,7 +137,10 @@ class SealTree:
         ways = [way for way in (self._as_leaves, self._as_messages, self._as_sealed) if way]
         if not ways:
             return
-        if head.tree_size != self.size or all(way.root != head.root_hash for way in ways):
+        told = (head.tree_size, head.root_hash)
+        if head.tree_size == self.size and any(way.root == head.root_hash for way in ways):
+            self._fitted_outside.append(told)
+        elif told not in self._fitted_outside:  # else it was written down a second time
             self._misfit_outside(head, in_hex(ways[0].root) if head.tree_size == self.size else "a later place")
         for key_id, made in head.signatures:
             signature = Signature(key_id, made)

@@ -5,11 +5,13 @@ Nothing is sealed on top of a record that is not what was sealed before: that is
 
 import asyncio
 import base64
+import fcntl
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import structlog
 from nats.aio.client import Client
@@ -218,38 +220,44 @@ class Sealer:
 
 
 class _Outside:
-    """The file outside: each head once, in order, on disk before the next round."""
+    """The file outside: each head once, in order, on disk before the next round. Replicas may share it."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._last_size = path, -1
+        self._path = path
         try:
-            with path.open("ab"):
-                pass
+            self.last_size()
         except OSError as error:
             raise Misconfigured(f"CHATRAIL_SEALS_FILE {path} cannot be written: {error.strerror}.") from error
 
     def last_size(self) -> int:
-        if self._last_size < 0:
-            self._last_size = max(
-                (size for note in notes_in(self._tail().splitlines(keepends=True)) if (size := _size_of(note))),
-                default=0,
-            )
-        return self._last_size
+        with self._locked() as file:
+            return _last_size(_tail(file))
 
     def append(self, found: Sequence[Sealed]) -> None:
-        notes = "".join(f"{checkpoint(seal.head, seal.signature)}\n" for seal in found)
-        # What a crash cut off stays, on its own.
-        is_cut = not f"\n\n{self._tail()}".endswith("\n\n")
-        with self._path.open("ab") as file:
+        with self._locked() as file:
+            tail = _tail(file)
+            size = _last_size(tail)
+            notes = "".join(f"{checkpoint(seal.head, seal.signature)}\n" for seal in found if seal.head.size > size)
+            # What a crash cut off stays, on its own.
+            is_cut = not f"\n\n{tail}".endswith("\n\n")
             file.write(("\n\n" * is_cut + notes).encode())
             file.flush()
             os.fsync(file.fileno())
-        self._last_size = found[-1].head.size
 
-    def _tail(self) -> str:
-        with self._path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            return file.read().decode(errors="replace")
+    @contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        with self._path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+
+def _tail(file: BinaryIO) -> str:
+    file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+    return file.read().decode(errors="replace")
+
+
+def _last_size(tail: str) -> int:
+    return max((_size_of(note) for note in notes_in(tail.splitlines(keepends=True))), default=0)
 
 
 def _size_of(note: str) -> int:
@@ -292,27 +300,28 @@ def _base(db: Connection) -> _Base:
     if frontier is None:
         raise Damaged("the newest seal contradicts itself")
     sealed, last = frontier.size, None
-    for sequence, digest in leaves_from(db, max(1, sealed)):
-        if sequence > sealed:
-            if sequence != frontier.size + 1:
-                raise Damaged(f"leaf {frontier.size + 1} is missing")
-            frontier.append(digest)
-        last = digest
+    with closing(leaves_from(db, max(1, sealed))) as kept:
+        for sequence, digest in kept:
+            if sequence > sealed:
+                if sequence != frontier.size + 1:
+                    raise Damaged(f"leaf {frontier.size + 1} is missing")
+                frontier.append(digest)
+            last = digest
     if sealed and last is None:
         raise Damaged("the leaves end before the newest seal")
     age_s = (now(db) - datetime.fromisoformat(newest.sealed_at)).total_seconds() if newest else 0.0
     return _Base(frontier, last, newest, age_s)
 
 
-def leaves_from(db: Connection, first: int) -> Iterator[tuple[int, bytes]]:
+def leaves_from(db: Connection, first: int) -> Generator[tuple[int, bytes], None, None]:
     """Sequence and hash of each, in order."""
     statement = (
         select(leaves.c.stream_sequence, leaves.c.leaf_hash)
         .where(leaves.c.stream_sequence >= first)
         .order_by(leaves.c.stream_sequence)
     )
-    found = db.execute(statement, execution_options={"yield_per": LEAVES_AT_ONCE})
-    yield from ((row.stream_sequence, row.leaf_hash) for row in found)
+    with db.execute(statement, execution_options={"yield_per": LEAVES_AT_ONCE}) as found:
+        yield from ((row.stream_sequence, row.leaf_hash) for row in found)
 
 
 def newest_seal(db: Connection) -> Sealed | None:

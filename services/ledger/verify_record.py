@@ -129,6 +129,10 @@ class Unproven(Exception):
 def check_records(proof: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
     """What is proven, a line a record. Raises Unproven."""
     told = []
+    if not proof["records"]:
+        raise Unproven("it has no records")
+    if len({record["leafIndex"] for record in proof["records"]}) < len(proof["records"]):
+        raise Unproven("it has a record more than once")
     for record in proof["records"]:
         index, entry = record["leafIndex"], record["record"].encode()
         path = [bytes.fromhex(step) for step in record["path"]]
@@ -137,7 +141,8 @@ def check_records(proof: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
         event = json.loads(entry)
         if event["subject"] != proof["userId"]:
             raise Unproven(f"record {index} is another user's")
-        told.append(f"record {index}: {event['type']} {event['id']}, {event['data'].get('tokens_used', '')} tokens")
+        used = event["data"].get("tokens_used")
+        told.append(f"record {index}: {event['type']} {event['id']}" + ("" if used is None else f", {used} tokens"))
     return told
 
 

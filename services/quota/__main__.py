@@ -20,7 +20,7 @@ from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
 from shared.quarantine import command
-from shared.replay_command import DryRun, Out, Until, check, into_place, moment, without_a_change
+from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, moment, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence
 from shared.server import serve as run
@@ -66,6 +66,7 @@ def replay(
         Path | None, typer.Option(metavar="PLANS", help="What all usage would come to under this plans file.")
     ] = None,
     out: Out = None,
+    despite_gaps: DespiteGaps = False,
 ) -> None:
     """Build totals and plans anew from the stream, and switch to them in one transaction. Services may run."""
     at = None if until is None else moment(until, "'--until'")
@@ -82,7 +83,7 @@ def replay(
         elif at:
             run_command(show_past(settings, plans, at, out=out))
         else:
-            run_command(into_place(settings, settings.database_url, rebuilt))
+            run_command(into_place(settings, settings.database_url, rebuilt, despite_gaps=despite_gaps))
 
 
 if __name__ == "__main__":

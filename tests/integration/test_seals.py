@@ -27,6 +27,7 @@ from services.ledger.seal_findings import Kind, Result
 from services.ledger.sealer import Damaged, Sealer, leaves, seals
 from services.ledger.seals import event_id, read_outside
 from services.ledger.settings import Settings
+from services.ledger.verify_record import notes_in
 from services.quota.app import create_app as create_quota
 from services.quota.settings import Settings as QuotaSettings
 from shared import streams
@@ -231,8 +232,11 @@ async def test_nothing_is_sealed_before_its_time_or_before_the_ledger_has_handle
     assert await kept(database) == [1, 3]
 
 
-async def test_replicas_seal_everything_once(nats: Client, database: Database) -> None:
-    replicas = [sealer(nats, database) for _ in range(4)]
+async def test_replicas_seal_everything_once(
+    nats: Client, database: Database, database_url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "seals.txt"
+    replicas = [sealer(nats, database, seals_file=file) for _ in range(4)]
     for _ in range(5):
         await publish(nats, *(generation_completed() for _ in range(30)))
         await handled(nats)
@@ -242,6 +246,8 @@ async def test_replicas_seal_everything_once(nats: Client, database: Database) -
     told = [size for _, size in await announced(nats)]
     assert told == await kept(database)
     assert len(set(told)) == len(told)
+    result = await audited(nats, database_url, seals_file=file)
+    assert (result.differences, result.outside) == ([], len(told))
 
 
 async def test_a_seal_that_was_not_told_when_the_process_died_is_told_by_the_next_once(
@@ -636,3 +642,29 @@ async def test_what_the_file_outside_lacks_is_written_behind_what_a_crash_left(
         await sealed(nats, database, seals_file=file)
         result = await audited(nats, database_url, seals_file=file)
         assert (result.differences, result.outside) == ([], 3)
+
+
+async def test_a_file_outside_that_was_taken_away_is_written_again_as_a_whole(
+    nats: Client, database: Database, database_url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "seals.txt"
+    writing = sealer(nats, database, seals_file=file)
+    for _ in range(3):
+        await publish(nats, generation_completed())
+        await handled(nats)
+        await writing.seal()
+        file.rename(tmp_path / "taken")
+    await writing.seal()
+    result = await audited(nats, database_url, seals_file=file)
+    assert (result.differences, result.outside) == ([], result.seals)
+
+
+async def test_heads_that_replicas_wrote_twice_still_fit(
+    nats: Client, database: Database, database_url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "seals.txt"
+    for _ in range(4):
+        await sealed(nats, database, generation_completed(), seals_file=file)
+    first, second, *others = (f"{note}\n\n" for note in notes_in(file.read_text().splitlines(keepends=True)))
+    file.write_text("".join((first, first, second, *others, second, *others)))
+    assert (await audited(nats, database_url, seals_file=file)).differences == []
