@@ -10,6 +10,7 @@ from sqlalchemy import (
     JSON,
     ColumnElement,
     Connection,
+    Date,
     FromClause,
     MetaData,
     Table,
@@ -27,6 +28,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import NullType
+
+from shared.database import UtcDateTime
 
 EXAMPLES_MAX = 20
 # Facts of the moment at which an event was settled.
@@ -80,8 +83,9 @@ class Pair:
 
 
 def _as_it_is(column: ColumnElement[Any], name: str | None = None) -> ColumnElement[Any]:
-    """As the driver gives it: what somebody wrote into a table in use may be no moment, and no JSON."""
-    return type_coerce(column, NullType()).label(name or str(column.key))
+    """As the database writes it: what somebody wrote into a table in use may be no moment, and no JSON."""
+    as_text = cast(column, Text) if isinstance(column.type, UtcDateTime | Date) else type_coerce(column, NullType())
+    return as_text.label(name or str(column.key))
 
 
 def _differs(db: Connection, found: Any, expected: Any) -> Any:

@@ -1,6 +1,7 @@
 """Sums: the ledger's days and quota's totals, held against what the events of the stream come to."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 from services.ledger.findings import Difference
 from services.ledger.scope import Scope
 from services.ledger.scratch import DAILY, SUMS, Day, Scratch, Total
-from services.ledger.snapshots import Row, Snapshot, as_sqlite_has_it
+from services.ledger.snapshots import Row, Snapshot, as_sqlite_has_it, finite
 
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 TOTALS, DAYS = "quota.usage_totals", "ledger.usage_daily"
 
@@ -57,7 +59,7 @@ def compare_totals(quota: Snapshot, scope: Scope, scratch: Scratch) -> int:
         if difference := _differing(total):
             scratch.add(difference)
     first, last = scope.first or EARLIEST, scope.last or LATEST
-    for user_id, start, end, *sums in scratch.uncovered(_text(first), _text(last)):
+    for user_id, start, end, *sums in scratch.uncovered(as_sqlite_has_it(first), as_sqlite_has_it(last)):
         expected = {"from": start, "to": end} | dict(zip(SUMS, sums, strict=True))
         scratch.add(Difference(TOTALS, "uncovered", None, user_id, expected, None))
     return compared
@@ -72,13 +74,17 @@ def _totals(quota: Snapshot, scope: Scope) -> Iterator[Row]:
     }
     asked = {condition: value for condition, value in conditions.items() if value is not None}
     where = f" WHERE {' AND '.join(asked)}" if asked else ""
-    columns = ", ".join(("user_id", "period_start", "period_end", *SUMS, "models"))
+    period = [name if quota.is_sqlite else finite(name) for name in ("period_start", "period_end")]
+    columns = ", ".join(("user_id", *period, *SUMS, "models"))
     for user_id, start, end, *counts in quota.rows(f"SELECT {columns} FROM usage_totals{where}", *asked.values()):  # noqa: S608
         yield (user_id, _text(start), _text(end), *counts)
 
 
-def _text(moment: Any) -> str:
-    return moment if isinstance(moment, str) else as_sqlite_has_it(moment)
+def _text(moment: Any) -> str | None:
+    """None of what is no moment: it covers nothing."""
+    if isinstance(moment, datetime):
+        return as_sqlite_has_it(moment)
+    return moment if isinstance(moment, str) and _MOMENT.fullmatch(moment) else None
 
 
 def _differing(total: Total) -> Difference | None:

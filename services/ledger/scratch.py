@@ -92,8 +92,8 @@ class Total(NamedTuple):
     """A total as quota has it (`found`), and the sum of its user's events in its period."""
 
     user_id: str
-    period_start: str
-    period_end: str
+    period_start: str | None
+    period_end: str | None
     found: Sequence[int]
     found_models: str
     sums: Sequence[int]

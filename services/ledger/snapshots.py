@@ -211,8 +211,17 @@ def _kind(column: str) -> str:
 
 
 def _column(name: str, *, is_sqlite: bool) -> str:
-    # As text: SQLite has nothing else, and decoding each would cost more than all the rest.
-    return f'CAST("{name}" AS text)' if _kind(name) == "json" and not is_sqlite else f'"{name}"'
+    if is_sqlite:
+        return f'"{name}"'
+    kind = _kind(name)
+    if kind == "json":  # as text: SQLite has nothing else, and decoding each would cost more than all the rest
+        return f'CAST("{name}" AS text)'
+    return finite(name) if kind in ("moment", "date") else f'"{name}"'
+
+
+def finite(column: str) -> str:
+    """In PostgreSQL, where a time may be infinite, which Python has no word for: then it is null."""
+    return f'CASE WHEN isfinite("{column}") THEN "{column}" END'
 
 
 def _same_json(ours: str, theirs: str) -> bool:

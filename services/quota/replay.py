@@ -179,9 +179,11 @@ def _alert(body: bytes) -> dict[str, Any]:
 
 
 def _are_moments(db: Connection, in_use: Table) -> Iterator[ColumnElement[bool]]:
-    """Both ends of each period: SQLite takes any text for a moment."""
-    if is_sqlite(db):
-        for column in in_use.c["period_start", "period_end"]:
+    """Both ends of each period: SQLite takes any text for a moment, and PostgreSQL knows one that never comes."""
+    for column in in_use.c["period_start", "period_end"]:
+        if not is_sqlite(db):
+            yield func.isfinite(column)
+        else:
             written = cast(column, Text)
             yield func.strftime("%Y-%m-%dT%H:%M:%S", written, type_=Text) + func.substr(written, 20) == written
 

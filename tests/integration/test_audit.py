@@ -301,6 +301,21 @@ async def test_a_record_that_was_given_to_another_user_does_not_hide_one_that_wa
     assert [(d.kind, d.id) for d in found.differences] == [("changed", COUNTED.id), ("unexplained", "forged")]
 
 
+async def test_a_time_that_never_comes_is_named_wherever_somebody_wrote_it(system: System) -> None:
+    await publish(system.nats, COUNTED)
+    await system.deliver()
+    await system.ledger_does("UPDATE usage SET created_at = 'infinity', usage_date = 'infinity'")
+    await system.quota_does("UPDATE settlements SET started_at = 'infinity'")
+    await system.quota_does("UPDATE usage_totals SET period_end = 'infinity' WHERE tokens_used != 0")
+    found = await system.audit()
+    assert {(d.where, d.kind) for d in found.differences} >= {
+        ("ledger.usage", "changed"),
+        ("quota.settlements", "changed"),
+        ("quota.usage_totals", "differs"),
+        ("quota.usage_totals", "uncovered"),
+    }
+
+
 async def test_a_record_is_named_where_it_should_be_and_where_somebody_put_it(system: System) -> None:
     """Another moment, or another user: whoever looks there sees that it is not as the stream has it."""
     moved, given = generation_completed("moved"), generation_completed("given")
