@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
+from nats.js.errors import NotFoundError
 
 from services.ledger.archive import acknowledged, altered
 from services.ledger.audit_comparison import Comparison, Tally
@@ -27,14 +28,16 @@ from services.ledger.seal_findings import Result
 from services.ledger.seals import Sealed, sealed_after
 from services.ledger.snapshots import Layout, Snapshot, snapshot
 from shared.archive import Archive
-from shared.errors import Unavailable
+from shared.errors import PoisonMessage, Unavailable
+from shared.events import decode_seal
 from shared.record import Record, check_origin
 from shared.recorded import bounds
-from shared.streams import LEDGER, QUOTA, STREAM
+from shared.streams import LEDGER, LEDGER_SEALED, QUOTA, STREAM
 
 # Beside services under load the durables are a fraction of a second behind; one that does not move is not waited for.
 FLOOR_WITHIN_S = 5.0
 FLOOR_STILL_S = 1.0
+SEALS_STILL_S = 5.0
 LOOK_EVERY_S = 0.1
 
 ARCHIVE = "archive"
@@ -67,6 +70,7 @@ async def audit(
 ) -> Report:
     """Raises Misconfigured, or Unavailable, when it cannot be done. `progress` hears how much of what is read."""
     begun = monotonic()
+    await _seals_are_back(nc, databases.ledger_url)
     floors = await _floors(nc)
     with ExitStack() as snapshots:
 
@@ -131,6 +135,30 @@ async def _floors(nc: Client) -> dict[str, int]:
         if (found := await _acknowledged(nc)) != floors:
             floors, moved = found, now
     return floors
+
+
+async def _seals_are_back(nc: Client, ledger_url: str) -> None:
+    """A ledger that was lost makes its leaves and seals anew from the stream: that is waited for while it goes on."""
+    try:
+        newest = await nc.jetstream().get_last_msg(STREAM, LEDGER_SEALED)
+        told = decode_seal(newest.data or b"").data.tree_size
+    except (NotFoundError, PoisonMessage):
+        return
+    except (NatsError, OSError) as error:
+        raise Unavailable("The broker cannot be asked right now.") from error
+    kept, moved = _evidence(ledger_url), monotonic()
+    while kept[1] < told and monotonic() < moved + SEALS_STILL_S:
+        await asyncio.sleep(LOOK_EVERY_S)
+        if (found := _evidence(ledger_url)) != kept:
+            kept, moved = found, monotonic()
+
+
+def _evidence(ledger_url: str) -> tuple[int, int]:
+    """The last leaf, and the size of the tree at the last seal."""
+    with snapshot(LEDGER, ledger_url, ("leaves", "seals")) as ledger:
+        ((leaf,),) = ledger.rows("SELECT coalesce(max(stream_sequence), 0) FROM leaves")
+        ((sealed,),) = ledger.rows("SELECT coalesce(max(tree_size), 0) FROM seals")
+    return leaf, sealed
 
 
 async def _acknowledged(nc: Client) -> dict[str, int]:
