@@ -65,8 +65,20 @@ async def recorded(nc: Client, *, first: int, last: int, stream: str = STREAM) -
             if monotonic() - heard_at > PATIENCE_S:
                 raise Unavailable("The usage stream cannot be read to its end right now.") from interruption
             await asyncio.sleep(AGAIN_S)
+            with suppress(NatsError, OSError):  # who is away is asked again
+                last = await _last_there(nc, stream, last)
         finally:
             await reader.stop()
+
+
+async def _last_there(nc: Client, stream: str, last: int) -> int:
+    """The last sequence up to `last` that the stream has: of a damaged one the end may be lost."""
+    asked = json.dumps({"deleted_details": True}).encode()
+    told = await nc.request(f"$JS.API.STREAM.INFO.{stream}", asked, timeout=ANSWER_WITHIN_S)
+    lost = set(json.loads(told.data).get("state", {}).get("deleted") or ())
+    while last in lost:
+        last -= 1
+    return last
 
 
 class _Interrupted(Exception):

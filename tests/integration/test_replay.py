@@ -4,7 +4,7 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from shared.plans import Plans
 from shared.quarantine import Quarantined
 from shared.recorded import BATCH_SIZE
 from shared.replaying import Rebuilt, Told, dry_run, open_shadow, rebuild_into, replay
-from shared.streams import ALERTS, LEDGER_SEALED
+from shared.streams import ALERTS, LEDGER_SEALED, STREAM
 from tests import forked
 from tests.builders import (
     NOON,
@@ -352,6 +352,30 @@ async def test_what_makes_no_sense_is_named_and_put_right(nats: Client, service:
         assert any(difference.rows and difference.examples for difference in differences), wrong
         await service.replays(nats)
         assert await service.has(before), wrong
+
+
+@pytest.mark.parametrize("nth", [2, 4])
+async def test_a_stream_that_lacks_messages_is_replayed_only_where_somebody_says_so(
+    nats: Client, service: Service, nth: int
+) -> None:
+    js = nats.jetstream()
+    config = (await js.stream_info(STREAM)).config
+    await js.delete_stream(STREAM)
+    await js.add_stream(replace(config, deny_delete=False))
+    events = [usage_reported(tokens_used=tokens) for tokens in (1, 20, 300, 4_000)]
+    await publish(nats, *events)
+    await service.handles(*events)
+    await js.delete_msg(STREAM, nth)  # as a store does that finds it damaged
+    before = await service.rows()
+
+    with pytest.raises(Misconfigured, match=rf"lacks 1 of its messages, the first of them message {nth}:"):
+        await service.replays(nats)
+
+    assert await service.rows() == before
+    told = await replay(nats, service.url, service.rebuilt, despite_gaps=True)
+    assert (told.lacking, told.messages) == (1, 3)
+    kept = (await service.rows())["usage" if service.rebuilt.service == "ledger" else "settlements"]
+    assert sum(row["tokens_used"] for row in kept.values()) == 4_321 - events[nth - 1].data.tokens_used
 
 
 async def test_what_a_service_handles_during_a_replay_makes_no_difference(nats: Client, service: Service) -> None:
