@@ -460,4 +460,8 @@ def test_make_hands_on_what_it_was_told_and_not_whose_shell_it_is() -> None:
         return said.stdout
 
     assert "--user" not in runs("OUT=ledger.csv")
-    assert '--user="$USER"' in runs("OUT=ledger.csv", "USER=o'hara & sons")
+    for user, quoted in {
+        "o'hara & sons": r"'o'\''hara & sons'",
+        '$(id) ${HOME} "#': """'$(id) ${HOME} "#'""",
+    }.items():
+        assert f"--user={quoted}" in runs("OUT=ledger.csv", f"USER={user}")
