@@ -30,6 +30,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import from_json
 from uuid6 import uuid7
 
 from shared.errors import PoisonMessage, in_words
@@ -66,6 +67,10 @@ def small(metadata: dict[str, JsonValue]) -> dict[str, JsonValue]:
         raise ValueError(f"metadata may take at most {METADATA_BYTES_MAX} bytes as JSON")
     if _NUL.search(text):
         raise ValueError("metadata must not contain NUL characters")
+    try:
+        from_json(f"[[{text}]]")  # as deep as it is within an event
+    except ValueError:
+        raise ValueError("metadata is nested too deeply") from None
     return metadata
 
 

@@ -1,17 +1,19 @@
 """Claude's Messages API through its SDK: what is asked, how the stream is read, which models there are."""
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from time import monotonic
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import httpx2
 import msgspec
 from anthropic import (
     APIConnectionError,
+    APIError,
     APIStatusError,
     APITimeoutError,
     AsyncAnthropic,
@@ -23,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from services.chat.metering import estimate_tokens
 from services.chat.problems import Problem
 from services.chat.sse import SseParser
-from shared.events import Name, TokenCounts
+from shared.events import EVENT_TOKENS_MAX, Name, TokenCounts
 
 # Where a model was retired, and what takes its place (platform.claude.com, model deprecations).
 RETIRED: dict[str, tuple[date, str]] = {
@@ -63,6 +65,8 @@ KNOWN = frozenset(
 LIST_AGAIN_S = 60.0
 
 CONNECT_TIMEOUT_S = 5.0
+# Behind Claude's last word.
+END_WITHIN_S = 0.25
 # No event of the provider's is nearly as large: without an end to it, memory would be the limit.
 EVENT_BYTES_MAX = 1024 * 1024
 
@@ -113,12 +117,12 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The provider's own count: cumulative, and possibly repeated, so the last one stands.
+    """The provider's own count: cumulative, and possibly repeated, so the last one stands. None where it names none.
 
     It is the last where it has a stop reason, or where the answer ends after it.
     """
 
-    counts: TokenCounts
+    counts: TokenCounts | None
     stop_reason: str | None
 
 
@@ -141,7 +145,7 @@ class _MessageStart(Struct):
     message: _Message
 
 
-class _Delta(Struct):
+class _Delta(Struct, frozen=True):
     type: str = ""
     text: str = ""
     stop_reason: str | None = None
@@ -152,8 +156,8 @@ class _BlockDelta(Struct):
 
 
 class _MessageDelta(Struct):
-    delta: _Delta
-    usage: _Usage
+    delta: _Delta = _Delta()
+    usage: _Usage | None = None
 
 
 class _ErrorBody(Struct):
@@ -232,16 +236,17 @@ class Claude:
         try:
             page = await self._client.models.list(limit=1000, timeout=5)
             return frozenset(model.id for model in page.data)
-        except (APIConnectionError, APIStatusError):
+        except (APIError, AttributeError, TypeError, ValueError):  # the SDK hands on whatever was answered
             return self._listed  # a list that cannot be had now is no reason to refuse the known ones
 
     async def count_input_tokens(self, prompt: Prompt) -> int:
         """The provider's estimate, with room for its error; the bound by bytes when it cannot be had."""
         try:
             count = await self._client.messages.count_tokens(**_arguments(prompt), timeout=5)
-        except (APIConnectionError, APIStatusError):
+            tokens: int = msgspec.convert(count.input_tokens, Annotated[int, msgspec.Meta(ge=0)])
+        except (APIError, AttributeError, ValueError):  # the SDK hands on whatever was answered
             return prompt.input_tokens_max
-        return min(prompt.input_tokens_max, count.input_tokens + count.input_tokens // 50 + MESSAGE_OVERHEAD_TOKENS)
+        return min(prompt.input_tokens_max, tokens + tokens // 50 + MESSAGE_OVERHEAD_TOKENS)
 
     @asynccontextmanager
     async def _ask(self, prompt: Prompt) -> AsyncIterator[httpx2.Response]:
@@ -274,7 +279,7 @@ class Claude:
         """Ask Claude. Raises ProviderError when the provider refuses, fails, or breaks off."""
         try:
             async with self._ask(prompt) as response:
-                yield Stream(response, request_id=(response.headers.get("request-id") or "")[:128] or None)
+                yield Stream(response, request_id=_name_of(response.headers.get("request-id")))
         except APIStatusError as error:
             raise ProviderError(_refused(error), error.request_id, gave_nothing=True) from error
         except (APITimeoutError, httpx2.TimeoutException) as error:
@@ -295,6 +300,8 @@ class Stream:
     def __init__(self, response: httpx2.Response, *, request_id: str | None) -> None:
         self._response = response
         self.request_id = request_id
+        self._counts, self._is_started, self._is_complete = TokenCounts(), False, False
+        self._failure: ProviderError | None = None
 
     async def steps(self) -> AsyncIterator[list[Step]]:
         """What has arrived, as it arrives. Ends after Claude's last word; raises ProviderError if that is missing."""
@@ -305,39 +312,59 @@ class Stream:
             raise ProviderError(_nonsense(), self.request_id) from error
 
     async def _steps(self) -> AsyncIterator[list[Step]]:
-        parser, counts, is_started, is_complete = SseParser(), TokenCounts(), False, False
-        async for chunk in self._response.aiter_raw():
-            steps: list[Step] = []
-            for event, data in parser.feed(chunk):
-                if event == b"content_block_delta":
-                    delta = _block_delta.decode(data).delta
-                    if delta.text and delta.type == "text_delta":
-                        steps.append(Text(delta.text))
-                elif event == b"message_start":
-                    message = _message_start.decode(data).message
-                    counts, is_started = _overwritten(counts, message.usage), True
-                    steps.append(Started(_model_name.validate_python(message.model), counts))
-                elif event == b"message_delta":
-                    last = _message_delta.decode(data)
-                    counts = _overwritten(counts, last.usage)
-                    steps.append(Finished(counts, last.delta.stop_reason))
-                elif event == b"message_stop":
-                    is_complete = True
-                elif event == b"ping":
-                    steps.append(Ping())
-                elif event == b"error":
-                    yield steps  # what came with it in one piece was given, too
-                    problem = _failed(_error.decode(data).error)
-                    raise ProviderError(problem, self.request_id, gave_nothing=not is_started)
+        parser, chunks = SseParser(), self._response.aiter_raw()
+        async for chunk in chunks:
+            steps = [step for event, data in parser.feed(chunk) if (step := self._step(event, data))]
             if steps:
                 yield steps
+            if self._failure:
+                raise self._failure
+            if self._is_complete:
+                await _read_on(chunks)
+                return
             if parser.waiting_bytes > EVENT_BYTES_MAX:
                 raise ProviderError(_nonsense(), self.request_id)
-        if not is_complete:
-            raise ProviderError(
-                Problem(502, "Claude's answer broke off", "The connection ended in the middle; try again."),
-                self.request_id,
-            )
+        raise ProviderError(
+            Problem(502, "Claude's answer broke off", "The connection ended in the middle; try again."),
+            self.request_id,
+        )
+
+    def _step(self, event: bytes, data: bytes) -> Step | None:
+        """What the event says; None of what says nothing, and of a failure, which is told after all before it."""
+        if event == b"content_block_delta":
+            delta = _block_delta.decode(data).delta
+            return Text(delta.text) if delta.text and delta.type == "text_delta" else None
+        if event == b"message_start":
+            message = _message_start.decode(data).message
+            self._counts, self._is_started = _overwritten(self._counts, message.usage), True
+            return Started(_model_name.validate_python(message.model), self._counts)
+        if event == b"message_delta":
+            last = _message_delta.decode(data)
+            if last.usage:
+                self._counts = _overwritten(self._counts, last.usage)
+            return Finished(self._counts if last.usage else None, last.delta.stop_reason)
+        if event == b"ping":
+            return Ping()
+        if event == b"error":
+            problem = _failed(_error.decode(data).error)
+            self._failure = ProviderError(problem, self.request_id, gave_nothing=not self._is_started)
+        self._is_complete = self._is_complete or event == b"message_stop"
+        return None
+
+
+async def _read_on(chunks: AsyncIterator[bytes]) -> None:
+    """Behind Claude's last word comes the end of the response, with which the connection can be used again. What
+    becomes of it otherwise is nobody's concern any more."""
+    with suppress(TimeoutError, httpx2.HTTPError):
+        async with asyncio.timeout(END_WITHIN_S):
+            async for _ in chunks:
+                pass
+
+
+def _name_of(told: str | None) -> str | None:
+    """As much of it as an event can have; None where that is no name."""
+    name = (told or "")[:128]
+    return name if name and name.isprintable() else None
 
 
 def _was_never_connected(error: BaseException) -> bool:
@@ -350,12 +377,15 @@ def _was_never_connected(error: BaseException) -> bool:
 
 def _overwritten(counts: TokenCounts, usage: _Usage) -> TokenCounts:
     # Cumulative: what the event names replaces what was known; what it leaves out stays.
-    return TokenCounts(
+    counts = TokenCounts(
         input_tokens=_known(usage.input_tokens, counts.input_tokens),
         output_tokens=_known(usage.output_tokens, counts.output_tokens),
         cache_creation_input_tokens=_known(usage.cache_creation_input_tokens, counts.cache_creation_input_tokens),
         cache_read_input_tokens=_known(usage.cache_read_input_tokens, counts.cache_read_input_tokens),
     )
+    if counts.total > EVENT_TOKENS_MAX:
+        raise msgspec.ValidationError("more tokens than any answer can have")
+    return counts
 
 
 def _known(new: int | None, old: int) -> int:
@@ -385,6 +415,7 @@ def _refused(error: APIStatusError) -> Problem:
 
 _REFUSALS = {
     401: (502, "Claude refuses our key", "An operator must check ANTHROPIC_API_KEY."),
+    402: (502, "Claude refuses our account", "An operator must check its billing at the provider."),
     403: (502, "Claude refuses our key", "An operator must check what ANTHROPIC_API_KEY may do."),
     404: (400, "Model not available", "The provider does not offer this model to this key; name another."),
     413: (413, "Conversation too long", "Shorten the conversation and try again."),

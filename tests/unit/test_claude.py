@@ -36,9 +36,9 @@ TODAY = datetime.now(UTC).date()
 
 
 @asynccontextmanager
-async def provider(*answers: bytes) -> AsyncIterator[Claude]:
-    """Chat's client of a provider that gives these answers, one a request, and then closes."""
-    left = [*answers]
+async def provider(*answers: bytes, holds_on: bool = False) -> AsyncIterator[Claude]:
+    """Chat's client of a provider that gives these answers, one a request, and then closes, or waits for chat to."""
+    left, ended = [*answers], asyncio.Event()
 
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -46,7 +46,11 @@ async def provider(*answers: bytes) -> AsyncIterator[Claude]:
         await reader.readexactly(int(length.partition(b":")[2]))
         writer.write(left.pop(0))
         await writer.drain()
+        if holds_on:
+            await reader.read()
         writer.close()
+        await writer.wait_closed()
+        ended.set()
 
     server = await asyncio.start_server(respond, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -55,6 +59,8 @@ async def provider(*answers: bytes) -> AsyncIterator[Claude]:
         yield claude
     finally:
         await claude.close()
+        if holds_on:
+            await ended.wait()
         server.close()
         await server.wait_closed()
 
@@ -90,15 +96,16 @@ def last(stop_reason: str | None = "end_turn", **usage: Any) -> dict[str, Any]:
 STOP = {"type": "message_stop"}
 
 
-async def steps_until_the_end(answered: bytes, steps: list[object]) -> None:
-    async with provider(answered) as claude, claude.stream(PROMPT) as stream:
+async def steps_until_the_end(answered: bytes, steps: list[object], *, holds_on: bool = False) -> None:
+    async with provider(answered, holds_on=holds_on) as claude, claude.stream(PROMPT) as stream:
         async for arrived in stream.steps():
+            assert arrived, "with the first of them the reader is told that Claude has begun"
             steps += arrived
 
 
-async def steps_of(answered: bytes) -> list[object]:
+async def steps_of(answered: bytes, *, holds_on: bool = False) -> list[object]:
     steps: list[object] = []
-    await steps_until_the_end(answered, steps)
+    await steps_until_the_end(answered, steps, holds_on=holds_on)
     return steps
 
 
@@ -183,7 +190,19 @@ async def test_the_providers_count_gets_room_for_its_error_and_stays_below_the_b
         assert await claude.count_input_tokens(PROMPT) == held
 
 
-@pytest.mark.parametrize("answered", [refusal(429), refusal(500), b""])
+@pytest.mark.parametrize(
+    "answered",
+    [
+        refusal(429),
+        refusal(500),
+        b"",
+        *(
+            answer(200, "application/json", body)
+            for body in ("{}", "[]", '{"input_tokens": -7}', '{"input_tokens": "x"}')
+        ),
+        answer(200, "text/html", "<h1>A proxy's page</h1>"),
+    ],
+)
 async def test_where_the_provider_does_not_count_the_bound_stands(answered: bytes) -> None:
     async with provider(answered) as claude:
         assert await claude.count_input_tokens(PROMPT) == PROMPT.input_tokens_max
@@ -216,6 +235,29 @@ async def test_steps_are_the_model_its_words_and_its_last_count() -> None:
     ]
 
 
+@pytest.mark.parametrize("holds_on", [True, False])
+async def test_behind_claudes_last_word_nothing_is_waited_for_and_nothing_can_fail(holds_on: bool) -> None:
+    frames = said(start(input_tokens=7), text("Hello"), last(output_tokens=9), STOP)
+    never_whole = frames.replace(b"connection: close", b"content-length: 100000", 1)
+    steps = await steps_of(never_whole, holds_on=holds_on)
+    assert steps[-1] == Finished(TokenCounts(input_tokens=7, output_tokens=9), "end_turn")
+
+
+async def test_where_the_last_word_names_no_count_the_one_before_stands() -> None:
+    unnamed = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}
+    steps = await steps_of(said(start(input_tokens=7, output_tokens=1), last(None, output_tokens=5), unnamed, STOP))
+    assert steps[1:] == [Finished(TokenCounts(input_tokens=7, output_tokens=5), None), Finished(None, "end_turn")]
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"), [("req_9", "req_9"), ("a\tb", None), ("\x85", None), ("r" * 200, "r" * 128)]
+)
+async def test_a_request_id_is_kept_where_an_event_can_have_it(told: str, kept: str | None) -> None:
+    answered = said(start(input_tokens=7), last(output_tokens=9), STOP).replace(b"req_1", told.encode("latin-1"))
+    async with provider(answered) as claude, claude.stream(PROMPT) as stream:
+        assert stream.request_id == kept
+
+
 async def test_a_later_count_replaces_an_earlier_one_and_what_it_leaves_out_stays() -> None:
     steps = await steps_of(
         said(
@@ -234,7 +276,7 @@ async def test_a_later_count_replaces_an_earlier_one_and_what_it_leaves_out_stay
     [
         (400, 400, "Claude refuses the request"),
         (401, 502, "Claude refuses our key"),
-        (402, 400, "Claude refuses the request"),
+        (402, 502, "Claude refuses our account"),
         (403, 502, "Claude refuses our key"),
         (404, 400, "Model not available"),
         (413, 413, "Conversation too long"),
@@ -291,6 +333,8 @@ async def test_an_error_in_the_middle_is_told_in_words_after_all_that_came_befor
         answer(200, "text/event-stream", "event: message_start\ndata: {not json}\n\n"),
         answer(200, "text/event-stream", 'event: message_start\ndata: {"message": 7}\n\n'),
         said(start(input_tokens=-7)),
+        said(start(input_tokens=99_999_999), last(output_tokens=99_999_999), STOP),
+        said({"type": "error", "error": {"type": "api_error", "message": "oh"}}),
         answer(200, "text/html", "<h1>A proxy's page</h1>"),
         answer(200, "text/event-stream", "half", "content-length: 100"),
         b"HTTP/1.1 200",

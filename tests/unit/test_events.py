@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue, ValidationError
 
 from shared.errors import PoisonMessage
-from shared.events import EVENT_TOKENS_MAX, METADATA_BYTES_MAX, Event, UsageAdjusted, decode, encode
+from shared.events import EVENT_TOKENS_MAX, METADATA_BYTES_MAX, Event, UsageAdjusted, decode, encode, small
 from tests.builders import (
     USER_IDS,
     authorized,
@@ -242,6 +242,26 @@ def test_an_authorization_that_makes_no_sense_is_poison(field: str, value: objec
     document = on_the_wire(generation_completed(authorized=authorized()))
     document["data"]["authorized"][field] = value
     assert f"authorized.{field}" in refused(document)
+
+
+@pytest.mark.parametrize(
+    "nested", [lambda depth: "[" * depth + "]" * depth, lambda depth: '{"a":' * depth + "1" + "}" * depth]
+)
+def test_metadata_is_taken_just_as_deep_as_an_event_with_it_can_be_read(nested: Callable[[int], str]) -> None:
+    taken = [depth for depth in range(1, 400) if is_taken(json.loads(f'{{"a":{nested(depth)}}}'))]
+    assert taken == list(range(1, len(taken) + 1))
+    assert 150 < len(taken) < 399
+    for depth in (1, len(taken)):
+        metadata = json.loads(f'{{"a":{nested(depth)}}}')
+        event = generation_completed(metadata=metadata)
+        assert decode(encode(event)) == event
+
+
+def is_taken(metadata: dict[str, JsonValue]) -> bool:
+    try:
+        return bool(small(metadata))
+    except ValueError:
+        return False
 
 
 @pytest.mark.parametrize(
