@@ -305,16 +305,16 @@ class Stream:
 
     async def steps(self) -> AsyncIterator[list[Step]]:
         """What has arrived, as it arrives. Ends after Claude's last word; raises ProviderError if that is missing."""
-        try:
-            async for steps in self._steps():
-                yield steps
-        except (msgspec.MsgspecError, ValidationError) as error:
-            raise ProviderError(_nonsense(), self.request_id) from error
-
-    async def _steps(self) -> AsyncIterator[list[Step]]:
         parser, chunks = SseParser(), self._response.aiter_raw()
         async for chunk in chunks:
-            steps = [step for event, data in parser.feed(chunk) if (step := self._step(event, data))]
+            steps: list[Step] = []
+            try:
+                for event, data in parser.feed(chunk):
+                    if step := self._step(event, data):
+                        steps.append(step)
+            except (msgspec.MsgspecError, ValidationError) as error:
+                self._failure = ProviderError(_nonsense(), self.request_id)
+                self._failure.__cause__ = error
             if steps:
                 yield steps
             if self._failure:
@@ -433,7 +433,7 @@ def _nonsense() -> Problem:
 
 
 def _busy(title: str, retry_after: str | None) -> Problem:
-    seconds = retry_after if retry_after and retry_after.isdecimal() else "5"
+    seconds = retry_after if retry_after and retry_after.isascii() and retry_after.isdecimal() else "5"
     return Problem(503, title, f"Try again in {seconds} seconds.", headers={"Retry-After": seconds})
 
 

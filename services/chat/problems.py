@@ -83,8 +83,10 @@ def install(app: FastAPI) -> None:
     async def bad_call(_request: Request, error: Exception) -> Response:
         return Problem(422, "Invalid request", str(error)).response()
 
-    async def invalid(_request: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101
+        if not _is_json(request) and any(item["type"] == "model_attributes_type" for item in error.errors()):
+            return Problem(415, *_NOT_JSON).response()
         return _invalid(error).response()
 
     async def http(_request: Request, error: Exception) -> Response:
@@ -104,6 +106,12 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+_NOT_JSON = ("Not JSON", "Send one JSON object with Content-Type: application/json.")
 _MALFORMED = ("Malformed JSON", "The body is not valid JSON; send one JSON object.")
 _HTTP = {
     400: _MALFORMED,  # what is no text, or nested too deep, does not even get as far as validation

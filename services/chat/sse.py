@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
@@ -21,6 +22,7 @@ class SseParser:
 
     def __init__(self) -> None:
         self._rest = b""
+        self._has_begun = False
 
     @property
     def waiting_bytes(self) -> int:
@@ -30,7 +32,10 @@ class SseParser:
     def feed(self, chunk: bytes) -> Iterator[tuple[bytes, bytes]]:
         """(event, data) of each event that is complete now."""
         # Where a CRLF is cut in two, its LF is but one more empty line.
-        *blocks, self._rest = _EVENT_END.split(self._rest + chunk)
+        rest = self._rest + chunk
+        if not self._has_begun and not BOM_UTF8.startswith(rest):
+            self._has_begun, rest = True, rest.removeprefix(BOM_UTF8)
+        *blocks, self._rest = _EVENT_END.split(rest)
         for block in blocks:
             event, data = b"", []
             for line in _LINE_END.split(block):

@@ -11,7 +11,7 @@ from itertools import accumulate, groupby
 from operator import add, attrgetter
 from typing import Any, NamedTuple
 
-from pydantic import AwareDatetime, TypeAdapter
+from pydantic import TypeAdapter
 from sqlalchemy import (
     BigInteger,
     Connection,
@@ -52,6 +52,8 @@ from shared.events import (
     Event,
     Generation,
     GenerationCompleted,
+    Moment,
+    Name,
     Subscription,
     SubscriptionChanged,
     UsageAdjusted,
@@ -71,7 +73,7 @@ _NOTHING: dict[str, Any] = dict.fromkeys(usage.c.keys())
 _MOMENTS = ("period_start", "resets_at", "expires_at")
 _moments = attrgetter(*_MOMENTS)
 _DAILY = ("user_id", "usage_date", "model", *COUNTS, "generations")
-_position: TypeAdapter[tuple[AwareDatetime, str]] = TypeAdapter(tuple[AwareDatetime, str])
+_position: TypeAdapter[tuple[datetime, str]] = TypeAdapter(tuple[Moment, Name])
 
 
 class Recorded(NamedTuple):

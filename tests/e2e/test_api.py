@@ -443,13 +443,14 @@ async def test_an_answer_is_a_start_words_the_usage_and_an_end(http: httpx2.Asyn
 
 async def test_whoever_accepts_only_json_gets_one_document(http: httpx2.AsyncClient, user: str) -> None:
     body = question(user, "Hello [usage input=7 output=9]")
-    answer = await http.post("/api/chat", json=body, headers={"Accept": "application/json"})
-    assert answer.headers["content-type"] == "application/json"
+    for accept in ("Application/JSON, */*;q=0", "application/json"):
+        answer = await http.post("/api/chat", json=body, headers={"Accept": accept})
+        assert answer.headers["content-type"] == "application/json"
     document = answer.json()
     streamed = "".join(data["text"] for name, data in await chat(http, body) if name == "delta")
     assert document["text"] == streamed
     assert (document["inputTokens"], document["outputTokens"], document["tokensUsed"]) == (7, 9, 16)
-    assert (document["model"], document["stopReason"], document["usage"]["tokensUsed"]) == (MODEL, "end_turn", 16)
+    assert (document["model"], document["stopReason"], document["usage"]["tokensUsed"]) == (MODEL, "end_turn", 32)
 
 
 @pytest.mark.parametrize("model", ["claude-3-haiku-20240307", "claude-3-5-haiku-20241022"])

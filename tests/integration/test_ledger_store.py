@@ -423,7 +423,17 @@ async def test_the_longest_id_there_can_be_fits_into_a_cursor(database: Database
 
 @pytest.mark.parametrize(
     "cursor",
-    ["", "?", "ü", "AAAA", "bm90IEpTT04=", base64.urlsafe_b64encode(b'["2026-11-22T12:00:00", "naive"]').decode()],
+    [
+        *("", "?", "ü", "AAAA", "bm90IEpTT04="),
+        *(
+            base64.urlsafe_b64encode(position).decode()
+            for position in (
+                b'["2026-11-22T12:00:00", "naive"]',
+                b'["0001-01-01T00:00:00+23:59", "before the calendar"]',
+                rb'["2026-11-22T12:00:00Z", "no \u0000 text"]',
+            )
+        ),
+    ],
 )
 async def test_a_cursor_that_is_not_ours_is_refused_in_words(database: Database, cursor: str) -> None:
     with pytest.raises(BadCall, match="cursor is not one of ours"):

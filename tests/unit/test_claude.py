@@ -243,6 +243,13 @@ async def test_behind_claudes_last_word_nothing_is_waited_for_and_nothing_can_fa
     assert steps[-1] == Finished(TokenCounts(input_tokens=7, output_tokens=9), "end_turn")
 
 
+async def test_what_came_with_nonsense_in_one_piece_was_given() -> None:
+    steps: list[object] = []
+    nonsense = b"event: content_block_delta\ndata: {nonsense\n\n"
+    await failure_of(said(start(input_tokens=7), text("Hel"), last(None, output_tokens=5)) + nonsense, steps)
+    assert steps[1:] == [Text("Hel"), Finished(TokenCounts(input_tokens=7, output_tokens=5), None)]
+
+
 async def test_where_the_last_word_names_no_count_the_one_before_stands() -> None:
     unnamed = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}
     steps = await steps_of(said(start(input_tokens=7, output_tokens=1), last(None, output_tokens=5), unnamed, STOP))
@@ -298,7 +305,8 @@ async def test_a_refusal_of_the_providers_is_told_in_words(status: int, problem:
 
 
 @pytest.mark.parametrize(
-    ("header", "seconds"), [("retry-after: 17", "17"), ("retry-after: soon", "5"), ("x: y", "5")]
+    ("header", "seconds"),
+    [("retry-after: 17", "17"), ("retry-after: soon", "5"), ("retry-after: ²", "5"), ("x: y", "5")],
 )
 async def test_a_busy_provider_is_asked_again_when_it_says(header: str, seconds: str) -> None:
     problem = (await failure_of(refusal(429, "busy", header))).problem

@@ -1,5 +1,6 @@
 """Server-sent events as the network brings them: in pieces of any size, with any of three line endings."""
 
+from codecs import BOM_UTF8
 from typing import NamedTuple
 
 import pytest
@@ -73,6 +74,13 @@ def test_an_event_is_given_as_soon_as_it_is_whole() -> None:
 
 def test_an_event_that_was_cut_off_is_none() -> None:
     assert parsed(b"event: delta\ndata: half of") == []
+
+
+def test_a_mark_of_the_byte_order_at_the_beginning_is_passed_over() -> None:
+    parser = SseParser()
+    stream = BOM_UTF8 + b"event: one\ndata: 1\n\nevent: two\ndata: 2\n\n"
+    found = [event for byte in stream for event in parser.feed(bytes([byte]))]
+    assert found == list(SseParser().feed(stream)) == [(b"one", b"1"), (b"two", b"2")]
 
 
 def test_what_carries_no_data_is_no_event() -> None:

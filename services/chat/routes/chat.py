@@ -1,5 +1,6 @@
 """POST /api/chat: a metered answer from Claude, streamed."""
 
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -127,4 +128,15 @@ async def chat(request: Request, body: ChatRequest) -> Response:
 
 
 def _accepts_only_json(accept: str) -> bool:
-    return "application/json" in accept and "text/event-stream" not in accept and "*/*" not in accept
+    taken = accepted(accept)
+    return "application/json" in taken and not taken & {"text/event-stream", "text/*", "*/*"}
+
+
+def accepted(header: str) -> set[str]:
+    """The media types that a caller takes (RFC 9110, section 12.5.1); how much it prefers each does not matter."""
+    taken = set()
+    for part in header.lower().split(","):
+        name, *parameters = ("".join(each.split()) for each in part.split(";"))
+        if not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters):
+            taken.add(name)
+    return taken

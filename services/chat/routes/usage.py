@@ -18,7 +18,7 @@ from services.chat.push import Watchers
 from services.chat.quota import Quota
 from services.chat.ratelimit import headers
 from services.chat.reports import Reports
-from services.chat.routes.chat import Body
+from services.chat.routes.chat import Body, accepted
 from shared import calls
 from shared.broker import call
 from shared.calls import History, HistoryQuery, Logs, LogsQuery, Usage
@@ -145,7 +145,8 @@ def _event(body: Report) -> GenerationCompleted:
     said = body.metadata
     counts = [said.input_tokens, said.output_tokens, said.cache_creation_input_tokens, said.cache_read_input_tokens]
     known = sum(count or 0 for count in counts)
-    is_split = said.input_tokens is not None and said.output_tokens is not None
+    # Both sides of it, or parts that are all of it.
+    is_split = (said.input_tokens is not None and said.output_tokens is not None) or known == body.tokens_used > 0
     if known > body.tokens_used or (is_split and known != body.tokens_used):
         raise _contradiction(f"the counts add up to {known}, and tokensUsed is {body.tokens_used}")
     split = [count or 0 for count in counts] if is_split else [None] * 4
@@ -208,7 +209,7 @@ async def logs(
     query = LogsQuery(user_id=user_id, cursor=cursor, limit=limit)
     quota: Quota = request.app.state.quota
     body, rate_limit = await asyncio.gather(call(request.app.state.nc, calls.LOGS, query), quota.rate_limit(user_id))
-    if "text/csv" not in request.headers.get("accept", ""):
+    if "text/csv" not in accepted(request.headers.get("accept", "")):
         return _json(body, rate_limit)
     page = json.loads(body)
     following = {"X-Next-Cursor": page["nextCursor"]} if page["nextCursor"] else {}

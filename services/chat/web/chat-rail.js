@@ -95,7 +95,7 @@ export class ChatRail extends HTMLElement {
   }
 
   connectedCallback() {
-    this.#userId = this.getAttribute("user-id")?.trim() || ownUserId();
+    this.#userId = this.getAttribute("user-id") || ownUserId();
     this.#api = new ChatApi(this.getAttribute("api") || ORIGIN, this.#userId);
     this.#feed = new UsageFeed(this.#api, this.#userId, (change) => this.#onUsage(change));
     this.#feed.start();

@@ -8,7 +8,7 @@ const PERIODS = { day: "a day", month: "a month", none: "in all" };
 const rail = document.querySelector("chat-rail");
 const cards = new Map();
 
-const userId = new URLSearchParams(location.search).get("userId")?.trim();
+const userId = new URLSearchParams(location.search).get("userId");
 if (userId) rail.setAttribute("user-id", userId);
 
 customElements.whenDefined("chat-rail").then(() => {
