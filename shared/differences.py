@@ -74,28 +74,34 @@ class Pair:
 
     def difference(self) -> Difference:
         found, expected, key = self.found, self.expected, key_of(self._table)[0]
-        there = [_as_it_is(column) for column in found.c]
-        wanted = [_as_it_is(expected.c[name], f"expected_{name}") for name in self.others]
+        there = [_as_it_is(self._db, column) for column in found.c]
+        wanted = [_as_it_is(self._db, expected.c[name], f"expected_{name}") for name in self.others]
         changed = select(*there, *wanted).join(expected, self.same_key).where(self.differs)
-        missing = select(*map(_as_it_is, expected.c)).outerjoin(found, self.same_key).where(found.c[key].is_(None))
+        missing = (
+            select(*(_as_it_is(self._db, column) for column in expected.c))
+            .outerjoin(found, self.same_key)
+            .where(found.c[key].is_(None))
+        )
         unknown = select(*there).outerjoin(expected, self.same_key).where(expected.c[key].is_(None))
         return _Listing(self._db, self._table).of(changed, missing, unknown, self.others)
 
 
-def _as_it_is(column: ColumnElement[Any], name: str | None = None) -> ColumnElement[Any]:
-    """As the database writes it: what somebody wrote into a table in use may be no moment, and no JSON."""
-    as_text = cast(column, Text) if isinstance(column.type, UtcDateTime | Date) else type_coerce(column, NullType())
-    return as_text.label(name or str(column.key))
+def _as_it_is(db: Connection, column: ColumnElement[Any], name: str | None = None) -> ColumnElement[Any]:
+    """As the database has it: what somebody wrote into a table in use may be no moment, and no JSON."""
+    is_time = isinstance(column.type, UtcDateTime | Date) and db.dialect.name != "sqlite"
+    told = cast(column, Text) if is_time else type_coerce(column, NullType())
+    return told.label(name or str(column.key))
 
 
 def _differs(db: Connection, found: Any, expected: Any) -> Any:
     is_another = found.is_distinct_from(expected)
     if not isinstance(found.type, JSON) and found.name not in _JSON_AS_TEXT:
         return is_another
-    found, expected = cast(found, Text), cast(expected, Text)
+    given, found, expected = found, cast(found, Text), cast(expected, Text)
     is_another = found.is_distinct_from(expected)
     if db.dialect.name == "sqlite":
-        return and_(is_another, func.canonical(found) != func.canonical(expected))
+        says_another = func.canonical(found) != func.canonical(expected)
+        return case((~is_another, false()), (func.typeof(given) == "blob", true()), else_=says_another)
     says_another = cast(found, JSONB).is_distinct_from(cast(expected, JSONB))
     return case((~is_another, false()), (func.pg_input_is_valid(found, "jsonb"), says_another), else_=true())
 

@@ -7,7 +7,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from shared.errors import Unavailable
 from shared.streams import STREAM
 
 BATCH_SIZE = 1000
+FIRST = datetime(1970, 1, 1, tzinfo=UTC)
 # A reader that says nothing for so long is gone, and the broker forgets it.
 READER_FORGOTTEN_S = 30.0
 ANSWER_WITHIN_S = 3.0
@@ -146,5 +147,5 @@ class _Reader:
         self._delivered += 1
         if int(delivered) != self._delivered:
             raise _Interrupted(f"message {self._delivered} of the reader was lost")
-        stored_at = datetime.fromtimestamp(int(nanoseconds) / 1e9, UTC)
+        stored_at = FIRST + timedelta(microseconds=int(nanoseconds) // 1000)
         return Recorded(int(sequence), message.subject, message.data, stored_at, message.headers)

@@ -87,9 +87,8 @@ async def without_a_change(settings: ServiceSettings, url: str, rebuilt: Rebuilt
         told, differences = await dry_run(nc, url, rebuilt, archive=settings.archive_folder)
     out = console()
     found = [difference for difference in differences if difference.rows]
-    if not found:
-        nothing = f"{told.messages:,} messages read; a replay would change nothing"
-        out.print(f"{rebuilt.service}: {nothing}{_set_aside(told)}")
+    would = "a replay would change this" if found else "a replay would change nothing"
+    out.print(f"{rebuilt.service}: {told.messages:,} messages read; {would}{_set_aside(told)}")
     for difference in found:
         out.print(f"{rebuilt.service}: a replay would change {difference.table}: {_counts(difference)}")
         for example in difference.examples:
@@ -130,8 +129,8 @@ def _counts(difference: Difference) -> str:
 
 def _set_aside(told: Told) -> str:
     parts = (
-        (told.lacking, "are missing: the stream is damaged (make audit)"),
-        (told.poison, "cannot be read"),
-        (told.contradicting, "repeat an id with another body"),
+        (told.lacking, "are missing, the stream is damaged (make audit)"),
+        (told.poison, "cannot be read (make quarantine)"),
+        (told.contradicting, "repeat an id with another body (make quarantine)"),
     )
-    return "".join(f"; {number:,} {what} (make quarantine)" for number, what in parts if number)
+    return "".join(f"; {number:,} {what}" for number, what in parts if number)

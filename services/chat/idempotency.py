@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from fastapi import Header
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError, NotFoundError
+from pydantic import StringConstraints
 
 from services.chat.problems import Problem
 from services.chat.publisher import publish_promptly
@@ -15,6 +17,9 @@ from shared import streams
 from shared.errors import Unavailable
 from shared.events import Event, decode
 
+# White space around a field's value is no part of it (RFC 9110, section 5.5).
+_Key = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=255)]
+IdempotencyKey = Annotated[_Key | None, Header()]
 BODY_DIGEST = "Chatrail-Body-Sha256"
 # With what publishing may take, within the two seconds that callers are promised.
 LOOK_TIMEOUT_S = 0.4

@@ -71,8 +71,9 @@ async def audit(
     """Raises Misconfigured, or Unavailable, when it cannot be done. `progress` hears how much of what is read."""
     begun = monotonic()
     await _seals_are_back(nc, databases.ledger_url)
-    floors = await _floors(nc)
+    floors, outside = await _floors(nc), evidence.seals_file
     with ExitStack() as snapshots:
+        outside_bytes = outside.stat().st_size if outside and outside.exists() else None
 
         def open_snapshot(service: str, url: str, layouts: Sequence[Layout]) -> Snapshot:
             tables = [*(layout.table for layout in layouts), *OTHERS[service]]
@@ -81,7 +82,11 @@ async def audit(
         ledger = open_snapshot(LEDGER, databases.ledger_url, (USAGE, CHANGES))
         quota = open_snapshot(QUOTA, databases.quota_url, (SETTLEMENTS, PLAN_CHANGES, SUBSCRIPTIONS))
         sealed = seal_check(
-            ledger.rows, known_up_to=floors[LEDGER], keys=evidence.keys, seals_file=evidence.seals_file
+            ledger.rows,
+            known_up_to=floors[LEDGER],
+            keys=evidence.keys,
+            seals_file=outside,
+            seals_file_bytes=outside_bytes,
         )
         record = Record(nc, archive, is_doubted=True)
         first, last = await record.bounds()

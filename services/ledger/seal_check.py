@@ -30,19 +30,25 @@ LOOKAHEAD = 2_000
 
 
 def seal_check(
-    rows: Rows, *, known_up_to: int, keys: Keys | None = None, seals_file: Path | None = None
+    rows: Rows,
+    *,
+    known_up_to: int,
+    keys: Keys | None = None,
+    seals_file: Path | None = None,
+    seals_file_bytes: int | None = None,
 ) -> "SealCheck":
     """Of a ledger's database. Raises Misconfigured when the file outside cannot be read.
 
     `known_up_to` is a sequence that the stream had before the database was read: seals on it up to there are known.
-    To where the stream is read is to be asked after that: all that has a leaf is on it by then.
+    So much of the file is read as it had before that, too; to where the stream is read is to be asked after that:
+    all that has a leaf is on it by then.
     """
     ((sealed,),) = rows("SELECT coalesce(max(tree_size), 0) FROM seals")
     return SealCheck(
         leaves=kept_leaves(rows),
         sealed_up_to=sealed,
         seals=sealed_after(rows, 0),
-        outside=read_outside(seals_file) if seals_file else (),
+        outside=read_outside(seals_file, up_to=seals_file_bytes) if seals_file else (),
         keys=keys,
         known_up_to=known_up_to,
     )

@@ -148,12 +148,12 @@ class Sealer:
             await self._append(base.frontier, waiting)
         if is_due and told:
             await self._database.write(_restore, base.newest, told)
-        return is_due and base.frontier.size > base.sealed
+        return is_due and base.sealed < base.frontier.size <= handled
 
     async def _since(self, base: _Base, handled: int) -> AsyncIterator[list[Recorded]]:
         """What comes behind the last leaf, whose message must still be what it was."""
         joint = base.frontier.size
-        if handled <= joint:
+        if handled < joint or handled == joint == base.sealed:
             return
         async for batch in self._record.read(first=max(1, joint), last=handled):
             if joint:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from pydantic_core import from_json
 
@@ -117,11 +117,14 @@ def split(subtrees: bytes) -> tuple[bytes, ...]:
     return tuple(subtrees[start : start + HASH_BYTES] for start in range(0, len(subtrees), HASH_BYTES))
 
 
-def read_outside(seals_file: Path) -> Iterator[Checkpoint | str]:
-    """The file's heads in order, or the text that is none. What a crash cut off, and what follows whole, is one."""
+def read_outside(seals_file: Path, *, up_to: int | None = None) -> Iterator[Checkpoint | str]:
+    """The file's heads in order, or the text that is none. What a crash cut off, and what follows whole, is one.
+
+    What is behind so many bytes came later.
+    """
     try:
-        with seals_file.open(encoding="utf-8", errors="replace") as file:
-            for note, following in pairwise(chain(notes_in(file), [""])):
+        with seals_file.open("rb") as file:
+            for note, following in pairwise(chain(notes_in(_lines(file, up_to)), [""])):
                 if note != following and following.startswith(note.rstrip("\n\ufffd")):
                     continue
                 try:
@@ -130,6 +133,13 @@ def read_outside(seals_file: Path) -> Iterator[Checkpoint | str]:
                     yield note
     except OSError as error:
         raise Misconfigured(f"CHATRAIL_SEALS_FILE {seals_file} cannot be read: {error.strerror}.") from error
+
+
+def _lines(file: BinaryIO, up_to: int | None) -> Iterator[str]:
+    for line in file:
+        if up_to is not None and file.tell() > up_to:
+            return
+        yield line.decode(errors="replace")
 
 
 def signature_of(seal: Seal) -> Signature | None:

@@ -97,6 +97,7 @@ def snapshot(service: str, url: str, tables: Sequence[str]) -> Iterator[Snapshot
                 postgres.read_only = True
                 # Before the first SELECT, with which the snapshot begins: whoever exchanges tables waits for us.
                 postgres.execute(f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE")
+                postgres.execute("SELECT 1")
                 yield Snapshot(postgres, is_sqlite=False)
     except (psycopg.OperationalError, psycopg.ProgrammingError, sqlite3.OperationalError) as error:
         raise Misconfigured(f"{service}'s database {parsed} cannot be read: {str(error).strip()}") from error
@@ -220,8 +221,8 @@ def _column(name: str, *, is_sqlite: bool) -> str:
 
 
 def finite(column: str) -> str:
-    """In PostgreSQL, where a time may be infinite, which Python has no word for: then it is null."""
-    return f'CASE WHEN isfinite("{column}") THEN "{column}" END'
+    """In PostgreSQL, where a time may be infinite or in a year that Python has no word for: then it is null."""
+    return f'CASE WHEN extract(year FROM "{column}") BETWEEN 1 AND 9999 THEN "{column}" END'
 
 
 def _same_json(ours: str, theirs: str) -> bool:

@@ -171,7 +171,8 @@ def _all_done(
     return {
         user_id
         for user_id, rows in kept.items()
-        if is_kept_and_quiet(
+        if (rows[0].changed_at is None or rows[0].changed_at <= midnight(min(moments[user_id])))
+        and is_kept_and_quiet(
             plans.of(rows[0].tier),
             Calendar(rows[0].time_zone, rows[0].subscribed_at),
             {(row.period_start, row.period_end): row.tokens_used for row in rows},
@@ -355,13 +356,16 @@ def keep_totals_of_other_periods(
     arrived: Sequence[dict[str, Any]],
     changed: Sequence[SubscriptionChanged],
 ) -> None:
-    """Of the past: where usage is late, and where a change of plan arrives after usage that it decides about."""
+    """Of the past: where usage is late, or of a plan that has ended, and where a change of plan arrives after usage
+    that it decides about."""
     days: dict[str, set[datetime]] = defaultdict(set)
-    for row in arrived:
-        if not standing[row["user_id"]].covers(row["started_at"]):
-            days[row["user_id"]].add(midnight(row["started_at"]))
-    user_ids = {*days, *(event.data.user_id for event in changed)}
+    user_ids = {*(row["user_id"] for row in arrived), *(event.data.user_id for event in changed)}
     known = {user_id: sorted(changes) for user_id, changes in changes_of(db, list(user_ids)).items()}
+    for row in arrived:
+        user_id, moment, changes = row["user_id"], row["started_at"], known.get(row["user_id"])
+        day = midnight(moment)
+        if not standing[user_id].covers(moment) or (changes and day < changes[-1].changed_at):
+            days[user_id].add(day)
     for event in changed:
         user_id = event.data.user_id
         since = decided_since(plans, known[user_id], event.data.changed_at)

@@ -47,6 +47,7 @@ class Kept(NamedTuple):
     models: str
     tier: str | None
     time_zone: str | None
+    changed_at: datetime | None
     subscribed_at: datetime | None
 
 
@@ -171,7 +172,7 @@ def _kept_periods(dialect: str) -> Select[Any]:
     return (
         select(
             *totals.c["user_id", "period_start", "period_end", "tokens_used", "models"],
-            *subscriptions.c["tier", "time_zone", "subscribed_at"],
+            *subscriptions.c["tier", "time_zone", "changed_at", "subscribed_at"],
         )
         .select_from(
             users.join(totals, totals.c.user_id == users.c.item).outerjoin(

@@ -2,10 +2,11 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from services.chat.adjustments import Adjustments
+from services.chat.idempotency import IdempotencyKey
 from services.chat.identity import Operator
 from services.chat.problems import MEDIA_TYPE
 from services.chat.quota import Quota
@@ -70,7 +71,7 @@ async def adjust(
     response: Response,
     body: AdjustmentRequest,
     _operator: Operator,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Adjusted:
     """The operator's: counts in the period of `effectiveAt`. A repeated key counts once and has the first's `id`."""
     adjustments: Adjustments = request.app.state.adjustments

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from datetime import date, timedelta
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ConfigDict, JsonValue, field_validator
 
+from services.chat.idempotency import IdempotencyKey
 from services.chat.identity import Operator
 from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.push import Watchers
@@ -125,7 +126,7 @@ async def report(
     response: Response,
     body: Report,
     _operator: Operator,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Reported:
     """Usage that did not pass through /api/chat. Answers once it is durable; a repeated key counts once."""
     event = _event(body)
