@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -95,6 +96,11 @@ def serve(service: str, read: Callable[[], Settings], create_app: Callable[[Sett
             gc.freeze()
             gc.set_threshold(50_000, 20, 50)
             _Server(config).run()
+
+
+def without_standard_output() -> None:
+    """Once it has failed: else Python fails once more when it ends, in words of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextmanager

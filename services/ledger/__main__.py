@@ -7,7 +7,8 @@ gc.disable()
 
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +29,12 @@ from services.ledger.replay import RebuiltLedger, show_past
 from services.ledger.scope import asked
 from services.ledger.settings import Settings
 from shared.database import Database, snapshot
+from shared.errors import Misconfigured
 from shared.events import Event
 from shared.quarantine import command
 from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, moment, without_a_change
 from shared.replay_command import run as run_command
-from shared.server import one_sentence
+from shared.server import one_sentence, without_standard_output
 from shared.server import serve as run
 
 gc.enable()
@@ -83,11 +85,13 @@ def export(
 ) -> None:
     """Write down every record, as they all are at this moment: CSV, NDJSON or Parquet."""
     file = None if out == "-" else _file(out)
+    if file is None and sys.stdout is None:
+        raise typer.BadParameter("standard output is closed; name a file", param_hint="'--out'")
     if file is None and file_format is Format.PARQUET:
         raise typer.BadParameter("Parquet is written to a file only; name one", param_hint="'--out'")
     scope = asked(user, first, last)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as on Ctrl-C: what is half-written is removed
-    with one_sentence("ledger"), snapshot(Settings().database_url, store.usage) as db:
+    with _export_in_one_sentence(), snapshot(Settings().database_url, store.usage) as db:
         exporting.check(db)
         # On the terminal that shows the records themselves, a bar would be in their way.
         watched = sys.stderr.isatty() and (file is not None or not sys.stdout.isatty())
@@ -100,10 +104,23 @@ def export(
 
 
 def _file(name: str) -> Path:
-    file = Path(name).resolve()
-    if file.exists() and not file.is_file():
-        raise typer.BadParameter(f"{name!r} is there, and is not a file", param_hint="'--out'")
+    try:
+        file = Path(name).resolve()
+        if file.exists() and not file.is_file():
+            raise typer.BadParameter(f"{name!r} is there, and is not a file", param_hint="'--out'")
+    except OSError as error:
+        raise typer.BadParameter(f"{name[:128]!r} cannot be used: {error.strerror}", param_hint="'--out'") from None
     return file
+
+
+@contextmanager
+def _export_in_one_sentence() -> Iterator[None]:
+    with one_sentence("ledger"):
+        try:
+            yield
+        except OSError as error:
+            without_standard_output()
+            raise Misconfigured(f"The export cannot be written: {error.strerror}.") from error
 
 
 @cli.command()

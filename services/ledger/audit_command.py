@@ -22,7 +22,7 @@ from services.ledger.scratch import scratch
 from services.ledger.settings import Settings
 from shared.bus_of_folder import bus_of_folder
 from shared.errors import Misconfigured, Unavailable
-from shared.server import one_sentence
+from shared.server import one_sentence, without_standard_output
 from shared.telemetry import configure_logging_of_a_command
 
 AGREE, DIFFER, CANNOT = 0, 1, 2
@@ -66,12 +66,13 @@ async def _audit(settings: Settings, scope: Scope, *, as_document: bool) -> bool
                 )
         if scope.user_id is not None and report.agrees and not report.has_records:
             raise Misconfigured(f"Nothing is known of {scope.user_id} there: no event, no record, no total.")
-        if as_document:
-            for part in as_json(report):
+        try:
+            for part in as_json(report) if as_document else (f"{line}\n" for line in in_words(report)):
                 sys.stdout.write(part)
-        else:
-            for line in in_words(report):
-                typer.echo(line)
+            sys.stdout.flush()
+        except OSError as problem:
+            without_standard_output()
+            raise Misconfigured(f"What was found cannot be written: {problem.strerror}.") from problem
         return report.agrees
 
 

@@ -33,6 +33,12 @@ def decided_since(plans: Plans, changed: Sequence[Change], moment: datetime) -> 
     return min(period_at(had.begun).start for had in later for period_at in had.periods if had.begun)
 
 
+def plans_had(plans: Plans, changed: Sequence[Change]) -> Iterator[tuple[Plan, Bounds]]:
+    """Each plan that a user had, from one change until the next: together they are all of time, and none twice."""
+    for had in _had(plans, changed):
+        yield had.plan, (had.begun or ALWAYS.start, had.ended or FOR_EVER)
+
+
 def midnight(moment: datetime) -> datetime:
     """That in UTC with which the moment's day begins."""
     return moment.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -48,6 +54,7 @@ def plan_and_calendar(plans: Plans, come_to: Subscribed | None) -> tuple[Plan, C
 class _Had(NamedTuple):
     """A plan that a user had from one change until the next: for each limit, its period at a moment."""
 
+    plan: Plan
     periods: list[Callable[[datetime], Period]]
     begun: datetime | None
     ended: datetime | None
@@ -57,7 +64,8 @@ def _had(plans: Plans, changed: Sequence[Change]) -> Iterator[_Had]:
     changed_at = [change.changed_at for change in changed]
     for nth, (begun, ended) in enumerate(zip([None, *changed_at], [*changed_at, None], strict=True)):
         plan, calendar = plan_and_calendar(plans, subscribed(changed[:nth]))
-        yield _Had([partial(calendar.period, plan=plan, limit=limit) for limit in plan.limits], begun, ended)
+        periods = [partial(calendar.period, plan=plan, limit=limit) for limit in plan.limits]
+        yield _Had(plan, list[Callable[[datetime], Period]](periods), begun, ended)
 
 
 def _covering(

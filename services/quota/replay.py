@@ -30,7 +30,7 @@ from sqlalchemy import (
 
 from services.quota import store
 from services.quota.domain import Account, Totals
-from services.quota.periods import ALWAYS, deciding, plan_and_calendar
+from services.quota.periods import ALWAYS, deciding, plan_and_calendar, plans_had
 from services.quota.store import alerts
 from services.quota.subscriptions import change_subscriptions, changes, changes_of, plan_change, subscriptions
 from services.quota.totals import (
@@ -41,6 +41,7 @@ from services.quota.totals import (
     of_model,
     settlement,
     settlements,
+    sums_of_settlements,
     total,
     totals,
     totals_of,
@@ -197,9 +198,13 @@ class PeriodUsed(NamedTuple):
     totals: Totals
 
     def under(self, plan: Plan) -> tuple[int, Decimal]:
-        """What counts against a limit, and what it costs in dollars."""
-        used_tokens = max(0, self.totals.used_tokens(plan.weights))
-        return used_tokens, plan.cost_usd(used_tokens)
+        return under(plan, self.totals)
+
+
+def under(plan: Plan, used: Totals) -> tuple[int, Decimal]:
+    """What counts against a limit of that plan, and what it costs in dollars."""
+    used_tokens = max(0, used.used_tokens(plan.weights))
+    return used_tokens, plan.cost_usd(used_tokens)
 
 
 def periods_used(db: Connection, plans: Plans) -> Iterator[PeriodUsed]:
@@ -221,12 +226,26 @@ def periods_used(db: Connection, plans: Plans) -> Iterator[PeriodUsed]:
                     yield PeriodUsed(user_id, plan, period, totals_of(row))
 
 
+def used_once(db: Connection, plans: Plans) -> Iterator[tuple[Plan, Totals]]:
+    """All usage, each part of it under the plan of its moment. Periods have some of it twice, or not at all: those of
+    a plan with several limits, and of plans that follow each other."""
+    for chunk in _chunks(db.execute(_users(), execution_options={"yield_per": CHUNK}).scalars()):
+        changed = changes_of(db, chunk)
+        for user_id in chunk:
+            for plan, had in plans_had(plans, sorted(changed[user_id])):
+                if used := sums_of_settlements(db, had, [user_id]).get(user_id):
+                    yield plan, used
+
+
 def standing_at(db: Connection, plans: Plans, at: datetime) -> Iterator[Account]:
     """Every user that the database knows, as they stood at that moment."""
-    users = union(select(settlements.c.user_id), select(changes.c.user_id)).order_by("user_id")
-    for chunk in _chunks(db.execute(users, execution_options={"yield_per": CHUNK}).scalars()):
+    for chunk in _chunks(db.execute(_users(), execution_options={"yield_per": CHUNK}).scalars()):
         found = store.accounts(db, plans, set(chunk), at=at)
         yield from (found[user_id] for user_id in chunk)
+
+
+def _users() -> Any:
+    return union(select(settlements.c.user_id), select(changes.c.user_id)).order_by("user_id")
 
 
 def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import Connection
 
-from services.quota.replay import PeriodUsed, RebuiltQuota, periods_used, standing_at
+from services.quota.replay import PeriodUsed, RebuiltQuota, periods_used, standing_at, under, used_once
 from services.quota.settings import Settings
 from shared.database import patient_engine
 from shared.plans import Plans
@@ -41,13 +41,15 @@ async def compare_weights(
         tiers: set[str] = set()
         with _reading(file) as db:
             for used in periods_used(db, plans):
-                tiers.add(used.plan.tier)
                 now, then = used.under(used.plan), used.under(others.of(used.plan.tier))
-                now_usd, then_usd = now_usd + now[1], then_usd + then[1]
                 table.add_row(*_names(used), _number(now[0]), str(now[1]), _number(then[0]), str(then[1]),
                               str(then[1] - now[1]))  # fmt: skip
+            for plan, totals in used_once(db, plans):
+                tiers.add(plan.tier)
+                now_usd += under(plan, totals)[1]
+                then_usd += under(others.of(plan.tier), totals)[1]
         table.add_section()
-        table.add_row("all", "", "", "", str(now_usd), "", str(then_usd), str(then_usd - now_usd))
+        table.add_row("all, each token once", "", "", "", str(now_usd), "", str(then_usd), str(then_usd - now_usd))
         console().print(table)
         if unnamed := sorted(tiers - others.plans.keys()):
             told = f"The other plans do not name {', '.join(unnamed)}: counted as their default, {others.default}."

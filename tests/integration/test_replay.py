@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from services.ledger.partitions import make_ahead
 from services.ledger.replay import RebuiltLedger
 from services.quota import store as quota_store
 from services.quota import totals as quota_totals
-from services.quota.replay import RebuiltQuota, periods_used, standing_at
+from services.quota.replay import RebuiltQuota, periods_used, standing_at, under, used_once
 from shared.calls import Authorize
 from shared.database import Database, patient_engine, table_of
 from shared.errors import Misconfigured
@@ -810,6 +811,26 @@ async def _time_has_passed(nats: Client) -> bool:
     """The stream's clock is this machine's: what is published from now on is stored later."""
     last = (await nats.jetstream().get_last_msg("USAGE", "generation.completed")).time
     return last is not None and datetime.now(UTC) > last
+
+
+async def test_what_usage_costs_in_all_has_each_token_once(nats: Client, tmp_path: Path, plans: Plans) -> None:
+    """Also of a plan with two limits, and where a plan of days follows one of months, or the other way round."""
+    spent = partial(usage_reported, tokens_used=10_000)
+    await publish(
+        nats,
+        subscription_changed("two limits", "team", changed_at=NOON - 20 * DAY),
+        spent("two limits", started_at=NOON - 2 * DAY),
+        *(spent("both ways", started_at=NOON - days * DAY) for days in (18, 8, 2)),
+        subscription_changed("both ways", "daily", changed_at=NOON - 10 * DAY),
+        subscription_changed("both ways", "pro", changed_at=NOON - 5 * DAY),
+    )
+    file = tmp_path / "all.db"
+    await rebuild_into(nats, file, RebuiltQuota(plans))
+    engine = patient_engine(f"sqlite:///{file}", begin="BEGIN")
+    with engine.begin() as db:
+        used = [(plan.tier, under(plan, totals)[0]) for plan, totals in used_once(db, plans)]
+    engine.dispose()
+    assert used == [("free", 10_000), ("daily", 10_000), ("pro", 10_000), ("team", 10_000)]
 
 
 async def test_other_weights_are_compared_period_by_period(nats: Client, tmp_path: Path, plans: Plans) -> None:
