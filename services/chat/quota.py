@@ -29,7 +29,7 @@ log = structlog.get_logger()
 SETTLED_AFTER_S = 15.0
 # What most answers need. Where several wait for the same tokens, none of them holds more, so that more run at once.
 CROWDED_OUTPUT_TOKENS = 1024
-# More than this for one user at once is a bulk import, which need not read its own writes.
+# Of one user: who has more in so short a time reads the newest of them, and the oldest are settled long ago.
 PENDING_MAX = 100
 
 
@@ -152,8 +152,9 @@ class Quota:
     def remember(self, event: GenerationCompleted) -> None:
         """The event is durable: from now on every answer includes it."""
         known = self._pending[event.subject]
-        if len(known) < PENDING_MAX:
-            known[event.id] = Pending.of(event.id, event.data)
+        known[event.id] = Pending.of(event.id, event.data)
+        if len(known) > PENDING_MAX:
+            del known[next(iter(known))]
         self.waiting_room.changed(event.subject)
 
     def published(self, event: GenerationCompleted) -> None:

@@ -12,9 +12,9 @@ from services.chat.metering import Held
 from services.chat.problems import Problem
 from services.chat.quota import Quota
 from shared import calls
-from shared.calls import Authorization, Authorize, Granted, Refused
+from shared.calls import Authorization, Authorize, Granted, Refused, UsageAnswer, UsageQuery
 from shared.errors import Unanswered, Unavailable
-from tests.builders import NOON
+from tests.builders import NOON, usage_reported
 from tests.fixtures import eventually
 from tests.unit.test_quota_domain import account
 
@@ -94,3 +94,20 @@ async def test_who_cannot_be_asked_again_may_still_grant_the_question_before(nat
     with pytest.raises(Unavailable) as refused:
         await Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
     assert isinstance(refused.value.__cause__, Unanswered)
+
+
+async def test_the_newest_is_in_every_answer_however_much_came_before_it(nats: Client) -> None:
+    heard: list[UsageQuery] = []
+
+    async def answer(message: Msg) -> None:
+        heard.append(UsageQuery.model_validate_json(message.data))
+        await message.respond(UsageAnswer(usage=account(108_000).usage, limits=()).model_dump_json().encode())
+
+    await nats.subscribe(calls.USAGE, cb=answer)
+    quota, events = Quota(nats), [usage_reported(tokens_used=1) for _ in range(250)]
+    for event in events:
+        quota.remember(event)
+    await quota.usage("user_1")
+    (asked,) = heard
+    assert [usage.id for usage in asked.pending] == [event.id for event in events[-len(asked.pending) :]]
+    assert len(asked.pending) >= 100
