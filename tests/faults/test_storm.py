@@ -602,7 +602,9 @@ async def test_the_period_is_the_databases_where_it_is_another_day_by_a_processs
     user_id = f"at {hour} {new_id()}"
     before = await apart.database.read(now)
     zone = zone_where_it_is(hour, before)
-    await publish(apart.nats, subscription_changed(user_id, "daily", time_zone=zone, changed_at=before))
+    # Long enough ago that nothing of this day is of the plan before it.
+    changed_at = before - 3 * DAY
+    await publish(apart.nats, subscription_changed(user_id, "daily", time_zone=zone, changed_at=changed_at))
     await everything_is_acknowledged(apart.nats)
 
     tokens_used = await apart.settle_until_each_has(user_id)
