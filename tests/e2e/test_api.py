@@ -174,6 +174,19 @@ async def test_a_report_that_does_not_split_is_kept_as_a_sum(http: httpx2.AsyncC
     assert (record["tokensUsed"], record["inputTokens"], record["outputTokens"]) == (10, None, None)
 
 
+async def test_a_report_may_leave_out_what_is_nothing_of_its_split(http: httpx2.AsyncClient, user: str) -> None:
+    await send_report(http, report(user, 10, metadata={"inputTokens": 4, "cacheReadInputTokens": 6}))
+    (record,) = await logs(http, user, 1)
+    counts = ("inputTokens", "outputTokens", "cacheCreationInputTokens", "cacheReadInputTokens")
+    assert [record[name] for name in counts] == [4, 0, 0, 6]
+
+
+async def test_what_is_not_said_to_be_json_is_refused_with_what_to_do(http: httpx2.AsyncClient, user: str) -> None:
+    refused = await http.post("/api/usage", content=json.dumps(report(user)), headers={"Content-Type": "text/plain"})
+    assert refused.status_code == 415
+    assert "Content-Type: application/json" in refused.json()["detail"]
+
+
 async def test_a_report_with_a_key_counts_once_however_often_it_is_sent(http: httpx2.AsyncClient, user: str) -> None:
     key = str(uuid4())
     await asyncio.gather(*(send_report(http, report(user), **{"Idempotency-Key": key}) for _ in range(10)))

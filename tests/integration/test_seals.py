@@ -446,6 +446,20 @@ async def test_leaves_and_seals_that_were_changed_are_found_and_not_built_upon( 
             await sealer(nats, database).seal()
 
 
+async def test_a_leaf_that_somebody_added_behind_the_last_is_not_sealed(
+    nats: Client, database: Database, database_url: str
+) -> None:
+    await sealed(nats, database, generation_completed())
+    (size,) = await kept(database)
+    another = "zeroblob(32)" if database_url.startswith("sqlite") else "decode(repeat('00', 32), 'hex')"
+    await unlocked(database, f"INSERT INTO leaves VALUES ({size + 1}, 'another', {another})")  # noqa: S608
+    await sealer(nats, database).seal()  # before the message with that number is handled
+    await handled(nats)
+    with pytest.raises(Damaged, match=f"message {size + 1} of the stream is not what it was"):
+        await sealer(nats, database).seal()
+    assert await kept(database) == [size]
+
+
 @pytest.fixture
 async def proven(settings: Settings, nats: Client, database: Database, tmp_path: Path) -> dict[str, Any]:
     """What `prove` writes of a user with three records among others, one of them not sealed yet."""
