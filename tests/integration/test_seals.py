@@ -93,8 +93,11 @@ async def serving(settings: Settings) -> AsyncIterator[None]:
 
 async def handled(nats: Client, *, durable: str = streams.LEDGER) -> None:
     """As if the ledger had: every message that there is is acknowledged."""
-    pulling = await nats.jetstream().pull_subscribe_bind(durable, streams.STREAM)
-    while (await nats.jetstream().consumer_info(streams.STREAM, durable)).num_pending:
+    js = nats.jetstream()
+    pulling = await js.pull_subscribe_bind(durable, streams.STREAM)
+    # What was published a moment ago may not be counted as pending yet.
+    last = (await js.stream_info(streams.STREAM)).state.last_seq
+    while (floor := (await js.consumer_info(streams.STREAM, durable)).ack_floor) is None or floor.stream_seq < last:
         for message in await pulling.fetch(500, timeout=5):
             await message.ack_sync()
     await pulling.unsubscribe()
@@ -655,8 +658,7 @@ async def test_what_the_file_outside_lacks_is_written_behind_what_a_crash_left(
         file.write_text(whole[:left])
         await sealed(nats, database, seals_file=file)
         result = await audited(nats, database_url, seals_file=file)
-        assert (result.differences, result.outside) == ([], result.seals)
-    assert result.seals > 1
+        assert (result.differences, result.outside) == ([], 3)
 
 
 async def test_a_file_outside_that_was_taken_away_is_written_again_as_a_whole(
