@@ -112,6 +112,7 @@ async def test_beside_services_under_load_what_was_done_is_named_and_nothing_els
         assert "user_5" in said.out
         assert "make replay" in said.out
         assert (await audit(audited.data, "--user", "user_6")).status == 0
+        assert (await audit(audited.data, "--user", "user_6", "--to", "2020-01-01")).status == 0
         unknown = await audit(audited.data, "--user", "user 6")
         assert (unknown.status, unknown.out) == (2, "")
         assert "Nothing is known of user 6" in unknown.err
