@@ -136,10 +136,23 @@ async def recorded(stack: Stack) -> int:
         await nats.close()
 
 
+async def nothing_under_way(stack: Stack) -> None:
+    """Once the stream has all that chat knows of: `done` may be heard before it has."""
+    async with client_of(stack) as http:
+
+        async def found() -> bool | None:
+            return "chatrail_outbox_events 0.0" in (await http.get("/metrics")).text
+
+        await eventually(found)
+
+
 @asynccontextmanager
 async def nothing_recorded(stack: Stack) -> AsyncIterator[None]:
+    """The stream has no more events after than before, whoever they are of."""
+    await nothing_under_way(stack)
     before = await recorded(stack)
     yield
+    await nothing_under_way(stack)
     assert await recorded(stack) == before
 
 
