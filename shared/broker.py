@@ -29,10 +29,8 @@ CANCEL_AGAIN_S = 0.5
 ENDS_WITHIN_S = 20.0
 _ending = threading.Event()
 
-# Callers promise a 503 within two seconds; together these leave them time to say it. In a process that has too much
-# to do a timer can fire while the answer waits to be read: asked once more, it is there.
+# Of one question. A service that is there answers in a hundredth of it.
 TIMEOUT_S = 1.2
-REPEAT_TIMEOUT_S = 0.4
 
 
 class Connection(Client):
@@ -179,7 +177,7 @@ class Encodable(Protocol):
 
 
 async def call(nc: Client, subject: str, request: Encodable, *, timeout_s: float = TIMEOUT_S) -> bytes:
-    """The answer's body, as the service wrote it. A call that times out may be repeated with REPEAT_TIMEOUT_S.
+    """The answer's body, as the service wrote it.
 
     Raises BadCall when the service rejects the request, Unavailable when it cannot be asked or cannot answer,
     Unanswered when nobody knows whether it did what it was asked.

@@ -3,6 +3,7 @@
 from nats.aio.client import Client
 
 from services.chat.applied import applied
+from services.chat.deadline import Deadline
 from services.chat.idempotency import publish_once
 from services.chat.problems import Problem
 from shared import streams
@@ -14,7 +15,7 @@ class Adjustments:
     def __init__(self, nc: Client) -> None:
         self._nc = nc
 
-    async def record(self, event: UsageAdjusted, *, key: str | None, body: bytes) -> str:
+    async def record(self, event: UsageAdjusted, deadline: Deadline, *, key: str | None, body: bytes) -> str:
         """The id of the event: for a key that came before, of the first. Once a key, for ever and across replicas.
 
         One that comes without a key gets one here. When the stream does not answer, nobody knows whether it has the
@@ -26,10 +27,12 @@ class Adjustments:
         """
         key = key or new_id()
         try:
-            recorded = await publish_once(self._nc, event, subject_of=streams.keyed_adjustment, key=key, body=body)
+            recorded = await publish_once(
+                self._nc, event, deadline, subject_of=streams.keyed_adjustment, key=key, body=body
+            )
         except Unanswered as error:
             raise _not_confirmed(key) from error
-        await applied(self._nc, recorded.sequence)
+        await applied(self._nc, recorded.sequence, deadline)
         return recorded.event_id
 
 

@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from services.chat import identity, problems
 from services.chat.adjustments import Adjustments
 from services.chat.claude import Claude
+from services.chat.deadline import Deadline
 from services.chat.generation import Generations, Parts, Policies
 from services.chat.limits import BodyLimit
 from services.chat.outbox import Outbox
@@ -144,7 +145,7 @@ async def _connect(nc: Connection, settings: Settings) -> None:
 async def _missing(app: FastAPI) -> Missing:
     absent = {
         "nats": bus_missing(app.state.events),
-        "quota": _missing_when(app.state.quota.usage("readiness")),
+        "quota": _missing_when(app.state.quota.usage("readiness", Deadline())),
         "outbox": _missing_when(app.state.outbox.admit()),
         "stream": _stream_missing(app.state.publisher),
     }

@@ -7,24 +7,24 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
+from services.chat.deadline import Deadline
 from shared import streams
 
 log = structlog.get_logger()
 
-# The event is durable by then; waiting for quota only makes "the next answer" true for the impatient.
-APPLIED_WITHIN_S = 2.0
 ASK_AGAIN_S = 0.02
 
 
-async def applied(nc: Client, sequence: int) -> None:
-    """Returns once quota has acknowledged the stream up to `sequence`, or after two seconds.
+async def applied(nc: Client, sequence: int, deadline: Deadline) -> None:
+    """Returns once quota has acknowledged the stream up to `sequence`, or when there is no time left for it.
 
+    The event is durable by then; waiting for quota only makes "the next answer" true for the impatient.
     Quota acknowledges what its database has committed. A push (`quota.updated.<user>`) would not do: one also comes
     for whatever else happens to the user, and none for an event that was applied before anybody listened.
     """
     js = nc.jetstream()
     try:
-        async with asyncio.timeout(APPLIED_WITHIN_S):
+        async with asyncio.timeout(deadline.left_s):
             while True:
                 quota = await js.consumer_info(streams.STREAM, streams.QUOTA)
                 if quota.ack_floor.stream_seq >= sequence:

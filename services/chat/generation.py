@@ -15,6 +15,7 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from services.chat.claude import Claude, Finished, Prompt, ProviderError, Started, Step, Text
+from services.chat.deadline import Deadline
 from services.chat.metering import Held, Meter
 from services.chat.outbox import Outbox
 from services.chat.problems import Problem
@@ -330,7 +331,7 @@ class Generation:
         if self._has_left:
             return None  # nobody is listening
         try:
-            return (await self._parts.quota.usage(self.user_id, including=used)).body
+            return (await self._parts.quota.usage(self.user_id, Deadline(), including=used)).body
         except Unavailable as error:
             log.warning("usage_not_shown", generation_id=self.id, reason=error.detail)
             return None

@@ -11,6 +11,7 @@ from nats.errors import OutboundBufferLimitError
 from nats.js import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError
 
+from services.chat.deadline import Deadline
 from services.chat.outbox import Outbox
 from shared import streams
 from shared.errors import Unanswered, Unavailable
@@ -20,8 +21,6 @@ log = structlog.get_logger()
 
 GROUP_MAX = 256
 ACK_TIMEOUT_S = 5.0
-# Of an event that a caller waits for: within the two seconds that callers are promised.
-PROMPT_ACK_TIMEOUT_S = 1.5
 _UNREACHABLE = "The usage stream cannot be reached right now."
 RETRY_MAX_S = 2.0
 FORGET_AFTER_S = 0.2
@@ -54,11 +53,13 @@ async def publish(
     return int(stored.seq)
 
 
-async def publish_promptly(nc: Client, subject: str, event: Event, *, headers: dict[str, str] | None = None) -> int:
+async def publish_promptly(
+    nc: Client, subject: str, event: Event, deadline: Deadline, *, headers: dict[str, str] | None = None
+) -> int:
     """As `publish`, for a caller who waits."""
     if not nc.is_connected:
         raise Unavailable(_UNREACHABLE)
-    return await publish(nc.jetstream(), subject, event, headers=headers, timeout_s=PROMPT_ACK_TIMEOUT_S)
+    return await publish(nc.jetstream(), subject, event, headers=headers, timeout_s=deadline.left_s)
 
 
 class Publisher:

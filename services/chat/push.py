@@ -7,6 +7,7 @@ from typing import Any
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
+from services.chat.deadline import Deadline
 from services.chat.quota import Quota
 from services.chat.sse import KEEPALIVE, EventStream, frame
 from shared.errors import Unavailable
@@ -24,17 +25,18 @@ class Watchers:
         self._nc, self._quota = nc, quota
         self._open: set[asyncio.Queue[bool]] = set()
 
-    def watch(self, user_id: str, *, headers: Mapping[str, str]) -> EventStream:
+    def watch(self, user_id: str, deadline: Deadline, *, headers: Mapping[str, str]) -> EventStream:
+        """`deadline` is the first event's."""
         news: asyncio.Queue[bool] = asyncio.Queue()
         return EventStream(
-            self._frames(user_id, news), on_disconnect=lambda: news.put_nowait(_CLOSED), headers=headers
+            self._frames(user_id, news, deadline), on_disconnect=lambda: news.put_nowait(_CLOSED), headers=headers
         )
 
     def close(self) -> None:
         for news in self._open:
             news.put_nowait(_CLOSED)
 
-    async def _frames(self, user_id: str, news: asyncio.Queue[bool]) -> AsyncIterator[bytes]:
+    async def _frames(self, user_id: str, news: asyncio.Queue[bool], deadline: Deadline) -> AsyncIterator[bytes]:
         async def changed(_message: Any) -> None:
             news.put_nowait(_CHANGED)
 
@@ -46,13 +48,14 @@ class Watchers:
                 try:
                     if subscription is None and self._nc.is_connected:
                         subscription = await self._nc.subscribe(quota_updated(user_id), cb=changed)
-                    usage = (await self._quota.usage(user_id)).body
+                    usage = (await self._quota.usage(user_id, deadline)).body
                 except (Unavailable, NatsError):
                     usage = shown  # the rail counts locally meanwhile, and is told as soon as quota answers
                 yield frame(b"usage", usage) if usage != shown else KEEPALIVE
                 shown = usage
                 if not await _wait(news, ASK_AGAIN_S if subscription else SUBSCRIBE_AGAIN_S):
                     return
+                deadline = Deadline()
         finally:
             self._open.discard(news)
             if subscription is not None and self._nc.is_connected:

@@ -12,12 +12,13 @@ from nats.aio.client import Client
 from pydantic import TypeAdapter
 
 from services.chat.claude import Claude, Prompt
+from services.chat.deadline import Deadline
 from services.chat.metering import Held
 from services.chat.problems import Problem
 from services.chat.ratelimit import headers, refusal
 from services.chat.waiting import HasLeft, WaitingRoom
 from shared import calls
-from shared.broker import REPEAT_TIMEOUT_S, call
+from shared.broker import call
 from shared.calls import Authorize, Granted, LimitState, Pending, Refused, UsageQuery, authorization
 from shared.errors import Unanswered, Unavailable
 from shared.events import GenerationCompleted
@@ -84,12 +85,13 @@ class Quota:
                 pending=self._known(user_id),
             )
             nonlocal unanswered
+            deadline = Deadline()  # of each question: it follows an answer, of quota's or of Claude's
             try:
-                answer = await call(self._nc, calls.AUTHORIZE, request)
+                answer = await call(self._nc, calls.AUTHORIZE, request, timeout_s=deadline.left_s)
             except Unanswered as error:
                 unanswered = error
                 try:
-                    answer = await call(self._nc, calls.AUTHORIZE, request, timeout_s=REPEAT_TIMEOUT_S)
+                    answer = await call(self._nc, calls.AUTHORIZE, request, timeout_s=deadline.left_s)
                 except Unavailable as given_up:  # the broker is gone, say: the first question was heard all the same
                     raise given_up from unanswered
             return authorization.validate_json(answer)
@@ -118,35 +120,35 @@ class Quota:
             raise refusal(answer) from unanswered
         return answer, Held(input_tokens_max, answer.output_tokens_max)
 
-    async def usage(self, user_id: str, *, including: Pending | None = None) -> Shown:
+    async def usage(self, user_id: str, deadline: Deadline, *, including: Pending | None = None) -> Shown:
         """What is used and left; also with what is not on the disk yet."""
         pending = self._known(user_id)
         if including:
             pending += (including,)
         query = UsageQuery(user_id=user_id, pending=pending)
         try:
-            body = await call(self._nc, calls.USAGE, query)
+            body = await call(self._nc, calls.USAGE, query, timeout_s=deadline.left_s)
         except Unanswered:
-            body = await call(self._nc, calls.USAGE, query, timeout_s=REPEAT_TIMEOUT_S)
+            body = await call(self._nc, calls.USAGE, query, timeout_s=deadline.left_s)
         answer = _answer.decode(body)
         return Shown(bytes(answer.usage), bytes(answer.limits))
 
-    async def rate_limit(self, user_id: str) -> dict[str, str]:
-        """The header fields for an answer that is not itself quota's; none where quota cannot be asked now."""
+    async def rate_limit(self, user_id: str, deadline: Deadline) -> dict[str, str]:
+        """The header fields for an answer that is not itself quota's; none where quota cannot be asked in time."""
         try:
-            return headers((await self.usage(user_id)).limits)
+            return headers((await self.usage(user_id, deadline)).limits)
         except Unavailable as error:
             log.warning("limits_not_told", reason=error.detail)
             return {}
 
     @asynccontextmanager
-    async def telling_limits(self, user_id: str) -> AsyncIterator[None]:
+    async def telling_limits(self, user_id: str, deadline: Deadline) -> AsyncIterator[None]:
         """A refusal tells the user's limits as every answer does; for a fault of our own nothing more is asked."""
         try:
             yield
         except Problem as refused:
             if refused.status < 500 and "RateLimit" not in refused.headers:
-                refused.headers |= await self.rate_limit(user_id)
+                refused.headers |= await self.rate_limit(user_id, deadline)
             raise
 
     def remember(self, event: GenerationCompleted) -> None:

@@ -5,6 +5,7 @@ import sqlite3
 import structlog
 from nats.aio.client import Client
 
+from services.chat.deadline import Deadline
 from services.chat.idempotency import publish_once
 from services.chat.outbox import Outbox
 from services.chat.problems import Problem
@@ -17,22 +18,18 @@ from shared.events import GenerationCompleted
 log = structlog.get_logger()
 
 
-# Of a report that neither disk nor stream took at once.
-STREAM_TAKES_IT_WITHIN_S = 5.0
-
-
 class Reports:
     def __init__(self, nc: Client, outbox: Outbox, publisher: Publisher, quota: Quota) -> None:
         self._nc, self._outbox, self._publisher, self._quota = nc, outbox, publisher, quota
 
-    async def record(self, event: GenerationCompleted) -> None:
+    async def record(self, event: GenerationCompleted, deadline: Deadline) -> None:
         """Raises Unavailable when the stream did not take it; then nothing is recorded.
 
         Raises Problem 503 when nobody knows whether it is: then the disk did not take it either.
         """
         await self._outbox.admit()
         try:
-            await publish_promptly(self._nc, streams.GENERATION_COMPLETED, event)
+            await publish_promptly(self._nc, streams.GENERATION_COMPLETED, event, deadline)
         except Unanswered as unanswered:
             # It was sent and no answer came: the stream may have it. With the same id on the outbox it surely
             # will, and is counted once; a caller told to try again would have it counted twice.
@@ -40,7 +37,7 @@ class Reports:
                 await self._outbox.settle(event)
             except sqlite3.Error as error:
                 log.error("outbox_cannot_settle", event_id=event.id, error=str(error))
-                if not await self._publisher.deliver(event, timeout_s=STREAM_TAKES_IT_WITHIN_S):
+                if not await self._publisher.deliver(event, timeout_s=deadline.left_s):
                     raise _not_confirmed() from unanswered
             else:
                 self._publisher.offer([event])
@@ -49,12 +46,12 @@ class Reports:
             self._quota.remember(event)
             self._quota.published(event)
 
-    async def record_once(self, event: GenerationCompleted, *, key: str, body: bytes) -> None:
+    async def record_once(self, event: GenerationCompleted, deadline: Deadline, *, key: str, body: bytes) -> None:
         """Once for each key, for ever and across replicas; refused or unanswered, the caller may repeat it.
 
         Raises Problem 409 when the key came with another body before.
         """
-        recorded = await publish_once(self._nc, event, subject_of=streams.keyed, key=key, body=body)
+        recorded = await publish_once(self._nc, event, deadline, subject_of=streams.keyed, key=key, body=body)
         if recorded.event_id == event.id:
             self._quota.remember(event)
             self._quota.published(event)

@@ -5,7 +5,10 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
+from uuid import uuid4
 
+import httpx2
 import psutil
 import pytest
 
@@ -25,6 +28,78 @@ def away(stack: Stack, part: str) -> Iterator[None]:
         yield
     finally:
         process.send_signal(signal.SIGCONT)
+
+
+class Route(NamedTuple):
+    """One that asks others; `needs` are those without whom it can but say 503."""
+
+    method: str
+    path: str
+    needs: set[str]
+    body: dict[str, Any] | None = None
+    headers: dict[str, str] | None = None
+
+
+def routes(user: str) -> list[Route]:
+    """All of them. What they count is nothing, so that the stack's counts agree in the end."""
+    report = {"userId": user, "actionType": "chat_generation", "tokensUsed": 0}
+    top_up = {"userId": user, "topUpTokens": 1, "reason": "a gift", "actor": "support"}
+    question = {"userId": user, "messages": [{"role": "user", "content": "Anybody there?"}]}
+    return [
+        Route("GET", f"/api/usage?userId={user}", {"broker", "quota"}),
+        Route("GET", f"/api/usage/history?userId={user}", {"broker", "ledger"}),
+        Route("GET", f"/api/usage/logs?userId={user}", {"broker", "ledger"}),
+        Route("GET", f"/api/usage/explain?userId={user}&generationId=1", {"broker", "ledger", "quota"}),
+        Route("GET", f"/api/usage/events?userId={user}", set()),
+        Route("GET", "/api/plans", set()),
+        # As one document: of an answer that is not read to its end nobody knows the count.
+        Route("POST", "/api/chat", {"broker", "quota"}, question, {"Accept": "application/json"}),
+        Route("POST", "/api/usage", set(), report),
+        Route("POST", "/api/usage", {"broker"}, report, {"Idempotency-Key": str(uuid4())}),
+        Route("POST", "/api/usage/adjustments", {"broker"}, top_up),
+        Route("PUT", f"/api/subscriptions/{user}", {"broker"}, {"tier": "free"}),
+    ]
+
+
+async def told(client: httpx2.AsyncClient, route: Route) -> tuple[httpx2.Response, float]:
+    """What is answered, and after how many seconds; of a stream of events, its first."""
+    started = time.monotonic()
+    async with client.stream(route.method, route.path, json=route.body, headers=route.headers) as answer:
+        async for _ in answer.aiter_bytes():
+            if answer.headers["content-type"].startswith("text/event-stream"):
+                break
+        return answer, time.monotonic() - started
+
+
+def is_told_to_come_back(answer: httpx2.Response) -> bool:
+    return answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("part", ["broker", "quota", "ledger"])
+async def test_every_route_answers_in_time_while_a_part_stands_still(stack: Stack, part: str) -> None:
+    asked_for = routes(f"patient_{uuid4().hex}")
+    async with client_of(stack) as client:
+        await stack.answers("/readyz")
+        with away(stack, part):
+            answers = await asyncio.gather(*(told(client, route) for route in asked_for))
+        await stack.answers("/readyz")
+    for route, (answer, after_s) in zip(asked_for, answers, strict=True):
+        assert after_s < TOLD_WITHIN_S, route
+        assert is_told_to_come_back(answer) if part in route.needs else answer.status_code in (200, 404), route
+
+
+@pytest.mark.parametrize("part", ["broker", "quota", "ledger"])
+async def test_every_route_answers_in_time_when_a_part_has_been_killed(stack: Stack, part: str) -> None:
+    asked_for = routes(f"patient_{uuid4().hex}")
+    async with client_of(stack) as client:
+        await stack.answers("/readyz")
+        stack.kill(part)
+        answers = await asyncio.gather(*(told(client, route) for route in asked_for))
+        await stack.answers("/readyz")
+    for route, (answer, after_s) in zip(asked_for, answers, strict=True):
+        assert after_s < TOLD_WITHIN_S, route
+        # It is started again, perhaps before it was asked.
+        assert is_told_to_come_back(answer) or answer.status_code in (200, 404), route
 
 
 @pytest.mark.parametrize("part", ["quota", "broker"])

@@ -14,6 +14,7 @@ import pytest
 from nats.aio.client import Client
 from sqlalchemy import select
 
+from services.chat.deadline import Deadline
 from services.chat.idempotency import BODY_DIGEST, publish_once
 from services.chat.problems import Problem
 from services.ledger import archive as archiving
@@ -142,7 +143,7 @@ def some_events() -> list[Event]:
 async def keyed(nats: Client, body: bytes = BODY) -> str:
     """The event's id for a report that comes with the key."""
     event = usage_reported("user_2", tokens_used=1_000)
-    told = await publish_once(nats, event, subject_of=streams.keyed, key=KEY, body=body)
+    told = await publish_once(nats, event, Deadline(), subject_of=streams.keyed, key=KEY, body=body)
     return told.event_id
 
 

@@ -8,6 +8,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from services.chat.claude import Claude, Prompt
+from services.chat.deadline import Deadline
 from services.chat.metering import Held
 from services.chat.problems import Problem
 from services.chat.quota import Quota
@@ -107,7 +108,7 @@ async def test_the_newest_is_in_every_answer_however_much_came_before_it(nats: C
     quota, events = Quota(nats), [usage_reported(tokens_used=1) for _ in range(250)]
     for event in events:
         quota.remember(event)
-    await quota.usage("user_1")
+    await quota.usage("user_1", Deadline())
     (asked,) = heard
     assert [usage.id for usage in asked.pending] == [event.id for event in events[-len(asked.pending) :]]
     assert len(asked.pending) >= 100

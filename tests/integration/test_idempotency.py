@@ -9,6 +9,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from services.chat.adjustments import Adjustments
+from services.chat.deadline import Deadline
 from services.chat.idempotency import publish_once
 from services.chat.problems import Problem
 from shared import streams
@@ -68,7 +69,7 @@ async def test_of_an_adjustment_that_may_be_on_the_stream_the_key_is_told_with_w
 ) -> None:
     async with harmed(nats, {streams.keyed_adjustment(""): harm}) as client:
         with pytest.raises(Problem) as told:
-            await Adjustments(client).record(usage_adjusted(), key=key, body=BODY)
+            await Adjustments(client).record(usage_adjusted(), Deadline(), key=key, body=BODY)
         assert told.value.status == 503
         named = told.value.document["idempotencyKey"]
         assert named in told.value.document["detail"]
@@ -76,7 +77,7 @@ async def test_of_an_adjustment_that_may_be_on_the_stream_the_key_is_told_with_w
 
         await healed(client)
         assert await stored(nats) == (harm == "mute")
-        ids = {await Adjustments(client).record(usage_adjusted(), key=named, body=BODY) for _ in range(2)}
+        ids = {await Adjustments(client).record(usage_adjusted(), Deadline(), key=named, body=BODY) for _ in range(2)}
 
     assert (len(ids), await stored(nats)) == (1, 1)
 
@@ -84,8 +85,8 @@ async def test_of_an_adjustment_that_may_be_on_the_stream_the_key_is_told_with_w
 async def test_where_nobody_can_tell_whether_a_key_is_new_nothing_is_recorded(nats: Client) -> None:
     async with harmed(nats, {f"$JS.API.STREAM.MSG.GET.{streams.KEYS}": "deaf"}) as client:
         with pytest.raises(Unavailable):
-            await publish_once(client, usage_reported(), subject_of=streams.keyed, key="a", body=BODY)
+            await publish_once(client, usage_reported(), Deadline(), subject_of=streams.keyed, key="a", body=BODY)
         await healed(client)
         assert await stored(nats) == 0
-        await publish_once(client, usage_reported(), subject_of=streams.keyed, key="a", body=BODY)
+        await publish_once(client, usage_reported(), Deadline(), subject_of=streams.keyed, key="a", body=BODY)
     assert await stored(nats) == 1

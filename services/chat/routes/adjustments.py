@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from services.chat.adjustments import Adjustments
+from services.chat.deadline import Deadline
 from services.chat.idempotency import IdempotencyKey
 from services.chat.identity import Operator
 from services.chat.problems import MEDIA_TYPE
@@ -76,9 +77,12 @@ async def adjust(
     """The operator's: counts in the period of `effectiveAt`. A repeated key counts once and has the first's `id`."""
     adjustments: Adjustments = request.app.state.adjustments
     quota: Quota = request.app.state.quota
-    async with quota.telling_limits(body.user_id):
-        event_id = await adjustments.record(_event(body), key=idempotency_key, body=body.model_dump_json().encode())
-    response.headers.update(await quota.rate_limit(body.user_id))
+    deadline = Deadline()
+    async with quota.telling_limits(body.user_id, deadline):
+        event_id = await adjustments.record(
+            _event(body), deadline, key=idempotency_key, body=body.model_dump_json().encode()
+        )
+    response.headers.update(await quota.rate_limit(body.user_id, deadline))
     return Adjusted(id=event_id)
 
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic.alias_generators import to_camel
 
 from services.chat.claude import Prompt
+from services.chat.deadline import Deadline
 from services.chat.generation import Generations
 from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.ratelimit import headers
@@ -100,7 +101,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     """Ask Claude on behalf of a user. Tokens are held before, counted after, whatever happens in between."""
     generations: Generations = request.app.state.generations
     settings: Settings = request.app.state.settings
-    async with generations.parts.quota.telling_limits(body.user_id):
+    async with generations.parts.quota.telling_limits(body.user_id, Deadline()):
         prompt = Prompt(
             model=await generations.parts.claude.resolve(body.model or settings.model),
             messages=[{"role": message.role, "content": message.content} for message in body.messages],

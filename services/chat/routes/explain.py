@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
+from services.chat.deadline import Deadline
 from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.quota import Quota
 from shared import calls
@@ -84,19 +85,22 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 async def explain(request: Request, generation_id: GenerationId, user_id: User = None) -> Response:
     """What was asked, granted, held, given and settled, when, by which plan and period, and in which event."""
     quota: Quota = request.app.state.quota
-    query = ExplainQuery(event_id=generation_id, user_id=user_id)
+    query, deadline = ExplainQuery(event_id=generation_id, user_id=user_id), Deadline()
     recorded, counted = await asyncio.gather(
-        call(request.app.state.nc, calls.EXPLAIN_RECORDED, query),
-        call(request.app.state.nc, calls.EXPLAIN_COUNTED, query),
+        call(request.app.state.nc, calls.EXPLAIN_RECORDED, query, timeout_s=deadline.left_s),
+        call(request.app.state.nc, calls.EXPLAIN_COUNTED, query, timeout_s=deadline.left_s),
     )
     told = story(
         generation_id, RecordedStory.model_validate_json(recorded), CountedStory.model_validate_json(counted)
     )
     if told is None:
         raise Problem(
-            404, "Generation not found", _UNKNOWN, headers=await quota.rate_limit(user_id) if user_id else {}
+            404,
+            "Generation not found",
+            _UNKNOWN,
+            headers=await quota.rate_limit(user_id, deadline) if user_id else {},
         )
-    headers = {"Cache-Control": "no-store", **await quota.rate_limit(told.user_id)}
+    headers = {"Cache-Control": "no-store", **await quota.rate_limit(told.user_id, deadline)}
     return Response(told.model_dump_json(), headers=headers, media_type="application/json")
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field
 
+from services.chat.deadline import Deadline
 from services.chat.identity import Operator
 from services.chat.problems import Problem
 from services.chat.quota import Quota
@@ -100,9 +101,10 @@ async def subscribe(
     known: Plans = request.app.state.plans
     quota: Quota = request.app.state.quota
     subscriptions: Subscriptions = request.app.state.subscriptions
-    async with quota.telling_limits(user_id):
+    deadline = Deadline()
+    async with quota.telling_limits(user_id, deadline):
         if body.tier not in known.plans:
             raise Problem(422, "Unknown plan", f"tier must be one of: {', '.join(known.plans)}.")
-        await subscriptions.change(user_id, tier=body.tier, time_zone=body.time_zone, actor="operator")
-    response.headers.update(await quota.rate_limit(user_id))
+        await subscriptions.change(user_id, deadline, tier=body.tier, time_zone=body.time_zone, actor="operator")
+    response.headers.update(await quota.rate_limit(user_id, deadline))
     return Subscribed(user_id=user_id, tier=body.tier, time_zone=body.time_zone)

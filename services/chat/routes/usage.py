@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ConfigDict, JsonValue, field_validator
 
+from services.chat.deadline import Deadline
 from services.chat.idempotency import IdempotencyKey
 from services.chat.identity import Operator
 from services.chat.problems import MEDIA_TYPE, Problem
@@ -67,7 +68,7 @@ _CSV_COLUMNS = (
 async def usage(request: Request, user_id: User) -> Response:
     """What the user has used in the current period and what is left. A user never seen before has zeros."""
     quota: Quota = request.app.state.quota
-    shown = await quota.usage(user_id)
+    shown = await quota.usage(user_id, Deadline())
     return _json(shown.body, headers(shown.limits))
 
 
@@ -129,15 +130,15 @@ async def report(
     idempotency_key: IdempotencyKey = None,
 ) -> Reported:
     """Usage that did not pass through /api/chat. Answers once it is durable; a repeated key counts once."""
-    event = _event(body)
+    event, deadline = _event(body), Deadline()
     reports: Reports = request.app.state.reports
     quota: Quota = request.app.state.quota
     if idempotency_key is None:
-        await reports.record(event)
+        await reports.record(event, deadline)
     else:
-        async with quota.telling_limits(body.user_id):
-            await reports.record_once(event, key=idempotency_key, body=body.model_dump_json().encode())
-    response.headers.update(await quota.rate_limit(body.user_id))
+        async with quota.telling_limits(body.user_id, deadline):
+            await reports.record_once(event, deadline, key=idempotency_key, body=body.model_dump_json().encode())
+    response.headers.update(await quota.rate_limit(body.user_id, deadline))
     return Reported()
 
 
@@ -191,10 +192,11 @@ async def history(
         raise Problem(
             422, "Invalid request", f"from must not be after to, nor more than {HISTORY_DAYS_MAX} days before."
         )
-    query = HistoryQuery(user_id=user_id, from_date=first, to_date=last)
+    query, deadline = HistoryQuery(user_id=user_id, from_date=first, to_date=last), Deadline()
     quota: Quota = request.app.state.quota
     body, rate_limit = await asyncio.gather(
-        call(request.app.state.nc, calls.HISTORY, query), quota.rate_limit(user_id)
+        call(request.app.state.nc, calls.HISTORY, query, timeout_s=deadline.left_s),
+        quota.rate_limit(user_id, deadline),
     )
     return _json(body, rate_limit)
 
@@ -207,9 +209,11 @@ async def logs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> Response:
     """Records, newest first; as CSV for callers that accept text/csv, with the next cursor in a header."""
-    query = LogsQuery(user_id=user_id, cursor=cursor, limit=limit)
+    query, deadline = LogsQuery(user_id=user_id, cursor=cursor, limit=limit), Deadline()
     quota: Quota = request.app.state.quota
-    body, rate_limit = await asyncio.gather(call(request.app.state.nc, calls.LOGS, query), quota.rate_limit(user_id))
+    body, rate_limit = await asyncio.gather(
+        call(request.app.state.nc, calls.LOGS, query, timeout_s=deadline.left_s), quota.rate_limit(user_id, deadline)
+    )
     if "text/csv" not in accepted(request.headers.get("accept", "")):
         return _json(body, rate_limit)
     page = json.loads(body)
@@ -223,7 +227,8 @@ async def events(request: Request, user_id: User) -> Response:
     """The body of GET /api/usage as an event `usage`: at once, and whenever it changes."""
     watchers: Watchers = request.app.state.watchers
     quota: Quota = request.app.state.quota
-    return watchers.watch(user_id, headers=await quota.rate_limit(user_id))
+    deadline = Deadline()
+    return watchers.watch(user_id, deadline, headers=await quota.rate_limit(user_id, deadline))
 
 
 def _json(body: bytes, rate_limit: Mapping[str, str]) -> Response:
