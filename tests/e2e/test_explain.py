@@ -233,6 +233,12 @@ async def test_of_a_refusal_there_is_no_story_and_the_404_says_where_it_was_told
     assert "the 429 itself said why" in document["detail"]
 
 
+async def test_the_404_speaks_of_a_user_only_where_one_is_named(http: httpx2.AsyncClient, user: str) -> None:
+    query = {"generationId": str(uuid4())}
+    assert "this user" not in problem_of(await http.get(PATH, params=query), 404)["detail"]
+    assert "for this user." in problem_of(await http.get(PATH, params={**query, "userId": user}), 404)["detail"]
+
+
 @pytest.mark.parametrize("name", ["a.b.*.>", "a/b c", "../../x", "über 🛤", "x" * 128, "' OR 1=1 --", "%00"])
 async def test_any_legal_id_is_asked_for_and_not_found(http: httpx2.AsyncClient, name: str) -> None:
     problem_of(await http.get(PATH, params={"generationId": name, "userId": name}), 404)

@@ -94,17 +94,15 @@ async def explain(request: Request, generation_id: GenerationId, user_id: User =
         generation_id, RecordedStory.model_validate_json(recorded), CountedStory.model_validate_json(counted)
     )
     if told is None:
+        limits = await quota.rate_limit(user_id, deadline) if user_id else {}
         raise Problem(
-            404,
-            "Generation not found",
-            _UNKNOWN,
-            headers=await quota.rate_limit(user_id, deadline) if user_id else {},
+            404, "Generation not found", _UNKNOWN.format(" for this user" if user_id else ""), headers=limits
         )
     headers = {"Cache-Control": "no-store", **await quota.rate_limit(told.user_id, deadline)}
     return Response(told.model_dump_json(), headers=headers, media_type="application/json")
 
 
 _UNKNOWN = (
-    "Nothing is held or on record under this id for this user. A generation that was refused leaves nothing: the 429 "
+    "Nothing is held or on record under this id{}. A generation that was refused leaves nothing: the 429 "
     "itself said why, what was left and when it resets. What has ended this very moment is on record in a second."
 )
