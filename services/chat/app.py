@@ -16,6 +16,7 @@ from services.chat.adjustments import Adjustments
 from services.chat.claude import Claude
 from services.chat.deadline import Deadline
 from services.chat.generation import Generations, Parts, Policies
+from services.chat.head import Head
 from services.chat.limits import BodyLimit
 from services.chat.outbox import Outbox
 from services.chat.publisher import Publisher
@@ -71,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     if settings.identity == "open":
         app.add_middleware(identity.LocalHost)
+    app.add_middleware(Head)
     return app
 
 

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Mount
 
 from shared.errors import BadCall, Unavailable
 
@@ -89,10 +90,11 @@ def install(app: FastAPI) -> None:
             return Problem(415, *_NOT_JSON).response()
         return _invalid(error).response()
 
-    async def http(_request: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101
         title, detail = _HTTP.get(error.status_code, ("Request refused", str(error.detail)))
-        return Problem(error.status_code, title, detail, headers=error.headers).response()
+        headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else error.headers
+        return Problem(error.status_code, title, detail, headers=headers).response()
 
     async def unexpected(_request: Request, error: Exception) -> Response:
         log.error("request_failed", error=type(error).__name__)
@@ -104,6 +106,17 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of all routes at this address; a single route knows but its own. Of files they can be read."""
+
+    def is_answered(method: str) -> bool:
+        scope, routes = {**request.scope, "method": method}, request.app.routes
+        return any(route.matches(scope)[0] is Match.FULL for route in routes if not isinstance(route, Mount))
+
+    allowed = [method for method in ("GET", "POST", "PUT", "PATCH", "DELETE") if is_answered(method)] or ["GET"]
+    return ["GET", "HEAD", *allowed[1:]] if "GET" in allowed else allowed
 
 
 def _is_json(request: Request) -> bool:

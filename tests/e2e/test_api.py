@@ -7,8 +7,9 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
 import httpx2
@@ -412,6 +413,48 @@ async def test_addresses_and_methods_that_do_not_exist_point_to_the_description(
     assert "/docs" in problem_of(await http.delete("/api/usage"), 405)["detail"]
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/", {"GET", "HEAD"}),
+        ("/docs", {"GET", "HEAD"}),
+        ("/web/chat-rail.js", {"GET", "HEAD"}),
+        ("/healthz", {"GET", "HEAD"}),
+        ("/api/usage", {"GET", "HEAD", "POST"}),
+        ("/api/usage/logs", {"GET", "HEAD"}),
+        ("/api/usage/adjustments", {"POST"}),
+        ("/api/chat", {"POST"}),
+        ("/api/subscriptions/user_1", {"PUT"}),
+    ],
+)
+async def test_a_method_that_an_address_does_not_answer_is_told_all_that_it_does(
+    http: httpx2.AsyncClient, path: str, allowed: set[str]
+) -> None:
+    for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - allowed:
+        refused = await http.request(method, path)
+        problem_of(refused, 405)
+        assert set(refused.headers["allow"].split(", ")) == allowed
+
+
+@pytest.mark.parametrize("address", ["/", "/web/chat-rail.js", "/docs", "/api/plans", "/api/usage", "/healthz"])
+async def test_head_is_answered_as_get_without_the_body(http: httpx2.AsyncClient, user: str, address: str) -> None:
+    query = {"userId": user}
+    got, asked_for = await http.get(address, params=query), await http.head(address, params=query)
+    assert (asked_for.status_code, asked_for.content) == (200, b"")
+    for name in ("content-type", "content-length", "cache-control"):
+        assert asked_for.headers.get(name) == got.headers.get(name)
+
+
+def test_head_of_a_stream_ends_at_once_and_of_what_only_takes_posts_is_refused(stack: Stack, user: str) -> None:
+    connection = HTTPConnection(urlsplit(stack.url).netloc, timeout=10)
+    for path, status in [(f"/api/usage/events?userId={quote(user)}", 200), ("/api/chat", 405), ("/api/plans", 200)]:
+        # On one connection: who sent a body would have it read as the next answer.
+        connection.request("HEAD", path)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (status, b"")
+    connection.close()
+
+
 # Every id that is legal
 
 
@@ -812,7 +855,10 @@ async def test_a_foreign_name_that_points_here_is_turned_away(http: httpx2.Async
     problem_of(answer, 421)
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:1", "127.0.0.1", "127.0.0.2:80", "[::1]", "[::1]:8000"])
+NAMES = ["localhost", "localhost:1", "127.0.0.1", "127.0.0.2:80", "[::1]", "[::1]:8000"]
+
+
+@pytest.mark.parametrize("host", [*NAMES, "LOCALHOST", "LocalHost:8000", "localhost.", "localhost.:8000"])
 async def test_this_machine_is_answered_under_each_of_its_names(
     http: httpx2.AsyncClient, user: str, host: str
 ) -> None:
