@@ -210,6 +210,17 @@ async def test_a_report_with_a_key_counts_once_however_often_it_is_sent(http: ht
     assert len(await logs(http, user, 2)) == 2
 
 
+def test_white_space_around_a_key_is_no_part_of_it(stack: Stack, user: str) -> None:
+    connection, key = HTTPConnection(urlsplit(stack.url).netloc, timeout=10), str(uuid4())
+    for same in (key, f"{key} ", f"{key}\t ", f" {key}"):
+        headers = {"Content-Type": "application/json", "Idempotency-Key": same}
+        connection.request("POST", "/api/usage", json.dumps(report(user)), headers)
+        assert json.loads(connection.getresponse().read()) == {"success": True}
+    connection.request("GET", f"/api/usage?userId={quote(user)}")
+    assert json.loads(connection.getresponse().read())["tokensUsed"] == 8_094
+    connection.close()
+
+
 async def test_a_key_belongs_to_one_body(stack: Stack, http: httpx2.AsyncClient, user: str) -> None:
     key = {"Idempotency-Key": str(uuid4())}
     await send_report(http, report(user), **key)
