@@ -1,6 +1,7 @@
 """Claude's Messages API through its SDK: what is asked, how the stream is read, which models there are."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ KNOWN = frozenset(
 LIST_AGAIN_S = 60.0
 
 CONNECT_TIMEOUT_S = 5.0
+# For whom it does not say when; and whatever it says, nobody is sent away for longer.
+RETRY_AFTER_S, RETRY_AFTER_S_MAX = 5, 3600
 # Behind Claude's last word.
 END_WITHIN_S = 0.25
 # No event of the provider's is nearly as large: without an end to it, memory would be the limit.
@@ -433,7 +436,9 @@ def _nonsense() -> Problem:
 
 
 def _busy(title: str, retry_after: str | None) -> Problem:
-    seconds = retry_after if retry_after and retry_after.isascii() and retry_after.isdecimal() else "5"
+    # In seconds, as Claude says it; what is no such figure says nothing.
+    told = int(retry_after) if retry_after and re.fullmatch("[0-9]{1,9}", retry_after) else RETRY_AFTER_S
+    seconds = str(min(max(told, 1), RETRY_AFTER_S_MAX))
     return Problem(503, title, f"Try again in {seconds} seconds.", headers={"Retry-After": seconds})
 
 

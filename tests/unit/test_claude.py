@@ -306,7 +306,19 @@ async def test_a_refusal_of_the_providers_is_told_in_words(status: int, problem:
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [("retry-after: 17", "17"), ("retry-after: soon", "5"), ("retry-after: ²", "5"), ("x: y", "5")],
+    [
+        ("retry-after: 17", "17"),
+        ("retry-after: 007", "7"),
+        ("retry-after: 0", "1"),
+        ("retry-after: 86400", "3600"),
+        ("retry-after: soon", "5"),
+        ("retry-after: -1", "5"),
+        ("retry-after: 1.5", "5"),
+        ("retry-after: ²", "5"),
+        (f"retry-after: {'9' * 40}", "5"),
+        (f"retry-after: {'9' * 5000}", "5"),
+        ("x: y", "5"),
+    ],
 )
 async def test_a_busy_provider_is_asked_again_when_it_says(header: str, seconds: str) -> None:
     problem = (await failure_of(refusal(429, "busy", header))).problem
