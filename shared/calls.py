@@ -157,12 +157,16 @@ Reason = Literal["tokens", "held", "concurrency"]
 
 
 class Refused(Contract):
-    """Nothing is held. `tokens_available` is what a smaller generation could still have."""
+    """Nothing is held. `tokens_available` is what a smaller generation could still have.
+
+    `exceeds_plan`: what was asked does not fit into the whole plan either, however much of it is left.
+    """
 
     kind: Literal["refused"] = "refused"
     reason: Reason
     tokens_available: int
     retry_after_s: int
+    exceeds_plan: bool = False
     usage: Usage
     limits: tuple[LimitState, ...] = ()
 

@@ -102,8 +102,11 @@ class Quota:
             answer = await ask(least=1, most=most)
             # The bound by bytes is generous. Where it does not fit, it is worth asking how long the prompt really is;
             # of what people write, no provider makes fewer than half of the estimated tokens.
-            may_fit = isinstance(answer, Refused) and answer.tokens_available > prompt.input_tokens_estimate // 2
-            if may_fit and not is_counted:
+            # And where it is more than the whole plan, the caller should hear so for certain.
+            is_worth_counting = isinstance(answer, Refused) and (
+                answer.exceeds_plan or answer.tokens_available > prompt.input_tokens_estimate // 2
+            )
+            if is_worth_counting and not is_counted:
                 input_tokens_max, is_counted = await claude.count_input_tokens(prompt), True
                 answer = await ask(least=1, most=most)
             return answer

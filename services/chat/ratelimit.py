@@ -28,19 +28,28 @@ def _item(limit: LimitState, **parameters: int | None) -> str:
 
 
 def refusal(refused: Refused) -> Problem:
-    """429: which plan to upgrade to, what is left, when it resets, and when it makes sense to ask again."""
+    """429: which plan to upgrade to, what is left, when it resets, and when it makes sense to ask again.
+
+    That is never for a question that the whole plan has no room for. (Where nothing is left, that is what is told,
+    and how long a question really is was not even asked.)
+    """
     usage = refused.usage
     upgrade = f"Upgrade to {usage.upgrade_to.capitalize()}" if usage.upgrade_to else None
+    retry = {"Retry-After": str(refused.retry_after_s)}
     if refused.reason == "concurrency":
         title = "Too many generations at once"
         detail = "This plan has no room for another answer while others are being written; try again in a moment"
+    elif refused.exceeds_plan and usage.tokens_remaining:
+        title, retry = "Token limit exceeded", {}
+        shorten = "shorten the conversation: it takes more tokens than the whole plan has"
+        detail = f"{upgrade}, or {shorten}" if upgrade else shorten.capitalize()
     else:
         title, detail = "Token limit exceeded", upgrade or "This plan's tokens are used up"
     return Problem(
         429,
         title,
         detail,
-        headers={"Retry-After": str(refused.retry_after_s), **headers(refused.limits)},
+        headers={**retry, **headers(refused.limits)},
         **usage.model_dump(mode="json"),
         tokensAvailable=refused.tokens_available,
     )

@@ -215,6 +215,8 @@ class Reserved(NamedTuple):
 class Refusal(NamedTuple):
     reason: Reason
     retry_after_s: int
+    # Not even an unused plan has room for it, so that no reset helps.
+    exceeds_plan: bool = False
 
 
 class Account(NamedTuple):
@@ -249,17 +251,18 @@ class Account(NamedTuple):
 
         output_tokens = output_tokens_max
         is_held = False
-        never = []
+        never, exceeds_plan = [], False
         for standing in self.standings:
             fitting = granted(standing.available_tokens)
             if fitting is not None:
                 output_tokens = min(output_tokens, fitting)
             elif granted(standing.remaining_tokens) is None:
                 never.append(standing.resets_at)
+                exceeds_plan = exceeds_plan or granted(standing.limit_tokens) is None
             else:
                 is_held = True
         if never:
-            return Refusal("tokens", _reset_s(max(never), at))
+            return Refusal("tokens", _reset_s(max(never), at), exceeds_plan)
         if plan.concurrent_generations_max and self.open_generations >= plan.concurrent_generations_max:
             return Refusal("concurrency", RETRY_WHILE_HELD_S)
         if is_held:

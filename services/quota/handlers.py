@@ -128,6 +128,7 @@ def _authorization(answer: Grant | Taken | Refusal, account: Account, at: dateti
         reason=answer.reason,
         tokens_available=account.tokens_available,
         retry_after_s=answer.retry_after_s,
+        exceeds_plan=answer.exceeds_plan,
         usage=account.usage,
         limits=limits,
     )

@@ -302,6 +302,24 @@ async def test_a_busy_server_is_told_in_words_and_can_be_tried_again(page: Page,
     await expect(page.get_by_role("alert")).to_be_hidden()
 
 
+async def test_a_question_too_large_for_the_whole_plan_is_no_reached_limit(
+    page: Page, stack: Stack, user_id: str
+) -> None:
+    await open_rail(page, stack, user_id)
+    await page.get_by_role("textbox").fill("several words of a question that is long " * 20_000)
+    async with page.expect_response(CHAT_CALLS) as response:
+        await page.get_by_role("button", name="Send").click()
+
+    assert (await response.value).status == 429
+    words = "Token limit exceeded. Upgrade to Pro, or shorten the conversation"
+    await expect(page.get_by_role("alert")).to_contain_text(words)
+    await expect(page.get_by_role("button", name="Try again")).to_be_hidden()
+    await expect(line(page)).to_have_text("108K monthly tokens remaining")
+    await page.get_by_role("textbox").fill("Hello")
+    await page.get_by_role("button", name="Send").click()
+    await expect(messages(page, "assistant")).not_to_be_empty()
+
+
 async def test_an_answer_that_breaks_off_is_kept_with_the_reason(page: Page, stack: Stack, user_id: str) -> None:
     await open_rail(page, stack, user_id)
     broken = server_events(

@@ -191,6 +191,35 @@ async def test_a_refusal_says_the_same_in_every_convention(http: httpx2.AsyncCli
     assert refused.json()["tokensRemaining"] == 0
 
 
+WORDS = "several words of a question that is long " * 20_000
+
+
+async def test_a_question_that_the_whole_plan_has_no_room_for_is_told_what_helps_and_no_time(
+    limited: Stack, http: httpx2.AsyncClient, user: str
+) -> None:
+    before = (await given(limited))["messageRequests"]
+    refused = await ask(http, user, WORDS)
+    document = refused.json()
+    assert (refused.status_code, document["title"]) == (429, "Token limit exceeded")
+    assert document["detail"].startswith("Upgrade to Team, or shorten the conversation")
+    assert "retry-after" not in refused.headers
+    assert refused.headers["ratelimit"].startswith('"monthly";r=108000;')
+    assert document["tokensRemaining"] == 108_000
+    await subscribe(http, user, "team")
+    assert (await ask(http, user, WORDS)).json()["detail"].startswith("Shorten the conversation")
+    assert (await given(limited))["messageRequests"] == before
+
+
+async def test_a_question_that_fits_into_the_plan_and_not_into_the_rest_is_told_when_it_will(
+    http: httpx2.AsyncClient, user: str
+) -> None:
+    await with_left(http, user, 1_000)
+    # By its bytes it is larger than the plan; counted it is not.
+    refused = await ask(http, user, WORDS[:200_000])
+    assert (refused.status_code, refused.json()["detail"]) == (429, "Upgrade to Team")
+    assert int(refused.headers["retry-after"]) > 0
+
+
 async def test_every_other_refusal_tells_the_limits_too(http: httpx2.AsyncClient, user: str) -> None:
     charge = {"userId": user, "tokensUsed": 1, "reason": "one", "actor": "support"}
     key = {"Idempotency-Key": user}

@@ -275,6 +275,17 @@ def test_what_does_not_fit_into_the_rest_fits_at_the_reset_and_not_sooner(held: 
     assert refused(account(107_000, held=held)) == Refusal("tokens", (8 * 24 + 12) * 3600)
 
 
+@pytest.mark.parametrize(
+    ("used", "asked", "exceeds"), [(8_094, 107_937, True), (8_094, 107_936, False), (108_000, 1, False)]
+)
+def test_of_what_a_whole_plan_has_no_room_for_a_refusal_says_that_no_reset_helps(
+    used: int, asked: int, *, exceeds: bool
+) -> None:
+    answer = account(used).reserve(input_tokens_max=asked, output_tokens_min=1, output_tokens_max=1_000, at=NOON)
+    assert isinstance(answer, Refusal)
+    assert (answer.reason, answer.exceeds_plan) == ("tokens", exceeds)
+
+
 def test_a_plan_that_never_resets_names_no_time_of_its_reset() -> None:
     plan = Plan(tier="any", limit_tokens=1, period="none")
     assert refused(account(1, plan=plan)).retry_after_s == RETRY_WHILE_HELD_S

@@ -16,12 +16,17 @@ export class Problem extends Error {
   }
 
   get isTokenLimit() {
-    return this.status === 429 && this.body.title === LIMIT_TITLE;
+    return this.status === 429 && this.body.title === LIMIT_TITLE && !this.#isTooLarge;
   }
 
   /** Asking the same again cannot help. */
   get isCallersFault() {
-    return CALLERS_FAULTS.includes(this.status);
+    return CALLERS_FAULTS.includes(this.status) || this.#isTooLarge;
+  }
+
+  /** For the whole plan: only then is there no time at which it makes sense to ask again. */
+  get #isTooLarge() {
+    return this.status === 429 && this.retryAfterS === null;
   }
 }
 
