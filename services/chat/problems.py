@@ -86,7 +86,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101
-        if not _is_json(request) and any(item["type"] == "model_attributes_type" for item in error.errors()):
+        if not is_json(request) and any(item["type"] == "model_attributes_type" for item in error.errors()):
             return Problem(415, *_NOT_JSON).response()
         return _invalid(error).response()
 
@@ -119,7 +119,7 @@ def _allowed(request: Request) -> list[str]:
     return ["GET", "HEAD", *allowed[1:]] if "GET" in allowed else allowed
 
 
-def _is_json(request: Request) -> bool:
+def is_json(request: Request) -> bool:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 

@@ -247,8 +247,8 @@ async def test_a_key_is_remembered_by_the_next_process(stack: Stack, http: httpx
 LONE_SURROGATE = "\ud800"
 BAD_NAMES: list[Any] = ["", "x" * 129, "a\0b", "a\nb", "\x7f", LONE_SURROGATE, None, 7, ["user"]]
 BAD_COUNTS: list[Any] = [-1, 1.5, 1.0, True, "8094", None, 10**30, 100_000_001, float("nan")]
-NOT_JSON = [b"", b"{", b"\xff", b'{"userId": "user_1"', b"userId=user_1", b"[" * 100_000]
-NO_OBJECT = [b"[]", b"null", b'"text"', b"7"]
+NOT_JSON = [b"", b"{", b"\xff", b'{"userId": "user_1"', b"userId=user_1"]
+NO_OBJECT = [b"[]", b"null", b'"text"', b"7", b"9" * 5_000, b"[" * 100_000 + b"]" * 100_000]
 BAD_MESSAGES: list[Any] = [None, [], "text", [{}], ["text"], {}, [None]]
 BAD_TEXTS: list[Any] = ["", " \n", None, 7, [], LONE_SURROGATE]
 BAD_QUESTIONS: list[dict[str, Any]] = [
@@ -275,6 +275,7 @@ BAD_REPORTS: list[dict[str, Any]] = [
     {"metadata": {"inputTokens": 5_282, "outputTokens": 2_811}},
     {"metadata": {"inputTokens": 5_282, "outputTokens": 2_812, "cacheReadInputTokens": 1}},
     {"metadata": {"outputTokens": 8_095}},
+    {"metadata": {"tokensUsed": 8_095}},
     {"metadata": {"model": 7}},
     {"metadata": {"note": "x" * 4096}},
     {"metadata": {"note": "\0"}},
@@ -307,6 +308,39 @@ async def test_what_is_not_json_is_refused_in_words(stack: Stack, http: httpx2.A
             assert "one JSON object" in document["detail"]
         for body in NO_OBJECT:
             problem_of(await post(http, path, body), 422)
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        b'{"userId": "b", "userId": "a", "actionType": "any", "tokensUsed": 1}',
+        b'{"userId": "a", "actionType": "any", "tokensUsed": 1, "metadata": {"note": 1, "note": 2}}',
+        b'{"userId": "b", "\\u0075serId": "a", "actionType": "any", "tokensUsed": 1}',
+    ],
+)
+async def test_a_body_that_can_be_read_in_two_ways_is_refused(
+    stack: Stack, http: httpx2.AsyncClient, twice: bytes
+) -> None:
+    async with nothing_recorded(stack):
+        assert "twice" in problem_of(await post(http, "/api/usage", twice), 422)["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "address", "word"),
+    [
+        ("GET", "/api/usage?userId=a&userId=b", "userId"),
+        ("GET", "/api/usage?userId=%ff", "UTF-8"),
+        ("GET", "/api/usage/logs?userId=a&cursor=%c3%28", "UTF-8"),
+        ("PUT", "/api/subscriptions/%ff", "UTF-8"),
+        ("PUT", "/api/subscriptions/a%0Ab", "control characters"),
+    ],
+)
+async def test_an_address_that_can_be_read_in_two_ways_is_refused(
+    stack: Stack, http: httpx2.AsyncClient, method: str, address: str, word: str
+) -> None:
+    async with nothing_recorded(stack):
+        refused = await http.request(method, address, json={"tier": "enterprise"})
+        assert word in problem_of(refused, 422)["detail"]
 
 
 @cases(BAD_QUESTIONS)

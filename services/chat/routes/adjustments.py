@@ -11,10 +11,10 @@ from services.chat.idempotency import IdempotencyKey
 from services.chat.identity import Operator
 from services.chat.problems import MEDIA_TYPE
 from services.chat.quota import Quota
-from services.chat.routes.chat import Body
+from services.chat.reading import Body, OneReading
 from shared.events import Adjustment, Moment, Name, SignedTokens, Tokens, UsageAdjusted, UserId, utc_now
 
-router = APIRouter(tags=["usage"])
+router = APIRouter(tags=["usage"], route_class=OneReading)
 
 
 def _not_zero(tokens: int) -> int:

@@ -5,19 +5,19 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator
-from pydantic.alias_generators import to_camel
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, field_validator
 
 from services.chat.claude import Prompt
 from services.chat.deadline import Deadline
 from services.chat.generation import Generations
 from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.ratelimit import headers
+from services.chat.reading import Body, OneReading
 from services.chat.settings import Settings
 from services.chat.sse import EventStream, watched
 from shared.events import Name, UserId, new_id
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], route_class=OneReading)
 
 
 def _not_blank(text: str) -> str:
@@ -27,12 +27,6 @@ def _not_blank(text: str) -> str:
 
 
 Words = Annotated[str, StringConstraints(max_length=1_000_000), AfterValidator(_not_blank)]
-
-
-class Body(BaseModel):
-    """A request body: camelCase, and a field that nobody knows is a mistake worth hearing of."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel)
 
 
 class Message(Body):

@@ -8,13 +8,14 @@ from fastapi import APIRouter, Query, Request, Response
 from services.chat.deadline import Deadline
 from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.quota import Quota
+from services.chat.reading import OneReading
 from shared import calls
 from shared.broker import call
 from shared.calls import CountedStory, ExplainQuery, RecordedStory
 from shared.events import Name, UserId
 from shared.story import Story, story
 
-router = APIRouter(tags=["usage"])
+router = APIRouter(tags=["usage"], route_class=OneReading)
 
 GenerationId = Annotated[
     Name,

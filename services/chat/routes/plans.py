@@ -4,19 +4,20 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 from pydantic import AfterValidator, ConfigDict, Field
+from starlette.convertors import Convertor, register_url_convertor
 
 from services.chat.deadline import Deadline
 from services.chat.identity import Operator
 from services.chat.problems import Problem
 from services.chat.quota import Quota
-from services.chat.routes.chat import Body
+from services.chat.reading import Body, OneReading
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
 from shared.calls import View
 from shared.events import Name, UserId
 from shared.plans import PeriodKind, Plans, zone
 
-router = APIRouter(tags=["plans"])
+router = APIRouter(tags=["plans"], route_class=OneReading)
 
 
 class LimitView(View):
@@ -89,7 +90,22 @@ class Subscribed(View):
     time_zone: str | None
 
 
-@router.put("/api/subscriptions/{userId:path}")
+class _AnyText(Convertor[str]):
+    """Like `path`, which ends at a line feed: whoever sends one is to hear what is wrong with it."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("text", _AnyText())
+
+
+@router.put("/api/subscriptions/{userId:text}")
 async def subscribe(
     request: Request,
     response: Response,

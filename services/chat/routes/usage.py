@@ -19,15 +19,16 @@ from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.push import Watchers
 from services.chat.quota import Quota
 from services.chat.ratelimit import headers
+from services.chat.reading import Body, OneReading
 from services.chat.reports import Reports
-from services.chat.routes.chat import Body, accepted
+from services.chat.routes.chat import accepted
 from shared import calls
 from shared.broker import call
 from shared.calls import History, HistoryQuery, Logs, LogsQuery, Usage
 from shared.events import Generation, GenerationCompleted, Name, Tokens, UserId, new_id, small, utc_now
 from shared.spreadsheet import cell
 
-router = APIRouter(tags=["usage"])
+router = APIRouter(tags=["usage"], route_class=OneReading)
 
 User = Annotated[UserId, Query(alias="userId", examples=["user_1"])]
 HISTORY_DAYS_MAX = 400
@@ -145,6 +146,8 @@ async def report(
 def _event(body: Report) -> GenerationCompleted:
     """Raises RequestValidationError where `metadata` contradicts `tokensUsed`."""
     said = body.metadata
+    if said.facts.get("tokensUsed", body.tokens_used) != body.tokens_used:
+        raise _contradiction(f"it names other tokensUsed than {body.tokens_used}")
     counts = [said.input_tokens, said.output_tokens, said.cache_creation_input_tokens, said.cache_read_input_tokens]
     known = sum(count or 0 for count in counts)
     # Both sides of it, or parts that are all of it.
