@@ -48,7 +48,11 @@ class View(BaseModel):
 
 
 class Usage(View):
-    """What a user has used and what is left. Unlimited plans have null limits and 0 per cent."""
+    """What a user has used and what is left. Unlimited plans have null limits and 0 per cent.
+
+    Tokens are weighted as the plan says. `costUsd` is what they come to at the price of the plan that is in force now,
+    whichever was in force when they were used: that is what the days of the history tell.
+    """
 
     tier: str
     tokens_used: int
@@ -189,6 +193,8 @@ class HistoryQuery(Contract):
 
 
 class Day(View):
+    """Tokens as they were counted, unweighted. `costUsd` is at the weights and prices of the plans in force then."""
+
     date: date
     tokens_used: int
     input_tokens: int

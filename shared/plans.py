@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_CEILING, ROUND_HALF_UP, Decimal
 from functools import cached_property, lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,13 +29,20 @@ def _known_zone(name: str) -> str:
     return name
 
 
+_ZONES = files("tzdata") / "zoneinfo"
+_ZONE_NAMES = frozenset((files("tzdata") / "zones").read_text("utf-8").split())
+
+
 @lru_cache(maxsize=1024)
 def zone(name: str) -> ZoneInfo:
-    """The IANA time zone. Raises ValueError for a name that does not exist."""
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, OSError, ValueError):
-        raise ValueError(f"{name!r} is not a time zone; use an IANA name such as 'Europe/Berlin'") from None
+    """The IANA time zone, as the package `tzdata` has it: on every machine the same, today and when it is replayed.
+
+    Raises ValueError for a name that does not exist, such as `localtime`, which is another zone on each machine.
+    """
+    if name not in _ZONE_NAMES:
+        raise ValueError(f"{name!r} is not a time zone; use an IANA name such as 'Europe/Berlin'")
+    with (_ZONES / name).open("rb") as file:
+        return ZoneInfo.from_file(file, key=name)
 
 
 TimeZone = Annotated[str, AfterValidator(_known_zone)]

@@ -441,7 +441,14 @@ async def test_a_query_that_makes_no_sense_is_refused_in_words(
 
 
 @cases(
-    [{"tier": "platinum"}, {"tier": ""}, {}, {"tier": "pro", "timeZone": "Mars/Base"}, {"tier": "pro", "until": 7}]
+    [
+        {"tier": "platinum"},
+        {"tier": ""},
+        {},
+        {"tier": "pro", "timeZone": "Mars/Base"},
+        {"tier": "pro", "timeZone": "localtime"},
+        {"tier": "pro", "until": 7},
+    ]
 )
 async def test_a_subscription_that_makes_no_sense_is_refused(
     stack: Stack, http: httpx2.AsyncClient, user: str, fault: dict[str, Any]

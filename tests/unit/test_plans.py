@@ -1,17 +1,17 @@
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from importlib.resources import files
 from pathlib import Path
-from zoneinfo import available_timezones
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared.errors import Misconfigured
-from shared.plans import Counts, Limit, Period, PeriodKind, Plan, Plans, Weights, weighted_tokens
+from shared.plans import Counts, Limit, Period, PeriodKind, Plan, Plans, Weights, weighted_tokens, zone
 
 KINDS: list[PeriodKind] = ["day", "month"]
-ZONES = st.sampled_from(sorted(available_timezones()))
+ZONES = st.sampled_from((files("tzdata") / "zones").read_text("utf-8").split())
 MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - zone beside it
 TICK = timedelta(microseconds=1)
 TWO_LIMITS = """
@@ -285,6 +285,12 @@ def test_a_period_ends_to_the_millisecond(time_zone: str, boundary: str, kind: P
     assert Period.containing(instant - millisecond, kind, time_zone).end == instant
     assert Period.containing(instant, kind, time_zone).start == instant
     assert Period.containing(instant + millisecond, kind, time_zone).start == instant
+
+
+@pytest.mark.parametrize("name", ["localtime", "posixrules", "posix/Europe/Berlin", "europe/berlin", "", "../zones"])
+def test_what_is_another_zone_on_another_machine_is_none(name: str) -> None:
+    with pytest.raises(ValueError, match="is not a time zone"):
+        zone(name)
 
 
 def test_a_model_weighs_what_the_longest_name_that_fits_says() -> None:
