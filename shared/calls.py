@@ -50,7 +50,7 @@ class View(BaseModel):
 class Usage(View):
     """What a user has used and what is left. Unlimited plans have null limits and 0 per cent.
 
-    Tokens are weighted as the plan says. `costUsd` is what they come to at the price of the plan that is in force now,
+    Tokens are weighted as the plan says. `costUsd` is what they come to at the price of the plan in force now,
     whichever was in force when they were used: that is what the days of the history tell.
     """
 

@@ -40,7 +40,9 @@ def operator(request: Request) -> None:
     if key is None:
         return
     scheme, _, presented = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(presented.encode(), key.get_secret_value().encode()):
+    # A header's bytes come as Latin-1, whatever they are; clients send what is typed, which is UTF-8.
+    is_right = hmac.compare_digest(presented.encode("latin-1"), key.get_secret_value().encode())
+    if scheme.lower() != "bearer" or not is_right:
         raise Problem(
             401,
             "Operator key required",

@@ -22,9 +22,11 @@ class BodyLimit:
 
         async def limited() -> Message:
             nonlocal size
+            if is_too_large:  # not read at all: who asks first whether to send it is not told to go on
+                raise HTTPException(413)
             message = await receive()
             size += len(message.get("body", b""))
-            if is_too_large or size > BODY_BYTES_MAX:
+            if size > BODY_BYTES_MAX:
                 raise HTTPException(413)
             return message
 

@@ -125,9 +125,9 @@ def is_json(request: Request) -> bool:
 
 
 _NOT_JSON = ("Not JSON", "Send one JSON object with Content-Type: application/json.")
-_MALFORMED = ("Malformed JSON", "The body is not valid JSON; send one JSON object.")
+MALFORMED = ("Malformed JSON", "The body is not valid JSON; send one JSON object.")
 _HTTP = {
-    400: _MALFORMED,  # what is no text, or nested too deep, does not even get as far as validation
+    400: MALFORMED,
     404: ("Not found", "There is nothing at this address; the API is described at /docs."),
     405: ("Method not allowed", "This address does not answer that method; the API is described at /docs."),
     413: ("Body too large", "A request may take at most 1 MiB; shorten the conversation."),
@@ -139,8 +139,6 @@ def _invalid(error: RequestValidationError) -> Problem:
     errors = [
         {"field": ".".join(str(part) for part in item["loc"][1:]), "message": _words(item)} for item in error.errors()
     ]
-    if any(item["type"] == "json_invalid" for item in error.errors()):
-        return Problem(400, *_MALFORMED)
     if any(item["loc"] == ("body",) and item["type"] == "missing" for item in error.errors()):
         return Problem(400, "Missing body", "Send one JSON object with Content-Type: application/json.")
     detail = "; ".join(f"{item['field'] or 'body'}: {item['message']}" for item in errors[:5])
@@ -153,4 +151,6 @@ def _words(item: Mapping[str, Any]) -> str:
         "extra_forbidden": "is not a known field",
         "missing": "is required",
         "string_pattern_mismatch": "must not contain control characters",
+        "date_from_datetime_inexact": "must be a day, such as 2026-11-01",
+        "date_from_datetime_parsing": "must be a day, such as 2026-11-01",
     }.get(item["type"], message)

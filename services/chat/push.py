@@ -24,15 +24,21 @@ class Watchers:
     def __init__(self, nc: Client, quota: Quota) -> None:
         self._nc, self._quota = nc, quota
         self._open: set[asyncio.Queue[bool]] = set()
+        self._is_closed = False
 
     def watch(self, user_id: str, deadline: Deadline, *, headers: Mapping[str, str]) -> EventStream:
-        """`deadline` is the first event's."""
+        """`deadline` is the first event's. Raises Unavailable once the process is stopping."""
+        if self._is_closed:
+            raise Unavailable("The service is restarting.", retry_after_s=2)
         news: asyncio.Queue[bool] = asyncio.Queue()
+        self._open.add(news)
         return EventStream(
             self._frames(user_id, news, deadline), on_disconnect=lambda: news.put_nowait(_CLOSED), headers=headers
         )
 
     def close(self) -> None:
+        """Ends all that are open, and takes no new ones."""
+        self._is_closed = True
         for news in self._open:
             news.put_nowait(_CLOSED)
 
@@ -40,7 +46,6 @@ class Watchers:
         async def changed(_message: Any) -> None:
             news.put_nowait(_CHANGED)
 
-        self._open.add(news)
         subscription = None
         shown = b""
         try:

@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
-from services.chat.problems import Problem, is_json
+from services.chat.problems import MALFORMED, Problem, is_json
 
 
 class Body(BaseModel):
@@ -48,7 +48,7 @@ def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body, object_pairs_hook=_object)
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise Problem(400, "Malformed JSON", "The body is not valid JSON; send one JSON object.") from None
+        raise Problem(400, *MALFORMED) from None
     except RecursionError:
         raise _invalid("The body is nested too deep.") from None
     except ValueError:  # of thousands of digits

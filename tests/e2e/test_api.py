@@ -4,6 +4,7 @@ import asyncio
 import csv
 import io
 import json
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -407,6 +408,15 @@ async def test_a_body_of_more_than_a_mebibyte_is_refused_however_it_is_sent(
             assert "at most 1 MiB" in document["detail"]
 
 
+def test_a_body_that_is_too_large_is_refused_before_it_is_sent(stack: Stack) -> None:
+    place = urlsplit(stack.url)
+    with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+        head = "POST /api/usage HTTP/1.1", f"Host: {place.netloc}", "Content-Type: application/json"
+        asking = "Expect: 100-continue", f"Content-Length: {2 * MIB}"
+        connection.sendall("\r\n".join([*head, *asking, "", ""]).encode())
+        assert connection.recv(12) == b"HTTP/1.1 413"
+
+
 async def test_a_model_that_nobody_knows_is_refused_with_the_known_ones(
     stack: Stack, http: httpx2.AsyncClient, user: str
 ) -> None:
@@ -421,6 +431,7 @@ BAD_QUERIES: list[tuple[str, dict[str, str]]] = [
     *(("/api/usage", {"userId": name}) for name in ("", "x" * 129, "a\0b", "a\nb")),
     ("/api/usage/events", {}),
     ("/api/usage/history", {"userId": "u", "from": "2026-02-30"}),
+    ("/api/usage/history", {"userId": "u", "from": "2026-02-01T12:00:00Z"}),
     ("/api/usage/history", {"userId": "u", "from": "2026-02-02", "to": "2026-02-01"}),
     ("/api/usage/history", {"userId": "u", "from": "2020-01-01", "to": "2026-01-01"}),
     ("/api/usage/history", {"userId": "u", "to": "0001-01-05"}),
