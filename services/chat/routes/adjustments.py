@@ -28,6 +28,7 @@ class AdjustmentRequest(Body):
 
     model_config = ConfigDict(
         json_schema_extra={
+            "oneOf": [{"required": ["tokensUsed"]}, {"required": ["topUpTokens"]}],
             "examples": [
                 {"userId": "user_1", "tokensUsed": -8094, "reason": "counted twice", "actor": "support"},
                 {

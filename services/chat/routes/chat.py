@@ -15,6 +15,7 @@ from services.chat.ratelimit import headers
 from services.chat.reading import Body, OneReading
 from services.chat.settings import Settings
 from services.chat.sse import EventStream, watched
+from shared.calls import Usage, View
 from shared.events import Name, UserId, new_id
 
 router = APIRouter(tags=["chat"], route_class=OneReading)
@@ -26,7 +27,12 @@ def _not_blank(text: str) -> str:
     return text
 
 
-Words = Annotated[str, StringConstraints(max_length=1_000_000), AfterValidator(_not_blank)]
+Words = Annotated[
+    str,
+    StringConstraints(max_length=1_000_000),
+    AfterValidator(_not_blank),
+    Field(json_schema_extra={"minLength": 1, "pattern": r"\S"}),
+]
 
 
 class Message(Body):
@@ -56,6 +62,20 @@ class ChatRequest(Body):
         return messages
 
 
+class Answer(View):
+    """The whole answer as one document: what `start`, all `delta`, `usage` and `done` say."""
+
+    model: str
+    text: str
+    generation_id: str
+    input_tokens: int
+    output_tokens: int
+    tokens_used: int
+    stop_reason: str | None
+    limit_reached: bool = Field(default=False, description="the plan ended the answer, not Claude")
+    usage: Usage | None = Field(description="null where quota does not answer")
+
+
 _SSE_EXAMPLE = (
     'event: start\ndata: {"generationId":"0198…","model":"claude-haiku-4-5-20251001"}\n\n'
     'event: delta\ndata: {"text":"A token is "}\n\n'
@@ -65,9 +85,10 @@ _SSE_EXAMPLE = (
 )
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
+        "model": Answer,
         "description": "Events start, delta, usage, done, error; one JSON document if only that is accepted. "
         "`limitReached: true` in done: the plan ended the answer, not Claude.",
-        "content": {"text/event-stream": {"example": _SSE_EXAMPLE}, "application/json": {}},
+        "content": {"text/event-stream": {"example": _SSE_EXAMPLE, "schema": {"type": "string"}}},
     },
     400: {"description": "Malformed JSON or an unknown model", "content": {MEDIA_TYPE: {}}},
     429: {
