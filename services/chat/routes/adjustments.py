@@ -38,7 +38,7 @@ class AdjustmentRequest(Body):
                     "reason": "invoice 7",
                     "actor": "billing",
                 },
-            ]
+            ],
         }
     )
 

@@ -88,7 +88,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "model": Answer,
         "description": "Events start, delta, usage, done, error; one JSON document if only that is accepted. "
         "`limitReached: true` in done: the plan ended the answer, not Claude.",
-        "content": {"text/event-stream": {"example": _SSE_EXAMPLE, "schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"example": _SSE_EXAMPLE}},
     },
     400: {"description": "Malformed JSON or an unknown model", "content": {MEDIA_TYPE: {}}},
     429: {
