@@ -1,30 +1,30 @@
 """The periods of which totals are kept: those that decide something about usage. Pure."""
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import NamedTuple
 
 from shared.plans import FOR_EVER, Period, Plan, Plans
 from shared.subscriptions import Calendar, Change, Subscribed, subscribed
 
-DAY = timedelta(days=1)
 ALWAYS = Period.containing(FOR_EVER, "none")
 
 Bounds = tuple[datetime, datetime]
 
 
-def deciding(plans: Plans, changed: Sequence[Change], days: Sequence[datetime]) -> Iterator[Bounds]:
-    """The periods that usage of these days may fall into, under the plan of then and under that with which the
+def deciding(plans: Plans, changed: Sequence[Change], moments: Sequence[datetime]) -> Iterator[Bounds]:
+    """The periods that usage of these moments falls into, under the plan of then and under that with which the
     period ends, which decides what is carried from it.
 
-    `changed` and `days`, their midnights in UTC, are sorted. Some periods come twice, and some have no usage.
+    `changed` and `moments` are sorted; of a day in UTC its first and its last moment stand for all. What comes of
+    moments together comes of them one by one, too. Some periods come twice.
     """
     for had in _had(plans, changed):
         for period_at in had.periods:
             since = ALWAYS.start if had.begun is None else period_at(had.begun).start
-            yield from _covering(days, since, had.ended or FOR_EVER, period_at)
+            yield from _covering(moments, since, had.ended or FOR_EVER, period_at)
 
 
 def decided_since(plans: Plans, changed: Sequence[Change], moment: datetime) -> datetime:
@@ -69,9 +69,9 @@ def _had(plans: Plans, changed: Sequence[Change]) -> Iterator[_Had]:
 
 
 def _covering(
-    days: Sequence[datetime], since: datetime, until: datetime, period_at: Callable[[datetime], Period]
+    moments: Sequence[datetime], since: datetime, until: datetime, period_at: Callable[[datetime], Period]
 ) -> Iterator[Bounds]:
-    """The periods of one kind into which something of these days may fall that is between the two moments."""
-    while (nth := bisect_right(days, since - DAY)) < len(days) and (moment := max(since, days[nth])) < until:
-        start, since = period_at(moment).bounds
+    """The periods of one kind that cover moments from `since` to the end of the day of `until`."""
+    while (nth := bisect_left(moments, since)) < len(moments) and midnight(moments[nth]) < until:
+        start, since = period_at(moments[nth]).bounds
         yield start, since

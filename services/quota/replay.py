@@ -36,8 +36,8 @@ from services.quota.subscriptions import change_subscriptions, changes, changes_
 from services.quota.totals import (
     SUMS,
     add_to_totals,
-    days_used,
     keep_totals,
+    moments_used,
     of_model,
     settlement,
     settlements,
@@ -263,13 +263,13 @@ def _subscribed(db: Connection) -> Iterator[tuple[str, Subscribed]]:
 
 def _periods_of_users(db: Connection, plans: Plans) -> Iterator[list[dict[str, Any]]]:
     """A list for each user of the periods with settlements, under every plan that decides something about them."""
-    by_user = groupby(days_used(db), lambda used: used[0])
-    for chunk in _chunks((user_id, [day for _, day in of_user]) for user_id, of_user in by_user):
+    by_user = groupby(moments_used(db), lambda used: used[0])
+    for chunk in _chunks((user_id, [moment for _, moment in of_user]) for user_id, of_user in by_user):
         changed = changes_of(db, [user_id for user_id, _ in chunk])
-        for user_id, days in chunk:
+        for user_id, moments in chunk:
             yield [
                 {"user_id": user_id, "period_start": start, "period_end": end, "is_in_use": False}
-                for start, end in set(deciding(plans, sorted(changed[user_id]), days))
+                for start, end in set(deciding(plans, sorted(changed[user_id]), moments))
             ]
 
 

@@ -33,9 +33,9 @@ from services.quota.totals import (
     NOTHING,
     Kept,
     add_to_totals,
-    days_used,
     keep_totals,
     keep_totals_of_periods,
+    moments_used,
     settlement,
     settlements,
     sums_of_settlements,
@@ -358,20 +358,21 @@ def keep_totals_of_other_periods(
 ) -> None:
     """Of the past: where usage is late, or of a plan that has ended, and where a change of plan arrives after usage
     that it decides about."""
-    days: dict[str, set[datetime]] = defaultdict(set)
+    moments: dict[str, set[datetime]] = defaultdict(set)
     user_ids = {*(row["user_id"] for row in arrived), *(event.data.user_id for event in changed)}
     known = {user_id: sorted(changes) for user_id, changes in changes_of(db, list(user_ids)).items()}
     for row in arrived:
         user_id, moment, changes = row["user_id"], row["started_at"], known.get(row["user_id"])
-        day = midnight(moment)
-        if not standing[user_id].covers(moment) or (changes and day < changes[-1].changed_at):
-            days[user_id].add(day)
+        if not standing[user_id].covers(moment) or (changes and midnight(moment) < changes[-1].changed_at):
+            moments[user_id].add(moment)
     for event in changed:
         user_id = event.data.user_id
         since = decided_since(plans, known[user_id], event.data.changed_at)
         of_user = (settlements.c.user_id == user_id, settlements.c.started_at >= since)
-        days[user_id].update(day for _, day in days_used(db, *of_user))
-    periods = {user_id: set(deciding(plans, known.get(user_id, []), sorted(used))) for user_id, used in days.items()}
+        moments[user_id].update(moment for _, moment in moments_used(db, *of_user))
+    periods = {
+        user_id: set(deciding(plans, known.get(user_id, []), sorted(used))) for user_id, used in moments.items()
+    }
     keep_totals_of_periods(db, periods)
 
 

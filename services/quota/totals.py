@@ -121,13 +121,14 @@ def sums_of_settlements(db: Connection, bounds: Bounds, user_ids: list[str]) -> 
     return sums
 
 
-def days_used(db: Connection, *which: ColumnElement[bool]) -> Iterator[tuple[str, datetime]]:
-    """Each user and each midnight in UTC that begins a day of such settlements, in order: far fewer than those."""
-    moment = settlements.c.started_at
+def moments_used(db: Connection, *which: ColumnElement[bool]) -> Iterator[tuple[str, datetime]]:
+    """Each user, and of each day in UTC of such settlements the first and the last moment: far fewer than those."""
+    user_id, moment = settlements.c["user_id", "started_at"]
     day = func.substr(cast(moment, Text), 1, 10) if is_sqlite(db) else func.date_trunc("day", moment, "UTC")
-    days = select(settlements.c.user_id, day.label("day")).where(*which).distinct().order_by("user_id", "day")
-    for user_id, found in db.execute(days, execution_options={"yield_per": 1000}):
-        yield user_id, found if isinstance(found, datetime) else datetime.fromisoformat(f"{found}T00:00:00+00:00")
+    first, last = func.min(moment), func.max(moment)
+    days = select(user_id, first, last).where(*which).group_by(user_id, day).order_by(user_id, first)
+    for user, *ends in db.execute(days, execution_options={"yield_per": 1000}):
+        yield from ((user, end) for end in ends)
 
 
 def of_model(model: str | None, *sums: int) -> Totals:

@@ -709,6 +709,26 @@ async def test_what_a_top_up_left_is_carried_as_before_by_a_database_that_was_lo
     assert await limit_tokens() == 503_000
 
 
+async def test_a_total_that_a_replay_makes_the_service_made_too(nats: Client, quota: Service) -> None:
+    """Of usage beside a plan of one day, before and after it, when nothing in one of its periods was used as yet."""
+    day = NOON.replace(hour=0)
+    events: list[Event] = [
+        subscription_changed(tier="daily", changed_at=day + 10 * HOUR, time_zone="America/New_York"),
+        subscription_changed(tier="free", changed_at=day + 20 * HOUR),
+        usage_reported(started_at=day + 3 * HOUR),
+        usage_reported(started_at=day + 26 * HOUR),
+    ]
+    await publish(nats, *events)
+    for event in events:
+        await quota.handles(event)
+    before = await quota.rows()
+
+    await quota.does(*everything(quota))
+    await quota.replays(nats)
+
+    assert await quota.has(before)
+
+
 @st.composite
 def happenings(draw: st.DrawFn) -> tuple[list[Event], list[list[Event]]]:
     """Events of two users in the order of the stream, some of them twice, and batches in which they were handled."""
