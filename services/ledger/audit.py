@@ -30,6 +30,7 @@ from services.ledger.snapshots import Layout, Snapshot, snapshot
 from shared.archive import Archive
 from shared.errors import PoisonMessage, Unavailable
 from shared.events import decode_seal
+from shared.plans import Plans
 from shared.record import Record, check_origin
 from shared.recorded import bounds
 from shared.streams import LEDGER, LEDGER_SEALED, QUOTA, STREAM
@@ -61,6 +62,7 @@ class Evidence(NamedTuple):
 async def audit(
     nc: Client,
     databases: Databases,
+    plans: Plans,
     scope: Scope,
     scratch: Scratch,
     *,
@@ -91,7 +93,7 @@ async def audit(
         record = Record(nc, archive, is_doubted=True)
         first, last = await record.bounds()
         archived = await _check_archive(nc, archive, ledger, evidence.keys, scratch) if archive else 0
-        comparing = Comparison(ledger, quota, floors, scope, scratch)
+        comparing = Comparison(ledger, quota, plans, floors, scope=scope, scratch=scratch)
         async for batch in record.read(first=first, last=last):
             sealed.take(batch)
             comparing.take(batch)

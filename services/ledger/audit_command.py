@@ -22,6 +22,7 @@ from services.ledger.scratch import scratch
 from services.ledger.settings import Settings
 from shared.bus_of_folder import bus_of_folder
 from shared.errors import Misconfigured, Unavailable
+from shared.plans import Plans
 from shared.server import one_sentence, without_standard_output
 from shared.telemetry import configure_logging_of_a_command
 
@@ -56,13 +57,20 @@ async def _audit(settings: Settings, scope: Scope, *, as_document: bool) -> bool
     assert task is not None  # noqa: S101 - this is one
     # As on Ctrl-C: what was started for the occasion is stopped in order.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    databases = Databases(settings.database_url, settings.quota_url)
+    databases, plans = Databases(settings.database_url, settings.quota_url), Plans.load(settings.plans)
     evidence = Evidence(load_keys(settings.seal_key_file), settings.seals_file)
     with scratch() as kept:
         async with bus_of_folder(settings, name="audit") as nc:
             with _progress() as show:
                 report = await run(
-                    nc, databases, scope, kept, evidence=evidence, archive=settings.archive_folder, progress=show
+                    nc,
+                    databases,
+                    plans,
+                    scope,
+                    kept,
+                    evidence=evidence,
+                    archive=settings.archive_folder,
+                    progress=show,
                 )
         # Of some days there may be nothing; of all time only where the name is wrong.
         if scope == Scope(scope.user_id) != Scope() and report.agrees and not report.has_records:

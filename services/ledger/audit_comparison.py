@@ -26,6 +26,7 @@ from services.ledger.scratch import EVENTS, SUMS, Scratch
 from services.ledger.snapshots import BATCH_SIZE, Copy, Layout, Row, Snapshot, as_sqlite_has_it
 from shared.errors import PoisonMessage
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted, decode
+from shared.plans import Plans
 from shared.recorded import Recorded
 from shared.streams import LEDGER, LEDGER_SEALED, QUOTA
 
@@ -44,9 +45,16 @@ class Comparison:
     """Takes the stream batch by batch; what must wait for its end is kept on disk."""
 
     def __init__(
-        self, ledger: Snapshot, quota: Snapshot, floors: Mapping[str, int], scope: Scope, scratch: Scratch
+        self,
+        ledger: Snapshot,
+        quota: Snapshot,
+        plans: Plans,
+        floors: Mapping[str, int],
+        *,
+        scope: Scope,
+        scratch: Scratch,
     ) -> None:
-        self._scope, self._scratch, self._ledger, self._quota = scope, scratch, ledger, quota
+        self._scope, self._scratch, self._ledger, self._quota, self._plans = scope, scratch, ledger, quota, plans
         self.tally = Tally()
         quarantines = {
             LEDGER: Quarantine(LEDGER, ledger, floors[LEDGER]),
@@ -148,7 +156,7 @@ class Comparison:
             self.tally.compared[check.copy.layout.name] = check.matched
         self.tally.compared[DAYS] = compare_days(self._ledger, self._scope, self._scratch)
         self._compare_subscriptions()
-        self.tally.compared[TOTALS] = compare_totals(self._quota, self._scope, self._scratch)
+        self.tally.compared[TOTALS] = compare_totals(self._quota, self._plans, self._scope, self._scratch)
 
     def _compare_subscriptions(self) -> None:
         check = self._subscriptions

@@ -10,6 +10,9 @@ from services.ledger.findings import Difference
 from services.ledger.scope import Scope
 from services.ledger.scratch import DAILY, SUMS, Day, Scratch, Total
 from services.ledger.snapshots import Row, Snapshot, as_sqlite_has_it, finite
+from shared.periods import deciding
+from shared.plans import Plans
+from shared.subscriptions import Change
 
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
@@ -50,19 +53,32 @@ def _differing_day(day: Day) -> Difference:
     return Difference(DAYS, "unexplained", None, day.user_id, None, which | (found or {}))
 
 
-def compare_totals(quota: Snapshot, scope: Scope, scratch: Scratch) -> int:
-    """How many there are. `scratch` has all events, and is told what differs."""
+def compare_totals(quota: Snapshot, plans: Plans, scope: Scope, scratch: Scratch) -> int:
+    """How many there are. `scratch` has all events and changes of plans, and is told what differs."""
     scratch.keep_totals(_totals(quota, scope))
     compared = 0
     for total in scratch.totals():
         compared += 1
         if difference := _differing(total):
             scratch.add(difference)
+    scratch.keep_periods(_deciding(plans, scratch))
     first, last = scope.first or EARLIEST, scope.last or LATEST
-    for user_id, start, end, *sums in scratch.uncovered(as_sqlite_has_it(first), as_sqlite_has_it(last)):
-        expected = {"from": start, "to": end} | dict(zip(SUMS, sums, strict=True))
-        scratch.add(Difference(TOTALS, "uncovered", None, user_id, expected, None))
+    for user_id, start, end, *sums in scratch.lacking_totals(as_sqlite_has_it(first), as_sqlite_has_it(last)):
+        expected = {"period_start": start, "period_end": end} | dict(zip(SUMS, sums, strict=True))
+        scratch.add(Difference(TOTALS, "missing", None, user_id, expected, None))
     return compared
+
+
+def _deciding(plans: Plans, scratch: Scratch) -> Iterator[Row]:
+    """Every period that has to have a total, whichever others cover its events, too."""
+    for user_id, moments in scratch.moments_used():
+        changed = [
+            Change(datetime.fromisoformat(change.changed_at), change.event_id, change.tier, change.time_zone)
+            for change in scratch.changes_of(user_id)
+        ]
+        used = [datetime.fromisoformat(moment) for moment in moments]
+        for start, end in set(deciding(plans, changed, used)):
+            yield (user_id, as_sqlite_has_it(start), as_sqlite_has_it(end))
 
 
 def _totals(quota: Snapshot, scope: Scope) -> Iterator[Row]:

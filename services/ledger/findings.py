@@ -29,7 +29,6 @@ KINDS = {
         "The first counts. Find out who published the second; if it is to count, adjust the usage.",
     ),
     "differs": ("not the sum of the user's events in the period", REBUILD),
-    "uncovered": ("events in no period that has a total", REBUILD),
     "broken": ("not as it was sealed", SEALED),
     "archive": (
         "not as it was archived",

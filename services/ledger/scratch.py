@@ -34,6 +34,7 @@ CREATE TABLE others (id TEXT PRIMARY KEY, user_id TEXT) WITHOUT ROWID;
 CREATE TABLE totals (
     nth INTEGER PRIMARY KEY, user_id TEXT, period_start TEXT, period_end TEXT, {_SUMS}, models TEXT
 );
+CREATE TABLE periods (user_id TEXT, period_start TEXT, period_end TEXT);
 CREATE TABLE days (user_id TEXT, usage_date TEXT, model TEXT, {_DAILY}, is_expected INT);
 CREATE TABLE differences (
     nth INTEGER PRIMARY KEY, place TEXT, kind TEXT, id TEXT, user_id TEXT, expected TEXT, found TEXT
@@ -54,11 +55,17 @@ FROM totals JOIN events ON events.user_id = totals.user_id AND is_counted
  AND moment >= period_start AND moment < period_end
 GROUP BY nth, model ORDER BY nth, model
 """  # noqa: S608
-_UNCOVERED = f"""
-SELECT user_id, min(moment), max(moment), {", ".join(f"sum({name})" for name in SUMS)} FROM events
-WHERE is_counted AND moment >= ? AND moment <= ? AND NOT EXISTS (
- SELECT 1 FROM totals WHERE totals.user_id = events.user_id AND period_start <= moment AND period_end > moment)
-GROUP BY user_id HAVING {" OR ".join(f"sum({name}) != 0" for name in SUMS)}
+_ENDS_OF_DAYS = """
+SELECT user_id, min(moment), max(moment) FROM events WHERE is_counted
+GROUP BY user_id, substr(moment, 1, 10) ORDER BY user_id, min(moment)
+"""
+_LACKING = f"""
+SELECT periods.*, {", ".join(f"sum(events.{name})" for name in SUMS)} FROM periods
+JOIN events ON events.user_id = periods.user_id AND is_counted AND moment >= period_start AND moment < period_end
+WHERE period_end > ? AND period_start <= ? AND NOT EXISTS (
+ SELECT 1 FROM totals WHERE totals.user_id = periods.user_id
+ AND totals.period_start = periods.period_start AND totals.period_end = periods.period_end)
+GROUP BY 1, 2, 3 HAVING {" OR ".join(f"max(abs(events.{name}))" for name in SUMS)}
 """  # noqa: S608
 _EXPECTED_DAYS = f"""
 INSERT INTO days
@@ -153,6 +160,14 @@ class Scratch:
         )
         return (Change(*row) for row in self._connection.execute(order))
 
+    def changes_of(self, user_id: str) -> list[Change]:
+        """Those that count, the oldest first; of two at once, by id."""
+        order = (
+            "SELECT user_id, moment, id, tier, time_zone FROM changes WHERE is_counted AND user_id = ?"
+            " ORDER BY moment, id"
+        )
+        return [Change(*row) for row in self._connection.execute(order, (user_id,))]
+
     def subscribed(self, user_ids: Sequence[str]) -> set[str]:
         """Those of them who have ever changed their plan."""
         changed = "SELECT user_id FROM changes WHERE is_counted AND user_id IN (SELECT value FROM json_each(?))"
@@ -191,9 +206,19 @@ class Scratch:
             _, user_id, start, end, *found, found_models = row
             yield Total(user_id, start, end, found, found_models, sums, models)
 
-    def uncovered(self, first: str, last: str) -> Iterator[tuple[Any, ...]]:
-        """(user, first and last moment, the sums) of events in between that count and that no total covers."""
-        return iter(self._connection.execute(_UNCOVERED, (first, last)))
+    def moments_used(self) -> Iterator[tuple[str, list[str]]]:
+        """Each user, and the first and the last moment of each day in UTC of events that count, in order."""
+        by_user = groupby(self._connection.execute(_ENDS_OF_DAYS), key=lambda row: row[0])
+        return ((user_id, [end for _, *ends in of_user for end in ends]) for user_id, of_user in by_user)
+
+    def keep_periods(self, rows: Iterable[Sequence[Any]]) -> None:
+        """(user, start and end as text) of each that should have a total if there are events in it, none twice."""
+        self._connection.executemany("INSERT INTO periods VALUES (?, ?, ?)", rows)
+
+    def lacking_totals(self, first: str, last: str) -> Iterator[tuple[Any, ...]]:
+        """(user, start, end, the sums of its events) of each period without the total that it should have, of those
+        with something of what is between the two moments."""
+        return iter(self._connection.execute(_LACKING, (first, last)))
 
     def add(self, difference: Difference) -> None:
         told = [_dumped(difference.expected), _dumped(difference.found)]

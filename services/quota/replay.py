@@ -30,7 +30,6 @@ from sqlalchemy import (
 
 from services.quota import store
 from services.quota.domain import Account, Totals
-from services.quota.periods import ALWAYS, deciding, plan_and_calendar, plans_had
 from services.quota.store import alerts
 from services.quota.subscriptions import change_subscriptions, changes, changes_of, plan_change, subscriptions
 from services.quota.totals import (
@@ -50,6 +49,7 @@ from shared.bulk import insert_once, sorted_out
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, patient_engine
 from shared.events import Event, SubscriptionChanged, ThresholdReached
 from shared.loading import PlainRows, Value
+from shared.periods import ALWAYS, deciding, plan_and_calendar, plans_had
 from shared.plain import PlainGeneration, utc_text
 from shared.plans import Period, Plan, Plans
 from shared.recorded import bounds, recorded

@@ -24,7 +24,6 @@ from services.quota.domain import (
     is_kept_and_quiet,
 )
 from services.quota.models import Alert, Hold
-from services.quota.periods import decided_since, deciding, midnight
 from services.quota.standing import Events, Grant, Standing, lock, look
 from services.quota.standing import standing as read_standing
 from services.quota.subscriptions import change_subscriptions, changes_of
@@ -53,6 +52,7 @@ from shared.events import (
     ThresholdReached,
     encode,
 )
+from shared.periods import decided_since, deciding, midnight
 from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
 from shared.story import counted

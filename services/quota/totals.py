@@ -12,11 +12,11 @@ from sqlalchemy import ColumnElement, Connection, Select, Text, bindparam, cast,
 
 from services.quota.domain import Account, Totals
 from services.quota.models import Settlement, UsageTotal
-from services.quota.periods import Bounds
 from services.quota.subscriptions import subscriptions
 from shared.bulk import listed, update_each
 from shared.database import UtcDateTime, insert_new, is_sqlite, table_of
 from shared.events import GenerationCompleted, UsageAdjusted
+from shared.periods import Bounds
 from shared.plans import COUNTS, Counts
 
 settlements, totals = table_of(Settlement), table_of(UsageTotal)

@@ -74,7 +74,7 @@ async def measured(nats_url: str, urls: Sequence[str]) -> Sample:
     begun, cpu_begun = perf_counter(), process_time()
     if urls:
         with scratch() as kept:
-            report = await audit(nc, Databases(*urls), Scope(), kept)
+            report = await audit(nc, Databases(*urls), Plans.load(), Scope(), kept)
             events = report.compared["ledger.usage"]
             if not report.agrees:
                 sys.exit(f"The audit found differences: {report.found.groups()}")

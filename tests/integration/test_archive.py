@@ -90,7 +90,7 @@ class Archiving(System):
 
     async def audit(self, scope: Scope = Scope()) -> Found:  # noqa: B008 - frozen
         with scratch() as kept:
-            return self._read(await audit(self.nats, self.urls, scope, kept, archive=self.folder))
+            return self._read(await audit(self.nats, self.urls, self.plans, scope, kept, archive=self.folder))
 
     async def replay(self) -> None:
         await replay(self.nats, self.urls.ledger_url, RebuiltLedger(), archive=self.folder)

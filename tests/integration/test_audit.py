@@ -69,7 +69,7 @@ class System:
         self.ledger, self.quota = Database(ledger_url), Database(quota_url)
         self.ledger.migrate(ledger_service.MIGRATIONS)
         self.quota.migrate(quota_service.MIGRATIONS)
-        plans = Plans.load()
+        self.plans = plans = Plans.load()
         self._handlers: dict[str, Handler] = {
             streams.LEDGER: LedgerHandlers(self.ledger, plans).on_usage,
             streams.QUOTA: QuotaHandlers(nats, self.quota, plans).on_usage,
@@ -90,7 +90,7 @@ class System:
 
     async def audit(self, scope: Scope = Scope()) -> Found:  # noqa: B008 - frozen
         with scratch() as kept:
-            return self._read(await audit(self.nats, self.urls, scope, kept))
+            return self._read(await audit(self.nats, self.urls, self.plans, scope, kept))
 
     @staticmethod
     def _read(report: Report) -> Found:
@@ -323,7 +323,7 @@ async def test_a_time_that_never_comes_is_named_wherever_somebody_wrote_it(syste
         ("ledger.usage", "changed"),
         ("quota.settlements", "changed"),
         ("quota.usage_totals", "differs"),
-        ("quota.usage_totals", "uncovered"),
+        ("quota.usage_totals", "missing"),
     }
 
 
@@ -440,12 +440,38 @@ async def test_a_day_that_no_event_explains_is_named(system: System) -> None:
     assert unexplained.found == missing.expected
 
 
-async def test_events_whose_total_is_gone_are_told(system: System) -> None:
+async def test_a_total_that_is_gone_is_named_by_user_and_period(system: System) -> None:
     await publish(system.nats, COUNTED, generation_completed())
     await system.deliver()
     await system.quota_does("DELETE FROM usage_totals WHERE user_id = 'counted'")
     (difference,) = (await system.audit()).differences
-    assert (difference.where, difference.kind, difference.user_id) == ("quota.usage_totals", "uncovered", "counted")
+    assert (difference.where, difference.kind, difference.user_id) == ("quota.usage_totals", "missing", "counted")
+    november = {"period_start": "2026-11-01T00:00:00.000000Z", "period_end": "2026-12-01T00:00:00.000000Z"}
+    assert difference.expected is not None
+    assert (november | {"tokens_used": 8_094, "input_tokens": 5_282}).items() <= difference.expected.items()
+
+
+async def test_a_total_that_is_gone_is_named_also_where_another_one_covers_its_events(system: System) -> None:
+    """As of a month that began elsewhere, before its user moved, and of which something is carried."""
+    await publish(system.nats, *EVENTS)
+    await system.deliver()
+    totals = "SELECT period_start, period_end FROM usage_totals WHERE user_id = 'user_2' AND tokens_used != 0"
+    periods = await system.quota.read(lambda db: db.execute(text(totals)).all())
+    assert len(periods) == 2
+    for start, end in periods:
+        moments = [each if isinstance(each, str) else iso(each) for each in (start, end)]
+        period = f"user_id = 'user_2' AND period_start = '{moments[0]}' AND period_end = '{moments[1]}'"
+        await system.quota_does(f"UPDATE usage_totals SET user_id = 'x' WHERE {period}")  # noqa: S608
+        expected = {"period_start": moments[0], "period_end": moments[1], "tokens_used": 16_195}
+        for scope in (Scope(), Scope("user_2"), Scope(first=NOON, last=NOON)):
+            (missing,) = [d for d in (await system.audit(scope)).differences if d.kind == "missing"]
+            assert (missing.where, missing.user_id) == ("quota.usage_totals", "user_2")
+            assert missing.expected is not None
+            assert expected.items() <= missing.expected.items()
+        assert (await system.audit(Scope("user_2", last=NOON - 300 * DAY))).differences == []
+        back = period.replace("'user_2'", "'x'")
+        await system.quota_does(f"UPDATE usage_totals SET user_id = 'user_2' WHERE {back}")  # noqa: S608
+    assert (await system.audit()).differences == []
 
 
 @pytest.mark.parametrize(

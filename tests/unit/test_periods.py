@@ -7,7 +7,7 @@ from itertools import groupby
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.quota.periods import Bounds, deciding, midnight
+from shared.periods import Bounds, deciding, midnight
 from shared.plans import Plans
 from shared.subscriptions import Change
 from tests.builders import NOON
