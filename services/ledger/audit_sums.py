@@ -105,6 +105,10 @@ def _text(moment: Any) -> str | None:
 
 def _differing(total: Total) -> Difference | None:
     """The total and the sum of its user's events in its period, where they are not the same."""
+    if not isinstance(total.user_id, str) or None in (total.period_start, total.period_end):
+        told = {"period_start": total.period_start, "period_end": total.period_end}
+        found = told | dict(zip(SUMS, total.found, strict=True))
+        return Difference(TOTALS, "unexplained", None, total.user_id, None, found)
     expected = dict(zip(SUMS, total.sums, strict=True)) | _by_model(total.models)
     found = dict(zip(SUMS, total.found, strict=True)) | _by_model(_read_models(total.found_models))
     names = [name for name in expected | found if expected.get(name, 0) != found.get(name, 0)]

@@ -134,7 +134,7 @@ class Scratch:
         return firsts
 
     def known(self, table: str, ids: Sequence[str]) -> set[str]:
-        return {row[0] for row in self._connection.execute(_KNOWN[table], (json.dumps(ids),))}
+        return {row[0] for row in self._connection.execute(_KNOWN[table], (_listed(ids),))}
 
     def keep_events(self, rows: Iterable[Sequence[Any]]) -> None:
         """(id, user, moment as text, the sums, generations, model, whether quota and ledger count it) of each."""
@@ -151,7 +151,7 @@ class Scratch:
     def owners(self, ids: Sequence[str]) -> dict[str, str]:
         """Of ids that are others', whose."""
         owned = "SELECT id, user_id FROM others WHERE id IN (SELECT value FROM json_each(?))"
-        return dict(self._connection.execute(owned, (json.dumps(ids),)))
+        return dict(self._connection.execute(owned, (_listed(ids),)))
 
     def changes(self) -> Iterator[Change]:
         """Those that count, user by user, the oldest first; of two at once, by id."""
@@ -171,7 +171,7 @@ class Scratch:
     def subscribed(self, user_ids: Sequence[str]) -> set[str]:
         """Those of them who have ever changed their plan."""
         changed = "SELECT user_id FROM changes WHERE is_counted AND user_id IN (SELECT value FROM json_each(?))"
-        return {row[0] for row in self._connection.execute(changed, (json.dumps(user_ids),))}
+        return {row[0] for row in self._connection.execute(changed, (_listed(user_ids),))}
 
     def keep_days(self, rows: Iterable[Sequence[Any]], *, first: str, last: str) -> int:
         """(user, day as text, model, its sums) of each from `first` to `last`, in any order. How many there were."""
@@ -222,7 +222,8 @@ class Scratch:
 
     def add(self, difference: Difference) -> None:
         told = [_dumped(difference.expected), _dumped(difference.found)]
-        row = (difference.where, difference.kind, difference.id, difference.user_id, *told)
+        whose = [as_text(difference.id), as_text(difference.user_id)]
+        row = (difference.where, difference.kind, *whose, *told)
         self._connection.execute("INSERT INTO differences VALUES (NULL, ?, ?, ?, ?, ?, ?)", row)
 
     def groups(self) -> list[Group]:
@@ -246,5 +247,15 @@ def scratch() -> Iterator[Scratch]:
         yield Scratch(connection)
 
 
+def as_text(value: Any) -> Any:
+    """Bytes as SQL has them: SQLite takes them for text."""
+    return f"x'{value.hex()}'" if isinstance(value, bytes) else value
+
+
 def _dumped(told: Any) -> str:
-    return json.dumps(told, ensure_ascii=False, default=str)
+    return json.dumps(told, ensure_ascii=False, default=lambda value: str(as_text(value)))
+
+
+def _listed(keys: Sequence[Any]) -> str:
+    """For `json_each`. What is no text is no key of ours."""
+    return json.dumps([key for key in keys if isinstance(key, str)])

@@ -69,7 +69,7 @@ def kept_leaves(rows: Rows) -> Iterator[Leaf]:
         " ORDER BY stream_sequence LIMIT ?"
     )
     for sequence, event_id, digest in paged(rows, statement, SEQUENCE_MIN):
-        yield Leaf(sequence, event_id, digest if isinstance(digest, bytes) else str(digest).encode())
+        yield Leaf(sequence, event_id, _as_bytes(digest))
 
 
 def in_order(leaves: Iterable[Leaf], strays: list[Leaf], *, sealed_up_to: int, known_up_to: int) -> Iterator[Leaf]:
@@ -98,11 +98,15 @@ def sealed_after(rows: Rows, size: int) -> Iterator[Sealed]:
     )
     for tree_size, root, subtrees, at, signature, key_id in paged(rows, statement, size):
         yield Sealed(
-            Head(tree_size, root),
-            split(subtrees),
+            Head(tree_size, _as_bytes(root)),
+            split(_as_bytes(subtrees)),
             iso(at) if isinstance(at, datetime) else at,
-            Signature(key_id, signature) if signature is not None and key_id is not None else None,
+            None if signature is None and key_id is None else Signature(str(key_id), _as_bytes(signature)),
         )
+
+
+def _as_bytes(found: Any) -> bytes:
+    return found if isinstance(found, bytes) else str(found).encode()
 
 
 def paged(rows: Rows, statement: str, after: int = 0) -> Iterator[tuple[Any, ...]]:
