@@ -119,7 +119,7 @@ class RebuiltQuota:
         if live:
             in_use = totals.to_metadata(MetaData(), schema=live)
             names = ("user_id", "period_start", "period_end")
-            kept = select(*in_use.c[names], literal(True)).where(*_are_moments(db, in_use))
+            kept = select(*in_use.c[names], literal(True)).where(*_makes_sense(db, in_use))
             db.execute(insert(_periods).from_select([*names, "is_in_use"], kept))
         for of_users in _chunks(_periods_of_users(db, self._plans)):
             insert_new(db, _periods, list(chain.from_iterable(of_users)))
@@ -179,8 +179,11 @@ def _alert(body: bytes) -> dict[str, Any]:
     }
 
 
-def _are_moments(db: Connection, in_use: Table) -> Iterator[ColumnElement[bool]]:
-    """Both ends of each period: SQLite takes any text for a moment, and PostgreSQL knows one that never comes."""
+def _makes_sense(db: Connection, in_use: Table) -> Iterator[ColumnElement[bool]]:
+    """The user is text and both ends of the period are moments: SQLite takes bytes for text and any text for a
+    moment, and PostgreSQL knows one that never comes."""
+    if is_sqlite(db):
+        yield func.typeof(in_use.c.user_id) == "text"
     for column in in_use.c["period_start", "period_end"]:
         if not is_sqlite(db):
             yield func.isfinite(column)

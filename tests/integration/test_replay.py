@@ -357,6 +357,28 @@ async def test_what_makes_no_sense_is_named_and_put_right(nats: Client, service:
         assert await service.has(before), wrong
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_bytes_are_named_and_put_right_in_whichever_column_somebody_put_them(
+    nats: Client, service: Service
+) -> None:
+    """SQLite takes them for text."""
+    events = one_of_each()
+    await publish(nats, *events)
+    await service.handles(*events)
+    before = await service.rows()
+    for table in service.rebuilt.tables:
+        for column in table.c.keys():
+            if column == "is_late":  # of the moment, and not of the stream
+                continue
+            wrong = f"UPDATE {table.name} SET {column} = x'ff00' WHERE rowid = (SELECT min(rowid) FROM {table.name})"  # noqa: S608
+            await service.does(*by_hand(service, wrong))
+            _, differences = await dry_run(nats, service.url, service.rebuilt)
+            assert any(difference.rows and difference.examples for difference in differences), wrong
+            await service.replays(nats)
+            assert await service.has(before), wrong
+            assert "xff" not in repr(await service.rows()), wrong
+
+
 @pytest.mark.parametrize("nth", [2, 4])
 async def test_a_stream_that_lacks_messages_is_replayed_only_where_somebody_says_so(
     nats: Client, service: Service, nth: int
