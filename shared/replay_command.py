@@ -79,7 +79,10 @@ async def into_place(settings: ServiceSettings, url: str, rebuilt: Rebuilt, *, d
     async with bus_of_folder(settings, name="replay") as nc:
         told = await replay(nc, url, rebuilt, archive=settings.archive_folder, despite_gaps=despite_gaps)
     ended = f"writers waited {told.locked_s * 1000:.0f} ms" if told.is_exchanged else "all was as it should be"
-    console().print(f"{rebuilt.service}: {told.messages:,} messages replayed; {ended}{_set_aside(told)}")
+    out = console()
+    out.print(f"{rebuilt.service}: {told.messages:,} messages replayed; {ended}{_set_aside(told)}")
+    for line in told.beside:
+        out.print(f"{rebuilt.service}: {line}")
 
 
 async def without_a_change(settings: ServiceSettings, url: str, rebuilt: Rebuilt) -> None:
@@ -87,12 +90,14 @@ async def without_a_change(settings: ServiceSettings, url: str, rebuilt: Rebuilt
         told, differences = await dry_run(nc, url, rebuilt, archive=settings.archive_folder)
     out = console()
     found = [difference for difference in differences if difference.rows]
-    would = "a replay would change this" if found else "a replay would change nothing"
+    would = "a replay would change this" if found or told.beside else "a replay would change nothing"
     out.print(f"{rebuilt.service}: {told.messages:,} messages read; {would}{_set_aside(told)}")
     for difference in found:
         out.print(f"{rebuilt.service}: a replay would change {difference.table}: {_counts(difference)}")
         for example in difference.examples:
             out.print(f"    {example}", markup=False)
+    for line in told.beside:
+        out.print(f"{rebuilt.service}: {line}")
 
 
 @asynccontextmanager

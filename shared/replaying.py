@@ -13,7 +13,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter
@@ -76,8 +76,15 @@ class Rebuilt(Loads, Protocol):
         """In the switch: take over what the stream does not know. `old` is SQL's name of a table that was in use."""
         ...
 
-    async def restore(self, nc: Client, url: str) -> None:
-        """Beside the tables: what a database that was lost has lost with them, and can have back."""
+    async def lost(self, record: Record, url: str) -> list[str]:
+        """In words: what `restore` would give back, or why it cannot."""
+        ...
+
+    async def restore(self, record: Record, url: str) -> list[str]:
+        """Beside the tables: give back what a database that was lost has lost with them. In words, what that was.
+
+        Raises Misconfigured where the record itself was changed.
+        """
         ...
 
 
@@ -94,6 +101,8 @@ class Told:
     # Of tables that were as they should be, none was exchanged.
     is_exchanged: bool = True
     locked_s: float = 0.0
+    # Of what is beside the tables, in words.
+    beside: list[str] = field(default_factory=list)
 
     def lacks(self, sequences: range, *, but_for: Sequence[Recorded]) -> None:
         if (number := len(sequences) - len(but_for)) > 0:
@@ -128,7 +137,7 @@ async def replay(
                     "Restore the broker's store first; make audit names them. --despite-gaps replays what is left."
                 )
             shadow.index(rebuilt.indexes)
-            await rebuilt.restore(nc, url)
+            told.beside = await _restored(record, url, rebuilt, despite_damage=despite_gaps)
             told.is_exchanged = not (shadow.is_copied and await _is_in_use(record, shadow, rebuilt, after=last))
             if told.is_exchanged:
                 with shadow.begin() as db:
@@ -137,6 +146,15 @@ async def replay(
         finally:
             await shadow.clean()
     return told
+
+
+async def _restored(record: Record, url: str, rebuilt: Rebuilt, *, despite_damage: bool) -> list[str]:
+    try:
+        return await rebuilt.restore(record, url)
+    except Misconfigured as problem:
+        if not despite_damage:
+            raise
+        return [str(problem)]
 
 
 async def dry_run(
@@ -160,6 +178,7 @@ async def dry_run(
                 )
             rebuilt.derive(db, shadow.live)
             differences = [Pair(db, shadow.live, table).difference() for table in rebuilt.tables]
+    told.beside = await rebuilt.lost(record, url)
     return told, differences
 
 

@@ -1,19 +1,23 @@
 """The ledger's tables, built anew from the stream."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 
-from nats.aio.client import Client
 from sqlalchemy import Connection, Table, func, select
 
 from services.ledger import store
+from services.ledger.checkpoint import Keys
+from services.ledger.sealer import Damaged, Lost, Rewritten, Sealer
 from services.ledger.settings import Settings
-from shared.database import patient_engine
+from shared.database import Database, patient_engine
+from shared.errors import Misconfigured, Unavailable
 from shared.events import Event
 from shared.loading import PlainRows, Value
 from shared.plain import PlainAuthorized, PlainGeneration, utc_text
 from shared.plans import COUNTS
+from shared.record import Record
 from shared.replay_command import as_of, console
 from shared.streams import LEDGER
 
@@ -90,8 +94,54 @@ class RebuiltLedger:
     def adopt(self, db: Connection, old: Callable[[str], str]) -> None:
         pass
 
-    async def restore(self, nc: Client, url: str) -> None:
-        pass
+    async def lost(self, record: Record, url: str) -> list[str]:
+        async with _sealer(record, url) as sealer:
+            try:
+                return _in_words(
+                    await sealer.lost(), "are missing, and would be made anew as the stream's seals tell"
+                )
+            except Rewritten as damage:
+                return [f"{LOST}, and the record is not what was sealed: {damage}"]
+            except Damaged as damage:
+                return [f"{CHANGED}: {damage}"]
+
+    async def restore(self, record: Record, url: str) -> list[str]:
+        """Leaves and seals, where the record fits the seals on the stream: what is there stays whatever it is."""
+        async with _sealer(record, url) as sealer:
+            try:
+                lost, left = await sealer.restore(), await sealer.lost()
+                made = lost._replace(leaves=lost.leaves - left.leaves, seals=lost.seals - left.seals)
+                return [
+                    *_in_words(made, "were missing, and are made anew as the stream's seals tell"),
+                    *_in_words(left, "do not fit what is there, which stays: make audit names it"),
+                ]
+            except Rewritten as damage:
+                raise Misconfigured(
+                    f"{LOST}, and the record is not what was sealed: {damage}. Nothing was changed. Restore the "
+                    "broker's store first; make audit names what is wrong. --despite-gaps replays it as it is."
+                ) from damage
+            except Damaged as damage:
+                return [f"{CHANGED}: {damage}"]
+            except Unavailable:
+                return ["leaves and seals are being made anew by the ledger that runs"]
+
+
+LOST = "The ledger has lost leaves and seals"
+CHANGED = "leaves and seals that are there were changed, and stay as they are; make audit names them"
+
+
+@asynccontextmanager
+async def _sealer(record: Record, url: str) -> AsyncIterator[Sealer]:
+    """One that seals nothing by itself."""
+    database = Database(url)
+    try:
+        yield Sealer(record.nc, database, keys=Keys(None, {}), every_s=0.0, archive=record.archive)
+    finally:
+        await database.close()
+
+
+def _in_words(lost: Lost, what: str) -> list[str]:
+    return [f"{lost.leaves:,} leaves and {lost.seals:,} seals {what}"] if lost.seals else []
 
 
 async def show_past(settings: Settings, at: datetime, *, out: Path | None) -> None:

@@ -7,9 +7,10 @@ import asyncio
 import base64
 import fcntl
 import os
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,6 +53,10 @@ class Damaged(Exception):
     """The record is not what was sealed."""
 
 
+class Rewritten(Damaged):
+    """The record is not what the seals on the stream say, whatever the ledger has of it."""
+
+
 class _Base(NamedTuple):
     """Where to go on: the tree over all leaves, the hash of the last of them, and the newest seal."""
 
@@ -64,6 +69,14 @@ class _Base(NamedTuple):
     @property
     def sealed(self) -> int:
         return self.newest.head.size if self.newest else 0
+
+
+class Lost(NamedTuple):
+    """How many leaves and seals, and up to which message they are made anew."""
+
+    leaves: int
+    seals: int
+    up_to: int
 
 
 class Sealer:
@@ -124,6 +137,45 @@ class Sealer:
         await self._tell()
         return self._every_s
 
+    async def lost(self) -> "Lost":
+        """What this database lacks of the leaves and seals that the stream tells of. Raises Rewritten where the
+        record is not what those seals say, and Damaged where the database itself was changed."""
+        return (await self._look_for_lost())[0]
+
+    async def restore(self) -> "Lost":
+        """Make leaves and seals anew that this database has lost, once all of the record fits the stream's seals.
+
+        Returns what it lacked. Raises as `lost`, and Unavailable where another is at it. What is there stays.
+        """
+        lost, told, base = await self._look_for_lost()
+        if lost.seals:
+            await self._grow(base, lost.up_to, is_due=True)
+            await self._database.write(_restore, base.newest, told)
+        return lost
+
+    async def _look_for_lost(self) -> tuple["Lost", list[LedgerSealed], _Base]:
+        sequence, size = await self._last_told()
+        base = await self._database.read(_base)
+        if size <= base.sealed:
+            return Lost(0, 0, 0), [], base
+        read = partial(self._record.read, first=base.sealed + 1, last=sequence)
+        # A seal comes after what it covers: only a second reading knows at which sizes to look at the tree.
+        told = [seal async for batch in read() for message in batch if (seal := _seal_in(message))]
+        told = [seal for seal in told if seal.data.tree_size > base.sealed]
+        roots, sealed = {seal.data.tree_size: seal.data.root_hash for seal in told}, base.sealed
+        frontier = (base.newest.frontier if base.newest else None) or Frontier()
+        async for batch in read():
+            for message in batch:
+                if message.sequence != frontier.size + 1:
+                    raise Rewritten(f"the stream lacks messages behind {frontier.size}")
+                frontier.append(leaf_hash(message.body))
+                if (root := roots.get(frontier.size)) not in (None, frontier.root.hex()):
+                    raise Rewritten(f"messages {sealed + 1} to {frontier.size} of the stream are not what was sealed")
+                sealed = sealed if root is None else frontier.size
+        async with aclosing(self._since(base, sequence)) as behind:
+            await anext(behind, None)  # the last leaf must be its message's
+        return Lost(max(0, sequence - base.frontier.size), len(roots), sequence), told, base
+
     async def _reached(self) -> tuple[int, int]:
         """Up to where the ledger has handled all of the stream, and where the stream ends."""
         js = self._nc.jetstream()
@@ -150,7 +202,7 @@ class Sealer:
             await self._database.write(_restore, base.newest, told)
         return is_due and base.sealed < base.frontier.size <= handled
 
-    async def _since(self, base: _Base, handled: int) -> AsyncIterator[list[Recorded]]:
+    async def _since(self, base: _Base, handled: int) -> AsyncGenerator[list[Recorded]]:
         """What comes behind the last leaf, whose message must still be what it was."""
         joint = base.frontier.size
         if handled < joint or handled == joint == base.sealed:

@@ -7,7 +7,6 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from nats.aio.client import Client
 from sqlalchemy import (
     Boolean,
     Column,
@@ -52,6 +51,7 @@ from shared.loading import PlainRows, Value
 from shared.periods import ALWAYS, deciding, plan_and_calendar, plans_had
 from shared.plain import PlainGeneration, utc_text
 from shared.plans import Period, Plan, Plans
+from shared.record import Record
 from shared.recorded import bounds, recorded
 from shared.streams import ALERTS, QUOTA
 from shared.subscriptions import Change, Subscribed, subscribed
@@ -147,14 +147,18 @@ class RebuiltQuota:
         db.execute(_EXPIRED, {"at": now(db)})
         db.execute(_SETTLED)
 
-    async def restore(self, nc: Client, url: str) -> None:
+    async def lost(self, record: Record, url: str) -> list[str]:
+        return []
+
+    async def restore(self, record: Record, url: str) -> list[str]:
         """What was announced is not announced again, also by a database that has lost all memory of it."""
-        first, last = await bounds(nc, stream=ALERTS)
+        first, last = await bounds(record.nc, stream=ALERTS)
         engine = patient_engine(url)
-        async for batch in recorded(nc, first=first, last=last, stream=ALERTS):
+        async for batch in recorded(record.nc, first=first, last=last, stream=ALERTS):
             with engine.begin() as db:
                 insert_new(db, alerts, [_alert(message.body) for message in batch])
         engine.dispose()
+        return []
 
 
 _EXPIRED = text(

@@ -30,6 +30,7 @@ from shared.events import Event, GenerationCompleted, encode, new_id
 from shared.plain import plain_generation
 from shared.plans import Plans
 from shared.quarantine import Quarantined
+from shared.record import Record
 from shared.recorded import BATCH_SIZE
 from shared.replaying import Rebuilt, Told, dry_run, open_shadow, rebuild_into, replay
 from shared.streams import ALERTS, LEDGER_SEALED, STREAM
@@ -367,7 +368,7 @@ async def test_bytes_are_named_and_put_right_in_whichever_column_somebody_put_th
     await service.handles(*events)
     before = await service.rows()
     for table in service.rebuilt.tables:
-        for column in table.c.keys():
+        for column in [each.name for each in table.c]:
             if column == "is_late":  # of the moment, and not of the stream
                 continue
             wrong = f"UPDATE {table.name} SET {column} = x'ff00' WHERE rowid = (SELECT min(rowid) FROM {table.name})"  # noqa: S608
@@ -409,9 +410,10 @@ async def test_what_a_service_handles_during_a_replay_makes_no_difference(nats: 
     await service.handles(*events)
     handled, on_its_way = usage_reported(), usage_reported()
 
-    async def meanwhile(nc: Client, url: str) -> None:
+    async def meanwhile(record: Record, url: str) -> list[str]:
         await publish(nats, on_its_way, handled)
         await service.handles(handled)
+        return []
 
     service.rebuilt.restore = meanwhile  # type: ignore[method-assign]
     told = await service.replays(nats)
