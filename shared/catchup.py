@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from time import monotonic
 from typing import NamedTuple
 
 import structlog
@@ -30,9 +31,11 @@ log = structlog.get_logger()
 
 # Applies messages, all of them or none. Returns those that it could not apply.
 Apply = Callable[[list[Msg]], Awaitable[Sequence[Msg]]]
+Note = Callable[[int], Awaitable[int]]
 
 # What every start reads again is what came within this, and it is what a copy must be older than to be recognised.
 NOTE_EVERY_S = 3.0
+NOTE_READING_EVERY_S = 0.5
 RETRY_S = 1.0
 BATCH_SIZE = 500
 
@@ -82,7 +85,9 @@ async def _catch_up(record: Record, durable: str, database: Database, apply: App
     after = known if known <= acknowledged else begins - 1
     if after < delivered:
         log.info("reading_again", durable=durable, after=after, up_to=delivered)
-        await _read_again(record, after, delivered, apply)
+        await _read_again(
+            record, after, delivered, apply, lambda reached: database.write(_note, durable, created, reached)
+        )
     await database.write(_note, durable, created, acknowledged)
 
 
@@ -126,12 +131,18 @@ async def _reached(nc: Client, durable: str) -> _Reached:
     return _Reached(stream.created, max(1, stream.state.first_seq), acknowledged, delivered)
 
 
-async def _read_again(record: Record, after: int, up_to: int, apply: Apply) -> None:
+async def _read_again(record: Record, after: int, up_to: int, apply: Apply, note: Note) -> None:
+    """What was read again is noted on the way, for whoever waits for it and for the next start."""
+    await note(after)
+    noted = monotonic()
     async for batch in record.read(first=after + 1, last=up_to):
         for start in range(0, len(batch), BATCH_SIZE):
             messages = [_delivered(record.nc, each) for each in batch[start : start + BATCH_SIZE]]
             if again := await apply(messages):
                 raise Unavailable(f"{len(again)} events cannot be applied")
+        if monotonic() > noted + NOTE_READING_EVERY_S:
+            await note(batch[-1].sequence)
+            noted = monotonic()
 
 
 def _delivered(nc: Client, message: Recorded) -> Msg:

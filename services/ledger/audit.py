@@ -6,7 +6,7 @@ then read up to its end at that moment, so that it explains all that a snapshot 
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
-from nats.js.errors import NotFoundError
 
 from services.ledger.archive import acknowledged, altered
 from services.ledger.audit_comparison import Comparison, Tally
 from services.ledger.audit_expected import CHANGES, PLAN_CHANGES, SETTLEMENTS, SUBSCRIPTIONS, USAGE
+from services.ledger.audit_waiting import evidence_is_back, has_read_again
 from services.ledger.checkpoint import Keys
-from services.ledger.findings import Difference, Read, Report
+from services.ledger.findings import Difference, Progress, Read, Report
 from services.ledger.scope import Scope
 from services.ledger.scratch import Scratch
 from services.ledger.seal_check import seal_check
@@ -28,23 +28,20 @@ from services.ledger.seal_findings import Result
 from services.ledger.seals import Sealed, sealed_after
 from services.ledger.snapshots import Layout, Snapshot, snapshot
 from shared.archive import Archive
-from shared.errors import PoisonMessage, Unavailable
-from shared.events import decode_seal
+from shared.errors import Unavailable
 from shared.plans import Plans
 from shared.record import Record, check_origin
 from shared.recorded import bounds
-from shared.streams import LEDGER, LEDGER_SEALED, QUOTA, STREAM
+from shared.streams import LEDGER, QUOTA, STREAM
 
 # Beside services under load the durables are a fraction of a second behind; one that does not move is not waited for.
 FLOOR_WITHIN_S = 5.0
 FLOOR_STILL_S = 1.0
-SEALS_STILL_S = 5.0
 LOOK_EVERY_S = 0.1
 
 ARCHIVE = "archive"
+READING = "Reading the stream"
 OTHERS = {LEDGER: ("usage_daily", "quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals")}
-
-Progress = Callable[[int, int], None]
 
 
 class Databases(NamedTuple):
@@ -70,9 +67,13 @@ async def audit(
     archive: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Report:
-    """Raises Misconfigured, or Unavailable, when it cannot be done. `progress` hears how much of what is read."""
+    """Raises Misconfigured, or Unavailable, when it cannot be done.
+
+    `progress` hears what is done, and how much of it.
+    """
     begun = monotonic()
-    await _seals_are_back(nc, databases.ledger_url)
+    record = Record(nc, archive, is_doubted=True)
+    await _made_again(record, databases, progress)
     floors, outside = await _floors(nc), evidence.seals_file
     with ExitStack() as snapshots:
         outside_bytes = outside.stat().st_size if outside and outside.exists() else None
@@ -90,14 +91,13 @@ async def audit(
             seals_file=outside,
             seals_file_bytes=outside_bytes,
         )
-        record = Record(nc, archive, is_doubted=True)
         first, last = await record.bounds()
         archived = await _check_archive(nc, archive, ledger, evidence.keys, scratch) if archive else 0
         comparing = Comparison(ledger, quota, plans, floors, scope=scope, scratch=scratch)
         async for batch in record.read(first=first, last=last):
             sealed.take(batch)
             comparing.take(batch)
-            progress(batch[-1].sequence - first + 1, last - first + 1)
+            progress(READING, batch[-1].sequence - first + 1, last - first + 1)
         comparing.end()
         _tell_of_seals(sealed.end(), comparing.tally, scratch)
         if archived:
@@ -106,6 +106,16 @@ async def audit(
     waiting = {service: max(0, last - floor) for service, floor in floors.items()}
     read = Read(first, last, tally.messages, tally.unreadable, tally.repeated, waiting)
     return Report(read, tally.compared, scratch, monotonic() - begun)
+
+
+async def _made_again(record: Record, databases: Databases, progress: Progress) -> None:
+    """Whatever services are just making anew of what was lost is waited for."""
+    try:
+        for service, url in ((LEDGER, databases.ledger_url), (QUOTA, databases.quota_url)):
+            await has_read_again(record, service, url, progress)
+        await evidence_is_back(record, databases.ledger_url, progress)
+    except (NatsError, OSError) as error:
+        raise Unavailable("The broker cannot be asked right now.") from error
 
 
 async def _check_archive(nc: Client, folder: Path, ledger: Snapshot, keys: Keys | None, scratch: Scratch) -> int:
@@ -142,30 +152,6 @@ async def _floors(nc: Client) -> dict[str, int]:
         if (found := await _acknowledged(nc)) != floors:
             floors, moved = found, now
     return floors
-
-
-async def _seals_are_back(nc: Client, ledger_url: str) -> None:
-    """A ledger that was lost makes its leaves and seals anew from the stream: that is waited for while it goes on."""
-    try:
-        newest = await nc.jetstream().get_last_msg(STREAM, LEDGER_SEALED)
-        told = decode_seal(newest.data or b"").data.tree_size
-    except (NotFoundError, PoisonMessage):
-        return
-    except (NatsError, OSError) as error:
-        raise Unavailable("The broker cannot be asked right now.") from error
-    kept, moved = _evidence(ledger_url), monotonic()
-    while kept[1] < told and monotonic() < moved + SEALS_STILL_S:
-        await asyncio.sleep(LOOK_EVERY_S)
-        if (found := _evidence(ledger_url)) != kept:
-            kept, moved = found, monotonic()
-
-
-def _evidence(ledger_url: str) -> tuple[int, int]:
-    """The last leaf, and the size of the tree at the last seal."""
-    with snapshot(LEDGER, ledger_url, ("leaves", "seals")) as ledger:
-        ((leaf,),) = ledger.rows("SELECT coalesce(max(stream_sequence), 0) FROM leaves")
-        ((sealed,),) = ledger.rows("SELECT coalesce(max(tree_size), 0) FROM seals")
-    return leaf, sealed
 
 
 async def _acknowledged(nc: Client) -> dict[str, int]:

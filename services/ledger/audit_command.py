@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from services.ledger.audit import Databases, Evidence
+from services.ledger.audit import READING, Databases, Evidence
 from services.ledger.audit import audit as run
 from services.ledger.checkpoint import load_keys
 from services.ledger.findings import as_json, in_words
@@ -86,13 +86,20 @@ async def _audit(settings: Settings, scope: Scope, *, as_document: bool) -> bool
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, where there is one."""
-    columns = (TextColumn("Reading the stream"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on the terminal, where there is one; elsewhere a sentence tells what is waited for."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console, told = Console(stderr=True), {READING}
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        reading = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(reading, completed=done, total=total)
+        task = bar.add_task(READING, total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+            if what not in told and not console.is_terminal:
+                typer.echo(f"{what}: the audit waits for it.", err=True)
+            told.add(what)
+
+        yield show
 
 
 @contextmanager

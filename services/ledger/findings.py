@@ -1,10 +1,13 @@
 """What an audit found, and how people and programs are told."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
+
+# What an audit is doing, and how much of how much is done.
+Progress = Callable[[str, int, int], None]
 
 # What is compared whatever is looked at.
 OF_ALL = ("ledger.leaves", "ledger.seals", "archive")

@@ -111,12 +111,17 @@ async def test_a_stack_that_lost_its_databases_has_every_figure_again(tmp_path: 
 
 
 async def test_a_stopped_stack_is_replayed_on_its_data_folder(tmp_path: Path) -> None:
-    stack = Stack(tmp_path / "data")
+    stack = Stack(tmp_path / "data", CHATRAIL_SEAL_EVERY_S="0.5")
     with stack:
         await stack.report("user_1", 8_094)
         await stack.usage_reaches("user_1", 8_094)
         async with client_of(stack) as client:
             (await client.put("/api/subscriptions/user_1", json={"tier": "pro"})).raise_for_status()
+
+        async def is_sealed() -> bool:
+            return bool(rows(stack.data / "ledger.db", "SELECT 1 FROM seals"))
+
+        await eventually(is_sealed)
     quota = stack.data / "quota.db"
     before = rows(quota, TOTALS), rows(quota, PLANS)
     do(quota, "UPDATE usage_totals SET tokens_used = tokens_used + 5", "DELETE FROM subscriptions")
@@ -131,3 +136,12 @@ async def test_a_stopped_stack_is_replayed_on_its_data_folder(tmp_path: Path) ->
     past = await replay(stack.data, "--until", "2100-01-01", "--out", str(tmp_path / "past"))
     assert "8,094" in past
     assert rows(tmp_path / "past" / "quota.db", TOTALS) == before[0]
+
+    for service in ("ledger", "quota"):
+        for file in stack.data.glob(f"{service}.db*"):
+            file.unlink()
+    assert "made anew as the stream's seals tell" in await replay(stack.data)
+    assert (rows(quota, TOTALS), rows(quota, PLANS)) == before
+    variables = environment(CHATRAIL_DATA=str(stack.data))
+    audited = await forked.run("services.ledger", "audit", env=variables, timeout_s=REPLAY_S)
+    assert (audited.status, audited.err) == (0, ""), audited

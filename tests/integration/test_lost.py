@@ -1,23 +1,37 @@
 """Databases that were lost, built anew by a replay alone: every figure is there, and so is the evidence."""
 
+import asyncio
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from sqlalchemy import Connection, Table, func, make_url, select, text
 
+from services.ledger import audit_waiting
+from services.ledger.__main__ import MIGRATIONS
+from services.ledger.audit import audit
 from services.ledger.checkpoint import Keys
+from services.ledger.handlers import Handlers as LedgerHandlers
 from services.ledger.replay import CHANGED, RebuiltLedger
+from services.ledger.scope import Scope
+from services.ledger.scratch import scratch
 from services.ledger.sealer import Sealer, leaves, seals
 from services.ledger.store import usage
+from services.quota.__main__ import MIGRATIONS as QUOTA_MIGRATIONS
 from services.quota.replay import RebuiltQuota
+from shared.catchup import catch_up
+from shared.consumer import apply
 from shared.database import Database
 from shared.errors import Misconfigured
 from shared.events import Event
 from shared.recorded import Recorded, bounds, recorded
 from shared.replaying import Told, dry_run, replay
-from shared.streams import LEDGER_SEALED, STREAM, create
-from tests.builders import generation_completed
+from shared.streams import LEDGER, LEDGER_SEALED, QUOTA, STREAM, create
+from tests.builders import generation_completed, publish
 from tests.integration.test_audit import EVENTS, System, system, urls  # noqa: F401 - fixtures
 
 HISTORY: list[list[Event]] = [EVENTS[:5], EVENTS[5:], [generation_completed("user_9")]]
@@ -138,3 +152,79 @@ async def test_no_evidence_is_made_of_a_record_that_is_not_what_was_sealed(syste
     told = await replay(system.nats, system.urls.ledger_url, RebuiltLedger(), despite_gaps=True)
     assert "messages 16 to 17" in told.beside[0]
     assert [await number(system.urls.ledger_url, table) for table in (usage, leaves, seals)] == [11, 0, 0]
+
+
+async def lost_and_made_again(system: System) -> None:  # noqa: F811
+    """As a service finds it that starts without its database."""
+    await lose(system.ledger, system.urls.ledger_url)
+    system.ledger = Database(system.urls.ledger_url)
+    system.ledger.migrate(MIGRATIONS)
+
+
+async def test_an_audit_waits_for_a_database_that_is_read_the_stream_again(system: System) -> None:  # noqa: F811
+    await publish(system.nats, *(generation_completed(f"user_{nth}") for nth in range(1_200)))
+    await happened(system)
+    await lost_and_made_again(system)
+    told, is_seen = list[str](), asyncio.Event()
+
+    async def work(messages: list[Msg]) -> Sequence[Msg]:
+        await is_seen.wait()
+        return await apply(LedgerHandlers(system.ledger, system.plans).on_usage, messages)
+
+    def show(what: str, done: int, total: int) -> None:
+        told.append(what)
+        is_seen.set()
+
+    async def start() -> None:
+        await catch_up(system.nats, LEDGER, system.ledger, work)
+        await Sealer(system.nats, system.ledger, keys=Keys(None, {}), every_s=1e-9).seal()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(start())
+        with scratch() as kept:
+            report = await audit(system.nats, system.urls, system.plans, Scope(), kept, progress=show)
+            assert report.agrees
+    assert told[0] == "The ledger reads again what its database has lost"
+
+
+@pytest.mark.parametrize("service", [LEDGER, QUOTA])
+async def test_where_nobody_reads_a_lost_database_again_a_sentence_says_what_to_do(
+    system: System,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    service: str,
+) -> None:
+    await happened(system)
+    monkeypatch.setattr(audit_waiting, "NOTED_WITHIN", timedelta(0))
+    monkeypatch.setattr(audit_waiting, "STILL_S", 0.2)
+    database, url = (
+        (system.ledger, system.urls.ledger_url) if service == LEDGER else (system.quota, system.urls.quota_url)
+    )
+    await lose(database, url)
+    database.migrate(MIGRATIONS if service == LEDGER else QUOTA_MIGRATIONS)
+
+    with pytest.raises(
+        Misconfigured,
+        match=rf"The {service}'s database lacks .* from message 1 to 18, .* Start ChatRail, .* make replay",
+    ):
+        await system.audit()
+
+    await replayed(system)
+    assert (await system.audit()).differences == []
+
+
+@pytest.mark.parametrize("is_noted", [True, False])
+async def test_what_somebody_cut_off_a_database_is_named_record_by_record(
+    system: System,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    is_noted: bool,
+) -> None:
+    """Whether it says that it has everything, or ended before it said so of the last few seconds."""
+    await happened(system)
+    monkeypatch.setattr(audit_waiting, "STILL_S", 0.2)
+    if is_noted:
+        monkeypatch.setattr(audit_waiting, "NOTED_WITHIN", timedelta(0))
+        work = partial(apply, LedgerHandlers(system.ledger, system.plans).on_usage)
+        await catch_up(system.nats, LEDGER, system.ledger, work)
+    await system.ledger_does("DELETE FROM usage")
+    missing = [d for d in (await system.audit()).differences if d.where == "ledger.usage"]
+    assert [d.kind for d in missing] == ["missing"] * 11
