@@ -5,6 +5,7 @@ Its rows are copied into the database a little at a time, since whoever writes t
 
 import asyncio
 import fcntl
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,17 +31,39 @@ def beside_sqlite(url: str, tables: Sequence[Table], migrations: Path) -> Iterat
     """Empty tables. Raises Misconfigured when somebody else replays the same database."""
     live = Path(make_url(url).database or "")
     file = live.with_name(f"{live.name}.replay")
-    with file.with_name(f"{file.name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Misconfigured(AT_IT) from None
+    with _locked(file.with_name(f"{file.name}.lock")):
         try:
             _remove(file)
             with _sqlite(file, tables, migrations, live=live) as shadow:
                 yield shadow
         finally:
             _remove(file)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The file is gone afterwards."""
+    while True:
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Misconfigured(AT_IT) from None
+            # Whoever had it took it away after we had opened it: another may have made the next one.
+            if not _is_at(path, lock.fileno()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

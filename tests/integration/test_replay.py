@@ -604,7 +604,9 @@ async def test_several_batches_are_replayed_in_order(nats: Client, service: Serv
     assert rows[(first.id,)]["tokens_used"] == 1
 
 
-async def test_a_second_replay_says_that_there_is_one(nats: Client, service: Service) -> None:
+async def test_a_second_replay_says_that_there_is_one_and_the_first_leaves_no_file(
+    nats: Client, service: Service, tmp_path: Path
+) -> None:
     await publish(nats, usage_reported())
     with (
         open_shadow(service.url, service.rebuilt.tables, service.rebuilt.migrations),
@@ -612,6 +614,7 @@ async def test_a_second_replay_says_that_there_is_one(nats: Client, service: Ser
     ):
         await service.replays(nats)
     await service.replays(nats)
+    assert not await asyncio.to_thread(lambda: list(tmp_path.glob("*.replay*")))
 
 
 async def test_an_empty_stream_takes_nothing_away(nats: Client, service: Service) -> None:
