@@ -23,12 +23,13 @@ from services.ledger.sealer import Sealer, leaves, seals
 from services.ledger.store import usage
 from services.quota.__main__ import MIGRATIONS as QUOTA_MIGRATIONS
 from services.quota.replay import RebuiltQuota
+from shared import catchup
 from shared.catchup import catch_up
 from shared.consumer import apply
 from shared.database import Database
 from shared.errors import Misconfigured
 from shared.events import Event
-from shared.recorded import Recorded, bounds, recorded
+from shared.recorded import BATCH_SIZE, Recorded, bounds, recorded
 from shared.replaying import Told, dry_run, replay
 from shared.streams import LEDGER, LEDGER_SEALED, QUOTA, STREAM, create
 from tests.builders import generation_completed, publish
@@ -228,3 +229,27 @@ async def test_what_somebody_cut_off_a_database_is_named_record_by_record(
     await system.ledger_does("DELETE FROM usage")
     missing = [d for d in (await system.audit()).differences if d.where == "ledger.usage"]
     assert [d.kind for d in missing] == ["missing"] * 11
+
+
+async def test_who_dies_while_reading_again_goes_on_from_there(
+    system: System,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await publish(system.nats, *(generation_completed(f"user_{nth}") for nth in range(BATCH_SIZE)))
+    await happened(system)
+    await lost_and_made_again(system)
+    monkeypatch.setattr(catchup, "NOTE_READING_EVERY_S", -1)
+    read = list[Msg]()
+
+    async def work(messages: list[Msg]) -> Sequence[Msg]:
+        if len(read) == BATCH_SIZE:
+            raise KeyError("killed")
+        read.extend(messages)
+        return await apply(LedgerHandlers(system.ledger, system.plans).on_usage, messages)
+
+    with pytest.raises(KeyError):
+        await catch_up(system.nats, LEDGER, system.ledger, work)
+    read.clear()
+    await catch_up(system.nats, LEDGER, system.ledger, work)
+    assert len(read) == 18
+    assert await number(system.urls.ledger_url, usage) == BATCH_SIZE + 11
