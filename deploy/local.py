@@ -20,8 +20,13 @@ from deploy import brokers
 from deploy.claims import Ports, free_ports, locked
 from deploy.settings import LOOPBACK, Settings
 from deploy.supervised import Program, Supervisor, SupervisorDied, health
+from services.chat.settings import Settings as ChatSettings
+from services.ledger.checkpoint import signing_keys
+from services.ledger.settings import Settings as LedgerSettings
+from services.quota.settings import Settings as QuotaSettings
 from shared.errors import Misconfigured
 from shared.plans import Plans
+from shared.settings import StreamSettings
 
 CLAUDE_URL = "https://api.anthropic.com"
 
@@ -88,8 +93,7 @@ def run(settings: Settings, patience: Patience) -> NoReturn:
     """Raises Stopped in the end, or what keeps ChatRail from running."""
     data = settings.data.absolute()
     with locked(data, patience.wait) as lock_fd:
-        if settings.plans:
-            Plans.load(settings.plans)
+        check_services()
         ports = free_ports(settings.host, settings.port, nodes=settings.nodes)
         endpoints = locate(settings, ports)
         nodes = brokers.programs(ports.nodes, data)
@@ -109,6 +113,14 @@ def run(settings: Settings, patience: Patience) -> NoReturn:
                 bring_up(phase, supervisor, patience)
             say(f"ChatRail is ready at {settings.url}")
             tend(supervisor, nodes, [program.name for program in phases[-1]], data, patience)
+
+
+def check_services() -> None:
+    """Raises Misconfigured where a part would not start. Told by itself it would be known only once others run."""
+    Plans.load(ChatSettings.read().plans)
+    signing_keys(LedgerSettings.read().seal_key_file)
+    QuotaSettings.read()
+    StreamSettings.read()
 
 
 def tend(

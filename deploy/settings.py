@@ -1,26 +1,24 @@
 """What an operator sets for the local stack."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, model_validator
 
-from shared.errors import Misconfigured
+from shared.settings import Environment
 
 LOOPBACK = "127.0.0.1"
 
 
-class Settings(BaseSettings):
-    """What an operator sets; an empty variable counts as absent. Everything else is the services' own."""
-
-    model_config = SettingsConfigDict(env_prefix="CHATRAIL_", env_ignore_empty=True, frozen=True)
+class Settings(Environment):
+    """Everything else is the services' own."""
 
     host: str = LOOPBACK
     port: int = Field(default=8000, ge=1, le=65535)
     data: Path = Path("data")
     plans: Path | None = None
     archive: Path | None = None
-    nats_url: str | None = None
+    nats_url: str | None = Field(default=None, repr=False)
     # Three nodes with replicated streams, instead of one.
     nats_cluster: bool = False
     # Before each delta of the stand-in's: about the pace of a provider.
@@ -28,19 +26,11 @@ class Settings(BaseSettings):
     anthropic_api_key: str | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY", repr=False)
     anthropic_base_url: str | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL")
 
-    @classmethod
-    def read(cls) -> "Settings":
-        try:
-            settings = cls()
-        except ValidationError as error:
-            problem = error.errors()[0]
-            name = f"CHATRAIL_{problem['loc'][0]}".upper()
-            raise Misconfigured(f"{name} is {problem['input']!r}: {problem['msg']}.") from error
-        if settings.nats_url and settings.nats_cluster:
-            raise Misconfigured(
-                "CHATRAIL_NATS_URL names a broker of your own, which make run-cluster does not start."
-            )
-        return settings
+    @model_validator(mode="after")
+    def _one_broker(self) -> Self:
+        if self.nats_url and self.nats_cluster:
+            raise ValueError("CHATRAIL_NATS_URL names a broker of your own, which make run-cluster does not start")
+        return self
 
     @property
     def nodes(self) -> int:

@@ -27,7 +27,7 @@ from nats.js.errors import NotFoundError
 
 from shared.broker import close, connect
 from shared.errors import Misconfigured
-from shared.server import ServiceSettings
+from shared.settings import ServiceSettings
 from shared.streams import STREAM
 
 CONNECT_S = 10.0

@@ -355,10 +355,6 @@ def _insert(dialect: str, table: Table) -> Any:
     return (sqlite if dialect == "sqlite" else postgresql).insert(table)
 
 
-def sqlite_url(data: Path, name: str) -> str:
-    return f"sqlite:///{data.absolute() / name}"
-
-
 def _make_folder(database: str | None) -> None:
     try:
         Path(database or "").parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from shared.bus_of_folder import bus_of_folder
 from shared.differences import Difference
 from shared.errors import Misconfigured, Unavailable
 from shared.replaying import Rebuilt, Told, dry_run, rebuild_into, replay
-from shared.server import ServiceSettings
+from shared.settings import ServiceSettings
 from shared.telemetry import configure_logging_of_a_command
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")]

@@ -1,4 +1,4 @@
-"""The settings and the HTTP server that every service shares."""
+"""The HTTP server that every service shares."""
 
 import asyncio
 import gc
@@ -6,36 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import Misconfigured
 from shared.guards import beating, readiness_logged
-from shared.plans import PLANS_FILE
+from shared.settings import ServiceSettings
 from shared.telemetry import configure_logging
-
-
-class ServiceSettings(BaseSettings):
-    """Where this process listens, and where its data, its broker and the plans are."""
-
-    model_config = SettingsConfigDict(env_prefix="CHATRAIL_", frozen=True, env_ignore_empty=True)
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    data: Path = Path("data")
-    nats_url: str = "nats://127.0.0.1:4222"
-    plans: Path = PLANS_FILE
-    archive: Path | None = None
-
-    @property
-    def archive_folder(self) -> Path:
-        """Where what was archived is, or would be."""
-        return (self.archive or self.data / "archive").absolute()
-
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
@@ -73,7 +51,7 @@ class _Server(uvicorn.Server):
 def serve(service: str, read: Callable[[], Settings], create_app: Callable[[Settings], Any]) -> None:
     """Run the service until it is told to stop. What is misconfigured ends it at once, with one clear sentence."""
     configure_logging(service)
-    with one_sentence(service):
+    with one_sentence():
         settings = read()
         config = uvicorn.Config(
             create_app(settings),
@@ -104,12 +82,9 @@ def without_standard_output() -> None:
 
 
 @contextmanager
-def one_sentence(service: str) -> Iterator[None]:
+def one_sentence() -> Iterator[None]:
     """What an operator can put right ends the process at once, with what to do about it."""
     try:
         yield
     except Misconfigured as problem:
         sys.exit(str(problem))
-    except ValidationError as error:
-        names = ", ".join(f"CHATRAIL_{'_'.join(map(str, p['loc'])).upper()}: {p['msg']}" for p in error.errors())
-        sys.exit(f"{service} cannot start with these settings: {names}")

@@ -25,10 +25,10 @@ from nats.js.api import (
     StreamConfig,
 )
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.broker import connect
 from shared.errors import Misconfigured
+from shared.settings import StreamSettings
 
 GENERATION_COMPLETED = "generation.completed"
 # A report with an idempotency key has a subject of its own: the stream itself then keeps the key, for ever.
@@ -270,16 +270,8 @@ def _compare(what: str, found: object, needed: object, fields: tuple[str, ...]) 
             raise Misconfigured(f"The {what} has {field} = {has!r}, and this release needs {needs!r}.")
 
 
-class StreamSettings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="CHATRAIL_", frozen=True)
-
-    nats_url: str = "nats://127.0.0.1:4222"
-    stream_bytes_max: int = 8 * GIB
-    stream_replicas: int = 1
-
-
 async def main() -> None:
-    settings = StreamSettings()
+    settings = StreamSettings.read()
     nc: Client = await connect(settings.nats_url, name="setup")
     try:
         async with asyncio.timeout(LEADER_WITHIN_S):

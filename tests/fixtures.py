@@ -25,7 +25,7 @@ from sqlalchemy import make_url
 
 from shared import streams
 from shared.broker import connect
-from shared.database import sqlite_url
+from shared.settings import sqlite_url
 from tests import forked
 
 Found = TypeVar("Found")

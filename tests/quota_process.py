@@ -19,7 +19,8 @@ from services.quota.__main__ import MIGRATIONS
 from shared import broker, calls, streams
 from shared.broker import connect
 from shared.calls import Authorization, Authorize, Usage, UsageAnswer, UsageQuery, authorization
-from shared.database import Database, sqlite_url
+from shared.database import Database
+from shared.settings import sqlite_url
 from tests import forked
 from tests.fixtures import MIB, START_DEADLINE_S, Postgres, eventually
 from tests.forked import Forked

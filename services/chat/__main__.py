@@ -24,7 +24,7 @@ def commands() -> None:
 @cli.command()
 def serve() -> None:
     """Answer the HTTP API and the page until told to stop."""
-    run("chat", Settings, create_app)
+    run("chat", Settings.read, create_app)
 
 
 if __name__ == "__main__":

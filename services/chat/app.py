@@ -11,7 +11,7 @@ from fastapi_swagger import patch_fastapi  # type: ignore[import-untyped]
 from prometheus_client import Gauge
 from starlette.middleware.cors import CORSMiddleware
 
-from services.chat import identity, problems
+from services.chat import identity, loopback, problems
 from services.chat.adjustments import Adjustments
 from services.chat.claude import Claude
 from services.chat.deadline import Deadline
@@ -41,7 +41,6 @@ OUTBOX_OLDEST_S = Gauge(
 
 
 def create_app(settings: Settings) -> FastAPI:
-    identity.check_host(settings)
     app = FastAPI(
         title="ChatRail",
         version="1",
@@ -65,7 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(
         CORSMiddleware,
         allow_origins=[origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()],
-        allow_origin_regex=identity.LOOPBACK_ORIGIN if settings.identity == "open" else None,
+        allow_origin_regex=loopback.ORIGIN if settings.identity == "open" else None,
         allow_methods=["GET", "POST"],
         allow_headers=["Content-Type"],
         expose_headers=["Retry-After", "X-Next-Cursor", "RateLimit", "RateLimit-Policy"],

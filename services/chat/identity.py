@@ -1,37 +1,13 @@
 """Who is calling. In open mode the caller's userId is believed, and so only this machine may call."""
 
 import hmac
-import ipaddress
 from typing import Annotated
 
 from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.chat.loopback import is_loopback
 from services.chat.problems import Problem
-from services.chat.settings import Settings
-from shared.errors import Misconfigured
-
-LOOPBACK_ORIGIN = r"https?://(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?"
-
-
-def is_loopback(host: str) -> bool:
-    """By name or by address; names are the same in any case, and with the dot of the root behind them."""
-    host = host.lower().removesuffix(".")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def check_host(settings: Settings) -> None:
-    """Raises Misconfigured where anybody on the network could spend anybody's tokens."""
-    if settings.identity == "open" and not is_loopback(settings.host):
-        raise Misconfigured(
-            f"CHATRAIL_IDENTITY=open believes every caller, so chat does not listen on {settings.host}. "
-            "Set CHATRAIL_HOST=127.0.0.1."
-        )
 
 
 def operator(request: Request) -> None:

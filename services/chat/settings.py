@@ -1,9 +1,10 @@
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
+from services.chat.loopback import is_loopback
 from shared.events import OnDisconnect
-from shared.server import ServiceSettings
+from shared.settings import ServiceSettings
 
 CLAUDE_URL = "https://api.anthropic.com"
 
@@ -23,6 +24,16 @@ class Settings(ServiceSettings):
     grace_s: float = Field(default=5, ge=0, le=10, description="for answers under way when told to stop")
     outbox_events_max: int = Field(default=20_000, ge=1, description="beyond which what is new is refused")
     cors_origins: str = Field(default="", description="origins, comma-separated, that may embed the rail")
+
+    @model_validator(mode="after")
+    def _open_mode_is_for_this_machine(self) -> Self:
+        # Anybody on the network could spend anybody's tokens.
+        if self.identity == "open" and not is_loopback(self.host):
+            raise ValueError(
+                f"CHATRAIL_IDENTITY=open believes every caller, so chat does not listen on {self.host}. "
+                "Set CHATRAIL_HOST=127.0.0.1"
+            )
+        return self
 
     @property
     def is_simulated(self) -> bool:

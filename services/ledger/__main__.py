@@ -52,21 +52,21 @@ cli.command()(prove)
 @cli.command()
 def serve() -> None:
     """Record events and answer calls until told to stop."""
-    run("ledger", Settings, create_app)
+    run("ledger", Settings.read, create_app)
 
 
 @cli.command()
 def migrate() -> None:
     """Bring the database to this release's schema; safe to repeat."""
-    with one_sentence("ledger"):
-        Database(Settings().database_url).migrate(MIGRATIONS)
+    with one_sentence():
+        Database(Settings.read().database_url).migrate(MIGRATIONS)
 
 
 @cli.command()
 def quarantine(*, redrive: bool = False) -> None:
     """List what could not be handled; --redrive counts what can be read by now, after a fix."""
-    with one_sentence("ledger"):
-        settings = Settings()
+    with one_sentence():
+        settings = Settings.read()
 
         def apply(db: Connection, event: Event) -> list[Event]:
             return store.record(db, [event]).contradicting
@@ -91,7 +91,7 @@ def export(
         raise typer.BadParameter("Parquet is written to a file only; name one", param_hint="'--out'")
     scope = asked(user, first, last)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as on Ctrl-C: what is half-written is removed
-    with _export_in_one_sentence(), snapshot(Settings().database_url, store.usage) as db:
+    with _export_in_one_sentence(), snapshot(Settings.read().database_url, store.usage) as db:
         exporting.check(db)
         # On the terminal that shows the records themselves, a bar would be in their way.
         watched = sys.stderr.isatty() and (file is not None or not sys.stdout.isatty())
@@ -115,7 +115,7 @@ def _file(name: str) -> Path:
 
 @contextmanager
 def _export_in_one_sentence() -> Iterator[None]:
-    with one_sentence("ledger"):
+    with one_sentence():
         try:
             yield
         except OSError as error:
@@ -130,8 +130,8 @@ def replay(
     """Build every record anew from the stream, and switch to them in one transaction. Services may run."""
     at = None if until is None else moment(until, "'--until'")
     check(is_dry=is_dry, looks_at_the_past=at is not None, out=out)
-    with one_sentence("ledger"):
-        settings, rebuilt = Settings(), RebuiltLedger()
+    with one_sentence():
+        settings, rebuilt = Settings.read(), RebuiltLedger()
         if is_dry:
             run_command(without_a_change(settings, settings.database_url, rebuilt))
         elif at:

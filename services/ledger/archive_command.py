@@ -42,8 +42,8 @@ def archive(
     until = moment(before, "'--before'")
     if until > datetime.now(UTC):
         raise typer.BadParameter(f"{before} is still to come", param_hint="'--before'")
-    with one_sentence("The archive"):
-        settings = Settings()
+    with one_sentence():
+        settings = Settings.read()
         run(_archive(settings, out or settings.archive_folder, until))
 
 
@@ -88,8 +88,8 @@ def trim(
     ] = DAY_S,
 ) -> None:
     """Take off the stream what is archived, once both are compared with what was sealed. Services may run."""
-    with one_sentence("The trim"):
-        settings = Settings()
+    with one_sentence():
+        settings = Settings.read()
         run(_trim(settings, out or settings.archive_folder, timedelta(seconds=overlap_s)))
 
 

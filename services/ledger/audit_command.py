@@ -46,7 +46,7 @@ def audit(
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     with _ended_by_a_sentence():
-        settings = Settings()
+        settings = Settings.read()
         agrees = asyncio.run(_audit(settings, scope, as_document=as_document))
     raise typer.Exit(AGREE if agrees else DIFFER)
 
@@ -105,7 +105,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 @contextmanager
 def _ended_by_a_sentence() -> Iterator[None]:
     try:
-        with one_sentence("The audit"):
+        with one_sentence():
             yield
     except SystemExit as problem:
         if isinstance(problem.code, str):

@@ -35,8 +35,8 @@ def explain(
     """Tell what was asked, granted, held, given and settled, by which plan and period, and in which event."""
     mine = None if user is None else _named(user, "'--user'")
     query = ExplainQuery(event_id=_named(record, "'--id'"), user_id=mine)
-    with one_sentence("ledger"):
-        told = told_of(Settings(), query)
+    with one_sentence():
+        told = told_of(Settings.read(), query)
         if told is None:
             raise Misconfigured(
                 f"Nothing is held or on record under {record}{f' for {user}' if user else ''}. "

@@ -60,8 +60,8 @@ def prove(
 ) -> None:
     """Write a user's own records with the proof of each, for anybody to check without ChatRail."""
     configure_logging_of_a_command()
-    with one_sentence("The proof"):
-        settings = Settings()
+    with one_sentence():
+        settings = Settings.read()
         with snapshot(
             settings.database_url, store.usage, store.subscription_changes, sealer.leaves, sealer.seals
         ) as db:

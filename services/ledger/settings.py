@@ -2,14 +2,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from shared.database import sqlite_url
-from shared.server import ServiceSettings
+from shared.settings import DatabaseUrl, ServiceSettings, sqlite_url
 
 
 class Settings(ServiceSettings):
-    ledger_database_url: str = Field(default="", description="SQLite under the data folder when empty")
+    ledger_database_url: DatabaseUrl = Field(default="", description="SQLite under the data folder when empty")
 
-    quota_database_url: str = Field(default="", description="Quota's, which an audit reads")
+    quota_database_url: DatabaseUrl = Field(default="", description="Quota's, which an audit reads")
 
     seal_every_s: float = Field(default=60.0, gt=0, description="Between two seals, while there is something new")
     seal_key_file: Path | None = Field(default=None, description="PEM: an Ed25519 key that signs, and earlier ones")

@@ -34,21 +34,21 @@ MIGRATIONS = Path(__file__).with_name("migrations")
 @cli.command()
 def serve() -> None:
     """Answer calls and settle events until told to stop."""
-    run("quota", Settings, create_app)
+    run("quota", Settings.read, create_app)
 
 
 @cli.command()
 def migrate() -> None:
     """Bring the database to this release's schema; safe to repeat."""
-    with one_sentence("quota"):
-        Database(Settings().database_url).migrate(MIGRATIONS)
+    with one_sentence():
+        Database(Settings.read().database_url).migrate(MIGRATIONS)
 
 
 @cli.command()
 def quarantine(*, redrive: bool = False) -> None:
     """List what could not be handled; --redrive counts what can be read by now, after a fix."""
-    with one_sentence("quota"):
-        settings = Settings()
+    with one_sentence():
+        settings = Settings.read()
         plans = Plans.load(settings.plans)
 
         def apply(db: Connection, event: Event) -> list[Event]:
@@ -71,8 +71,8 @@ def replay(
     """Build totals and plans anew from the stream, and switch to them in one transaction. Services may run."""
     at = None if until is None else moment(until, "'--until'")
     check(is_dry=is_dry, looks_at_the_past=at is not None or weights is not None, out=out)
-    with one_sentence("quota"):
-        settings = Settings()
+    with one_sentence():
+        settings = Settings.read()
         plans = Plans.load(settings.plans)
         others = Plans.load(weights) if weights else None
         rebuilt = RebuiltQuota(plans)

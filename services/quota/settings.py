@@ -1,11 +1,10 @@
 from pydantic import Field
 
-from shared.database import sqlite_url
-from shared.server import ServiceSettings
+from shared.settings import DatabaseUrl, ServiceSettings, sqlite_url
 
 
 class Settings(ServiceSettings):
-    quota_database_url: str = Field(default="", description="SQLite under the data folder when empty")
+    quota_database_url: DatabaseUrl = Field(default="", description="SQLite under the data folder when empty")
 
     @property
     def database_url(self) -> str:

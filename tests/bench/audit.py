@@ -39,10 +39,11 @@ from services.quota import __main__ as quota
 from services.quota import store as quota_store
 from shared import streams
 from shared.broker import connect
-from shared.database import Database, insert_new, sqlite_url, table_of
+from shared.database import Database, insert_new, table_of
 from shared.events import Event, decode, encode
 from shared.plans import Plans
 from shared.recorded import Recorded, bounds, recorded
+from shared.settings import sqlite_url
 from tests.bench.processes import Processes, listens
 from tests.bench.quota import postgresql
 from tests.builders import NOON, authorized, generation_completed

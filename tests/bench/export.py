@@ -29,8 +29,9 @@ from services.ledger import store
 from services.ledger.__main__ import MIGRATIONS
 from services.ledger.export import BATCH_ROWS, Format, export, replacing
 from services.ledger.scope import Scope
-from shared.database import Database, insert_new, snapshot, sqlite_url
+from shared.database import Database, insert_new, snapshot
 from shared.events import new_id
+from shared.settings import sqlite_url
 from tests.bench.quota import postgresql
 from tests.builders import NOON, authorized, generation_completed
 from tests.stack import PROJECT, environment

@@ -33,8 +33,8 @@ from sqlalchemy import make_url
 from shared import broker, calls, streams
 from shared.broker import connect
 from shared.calls import History, HistoryQuery, UsageAnswer, UsageQuery
-from shared.database import sqlite_url
 from shared.events import CONTENT_TYPE, encode
+from shared.settings import sqlite_url
 from tests.bench import bare_ingest
 from tests.bench.processes import Cores, Processes, answers, python
 from tests.bench.quota import broker_in, cpu_s, postgresql

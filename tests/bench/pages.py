@@ -30,9 +30,10 @@ from sqlalchemy import Connection, make_url
 from services.ledger import partitions, store
 from services.ledger.__main__ import MIGRATIONS
 from shared.calls import HistoryQuery, LogsQuery
-from shared.database import Database, insert_new, is_sqlite, patient_engine, sqlite_url
+from shared.database import Database, insert_new, is_sqlite, patient_engine
 from shared.events import new_id
 from shared.plans import Plans
+from shared.settings import sqlite_url
 from tests.bench.quota import postgresql
 from tests.builders import generation_completed, subscription_changed
 

@@ -28,8 +28,8 @@ from rich.text import Text
 
 from shared import calls
 from shared.calls import Authorize
-from shared.database import sqlite_url
 from shared.events import new_id
+from shared.settings import sqlite_url
 from tests.bench.limit import MAY_I, QUESTION
 from tests.bench.nats_caller import NatsCaller
 from tests.bench.processes import Cores, Processes, answers, listens, python

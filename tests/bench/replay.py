@@ -28,10 +28,10 @@ from sqlalchemy import make_url
 from services.ledger.replay import RebuiltLedger
 from services.quota.replay import RebuiltQuota
 from shared.broker import connect
-from shared.database import sqlite_url
 from shared.plans import Plans
 from shared.recorded import bounds, recorded
 from shared.replaying import Rebuilt, replay
+from shared.settings import sqlite_url
 from tests.bench import bare_ingest
 from tests.bench.audit import KINDS, MIB, SIZES, SIZES_QUICK, publish
 from tests.bench.quota import broker_in, postgresql

@@ -11,7 +11,7 @@ from nats.js.api import StreamConfig
 from shared.archive import Archive
 from shared.bus_of_folder import bus_of_folder
 from shared.recorded import bounds
-from shared.server import ServiceSettings
+from shared.settings import ServiceSettings
 from shared.streams import STREAM, trimmed
 from tests import forked
 from tests.fixtures import eventually

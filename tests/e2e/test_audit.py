@@ -13,7 +13,7 @@ import pytest
 from shared.bus_of_folder import bus_of_folder
 from shared.errors import Misconfigured
 from shared.recorded import bounds
-from shared.server import ServiceSettings
+from shared.settings import ServiceSettings
 from tests import forked
 from tests.forked import Ended
 from tests.people import ask_until_answered, client_of

@@ -125,6 +125,40 @@ def test_a_port_that_is_none_is_refused(tmp_path: Path, port: str) -> None:
     assert refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=port).startswith(f"CHATRAIL_PORT is '{port}': ")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("CHATRAIL_TOKENS_MAX", "0", "CHATRAIL_TOKENS_MAX is '0': Input should be greater than or equal to 1."),
+        ("CHATRAIL_IDENTITY", "x", "CHATRAIL_IDENTITY is 'x': Input should be 'open'."),
+        (
+            "CHATRAIL_HOST",
+            "0.0.0.0",  # noqa: S104
+            "CHATRAIL_IDENTITY=open believes every caller, so chat does not listen on 0.0.0.0.",
+        ),
+        ("CHATRAIL_GRACE_S", "soon", "CHATRAIL_GRACE_S is 'soon': Input should be a valid number"),
+        ("CHATRAIL_SEAL_EVERY_S", "0", "CHATRAIL_SEAL_EVERY_S is '0': Input should be greater than 0."),
+        ("CHATRAIL_SEAL_KEY_FILE", "/no/such.pem", "CHATRAIL_SEAL_KEY_FILE /no/such.pem cannot be read: "),
+        ("CHATRAIL_STREAM_REPLICAS", "many", "CHATRAIL_STREAM_REPLICAS is 'many': Input should be a valid integer"),
+        *(
+            (
+                f"CHATRAIL_{service}_DATABASE_URL",
+                url,
+                f"CHATRAIL_{service}_DATABASE_URL: a database is at postgresql://…",
+            )
+            for service in ("LEDGER", "QUOTA")
+            for url in ("mysql://user:secret@host/name", "nonsense")
+        ),
+    ],
+)
+def test_a_setting_of_any_part_that_makes_no_sense_is_told_before_anything_starts(
+    tmp_path: Path, name: str, value: str, told: str
+) -> None:
+    said = refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=str(free_port()), **{name: value})
+    assert said.startswith(told)
+    assert "secret" not in said
+    assert not (tmp_path / "supervisord.conf").exists()
+
+
 def test_a_data_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for data in (tmp_path / "file", tmp_path / "file" / "data", Path("/proc/data")):

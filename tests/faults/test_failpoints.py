@@ -25,8 +25,9 @@ from services.quota.__main__ import MIGRATIONS as QUOTA_MIGRATIONS
 from shared import streams
 from shared.broker import connect
 from shared.calls import Authorize, Granted
-from shared.database import Database, sqlite_url
+from shared.database import Database
 from shared.events import GenerationCompleted, new_id
+from shared.settings import sqlite_url
 from tests import forked
 from tests.builders import generation_completed, publish
 from tests.faults.failpoints import CRASH_AT, arm

@@ -48,7 +48,8 @@ import sys, time
 from starlette.applications import Starlette
 from starlette.routing import Route
 from shared import guards
-from shared.server import ServiceSettings, serve
+from shared.server import serve
+from shared.settings import ServiceSettings
 from shared.telemetry import install_probes
 
 guards.BEAT_EVERY_S = 0.1
@@ -64,7 +65,7 @@ def create_app(settings):
     install_probes(app, ready)
     return app
 
-serve("test", ServiceSettings, create_app)
+serve("test", ServiceSettings.read, create_app)
 """
 
 # One that hears when it is told to end, and then ends or not.

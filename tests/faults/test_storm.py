@@ -27,10 +27,11 @@ from services.quota.subscriptions import subscriptions
 from services.quota.totals import settlements, totals
 from shared.broker import connect
 from shared.calls import Authorization, Authorize, Granted, Refused, Usage
-from shared.database import Database, is_sqlite, now, sqlite_url
+from shared.database import Database, is_sqlite, now
 from shared.errors import BadCall
 from shared.events import Event, GenerationCompleted, TokenCounts, new_id
 from shared.plans import Period, Plans
+from shared.settings import sqlite_url
 from tests.builders import (
     NOON,
     generation_completed,

@@ -37,13 +37,13 @@ from shared import streams
 from shared.archive import Archive, Manifest, sha256_of, writing
 from shared.catchup import catch_up
 from shared.consumer import apply
-from shared.database import sqlite_url
 from shared.errors import Misconfigured
 from shared.events import Event
 from shared.plans import Plans
 from shared.record import Record
 from shared.recorded import Recorded, bounds, recorded
 from shared.replaying import dry_run, rebuild_into, replay
+from shared.settings import sqlite_url
 from tests import forked
 from tests.builders import (
     generation_completed,

@@ -27,11 +27,12 @@ from services.quota import totals as quota_totals
 from services.quota.handlers import Handlers as QuotaHandlers
 from shared import streams
 from shared.consumer import Handler, apply
-from shared.database import Database, iso, sqlite_url
+from shared.database import Database, iso
 from shared.errors import Misconfigured
 from shared.events import Event, encode
 from shared.plans import Plans
 from shared.quarantine import Poison, quarantine
+from shared.settings import sqlite_url
 from tests.builders import (
     NOON,
     authorized,

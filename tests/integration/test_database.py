@@ -13,7 +13,8 @@ from sqlalchemy import Connection, make_url, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from shared import database as settings
-from shared.database import Database, sqlite_url
+from shared.database import Database
+from shared.settings import sqlite_url
 from tests.fixtures import Postgres, eventually
 from tests.proxy import Proxy
 

@@ -18,10 +18,11 @@ from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
 from services.quota.standing import Grant
 from shared.calls import Authorize, CountedIn, CountedStory, ExplainQuery, OnRecord, RecordedStory
-from shared.database import Database, sqlite_url
+from shared.database import Database
 from shared.errors import Misconfigured
 from shared.events import Event, GenerationCompleted, new_id, utc_now
 from shared.plans import Plans
+from shared.settings import sqlite_url
 from shared.story import Story, story
 from tests.builders import (
     NOON,

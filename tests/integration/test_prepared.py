@@ -13,8 +13,9 @@ from sqlalchemy import JSON, Boolean, Column, Connection, MetaData, Table, Text,
 from sqlalchemy.exc import DBAPIError
 
 from shared.bulk import insert_last
-from shared.database import Database, UtcDateTime, now, sqlite_url
+from shared.database import Database, UtcDateTime, now
 from shared.prepared import Prepared, execute, one_round_trip
+from shared.settings import sqlite_url
 from tests.fixtures import Postgres, eventually
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)

@@ -32,11 +32,12 @@ from services.quota.app import create_app as create_quota
 from services.quota.settings import Settings as QuotaSettings
 from shared import streams
 from shared.broker import connect
-from shared.database import Database, sqlite_url, table_of
+from shared.database import Database, table_of
 from shared.errors import Misconfigured, Unavailable
 from shared.events import Event, decode_seal, encode
 from shared.quarantine import Quarantined
 from shared.recorded import Recorded, bounds, recorded
+from shared.settings import sqlite_url
 from tests import forked
 from tests.builders import generation_completed, publish, publish_raw, subscription_changed
 from tests.fixtures import MIB, broker_in, eventually

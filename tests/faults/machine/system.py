@@ -19,7 +19,7 @@ from nats.aio.client import Client
 from psycopg import sql
 from sqlalchemy import make_url
 
-from shared.database import sqlite_url
+from shared.settings import sqlite_url
 from shared.streams import DURABLES, STREAM
 from tests import forked
 from tests.faults.machine.load import PLANS
