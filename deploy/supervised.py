@@ -97,6 +97,8 @@ class Supervisor:
         self._folder = tempfile.TemporaryDirectory(prefix="chatrail-", dir="/tmp")
         socket = f"{self._folder.name}/socket"
         sections = [program.section(priority) for priority, program in enumerate(self._programs, start=1)]
+        logs = {program.name: self._log(program.name) for program in self._programs}
+        self._logged = {name: log.stat().st_size for name, log in logs.items() if log.exists()}
         (self._data / "supervisord.conf").write_text(SUPERVISORD.format(socket=socket) + "".join(sections))
         self._process = subprocess.Popen(
             [sys.executable, "-P", PROJECT / "deploy" / "supervisord.py", "-c", "supervisord.conf"],
@@ -158,10 +160,16 @@ class Supervisor:
             self._call("signalProcess", name, "TERM")
 
     def log_end(self, name: str) -> str:
-        """The last lines of the program's log, under its path."""
-        log = self._data / "logs" / f"{name}.log"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        """The last lines of the program's log, of those since we started, under its path."""
+        log = self._log(name)
+        content = log.read_bytes() if log.exists() else b""
+        before = self._logged.get(name, 0)
+        since = content[before:] if before < len(content) else content  # a new log was begun
+        lines = since.decode(errors="replace").splitlines()
         return "\n  ".join([f"{log} ends with", *lines[-LOG_LINES_SHOWN:]])
+
+    def _log(self, name: str) -> Path:
+        return self._data / "logs" / f"{name}.log"
 
     def _call(self, method: str, *arguments: object) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import SQLModel
 
@@ -156,13 +157,36 @@ class Database:
         # A change of the schema may take longer than any statement of a service.
         engine = self._writer if self._writer.dialect.name == "sqlite" else create_engine(self._writer.url)
         try:
-            with engine.begin() as connection:
+            with usable(engine.url), engine.begin() as connection:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
-        except OperationalError as error:
-            raise Misconfigured(f"The database {engine.url} cannot be used: {error.orig}") from error
         finally:
             engine.dispose()
+
+
+@contextmanager
+def usable(url: URL) -> Iterator[None]:
+    """Raises Misconfigured where the database is not there, does not let us in, or is a file that is damaged."""
+    try:
+        yield
+    except DatabaseError as error:
+        if is_damaged(error.orig):
+            raise damaged(url.database) from error
+        if isinstance(error, OperationalError):
+            raise Misconfigured(f"The database {url} cannot be used: {error.orig}") from error
+        raise
+
+
+def is_damaged(error: BaseException | None) -> bool:
+    """Whether SQLite says that the file is no database, or a damaged one; for all else it has kinds below this."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def damaged(file: str | Path | None) -> Misconfigured:
+    return Misconfigured(
+        f"The database {file} is damaged, or is none. Move it away and start ChatRail: "
+        "it makes another from the stream."
+    )
 
 
 @contextmanager
@@ -192,6 +216,8 @@ def snapshot(url: str, *tables: Table) -> Iterator[Connection]:
                 db.exec_driver_sql(statement)
             yield db
     except DBAPIError as error:
+        if is_damaged(error.orig):
+            raise damaged(parsed.database) from error
         raise Misconfigured(f"The database {parsed} cannot be read: {error.orig}") from error
 
 

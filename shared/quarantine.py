@@ -12,10 +12,10 @@ from prometheus_client import Counter
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Connection, LargeBinary, Text, delete, make_url, select, update
-from sqlalchemy.exc import DataError, IntegrityError, OperationalError
+from sqlalchemy.exc import DataError, IntegrityError
 from sqlmodel import Field, SQLModel
 
-from shared.database import Database, UtcDateTime, insert_new, now, table_of
+from shared.database import Database, UtcDateTime, insert_new, now, table_of, usable
 from shared.errors import Misconfigured, PoisonMessage
 from shared.events import Event, decode
 
@@ -127,7 +127,5 @@ def command(service: str, database_url: str, apply: Apply, *, redriving: bool) -
             console.print(table)
         await database.close()
 
-    try:
+    with usable(url):
         asyncio.run(run())
-    except OperationalError as error:
-        raise Misconfigured(f"{service} has no database that can be read at {database_url}: {error.orig}") from error

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from sqlalchemy import Connection, Table, make_url, select
 from sqlalchemy.exc import OperationalError
 
-from shared.database import Database, patient_engine
+from shared.database import Database, patient_engine, usable
 from shared.differences import Difference, Pair, in_schema, key_of
 from shared.errors import Misconfigured, Unavailable
 from shared.events import Event
@@ -222,10 +222,8 @@ def _prepare(url: str, migrations: Path) -> None:
 def _connection(url: str) -> Iterator[Connection]:
     engine = patient_engine(url)
     try:
-        with engine.begin() as db:
+        with usable(engine.url), engine.begin() as db:
             yield db
-    except OperationalError as error:
-        raise Misconfigured(f"The database {engine.url!r} cannot be used: {error.orig}") from error
     finally:
         engine.dispose()
 

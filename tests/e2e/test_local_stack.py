@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+from tests.fixtures import eventually
+from tests.people import recorded, totalled
 from tests.stack import COMMAND, PROJECT, ExecutedStack, Stack, alive, environment, free_port
 
 
@@ -104,6 +107,31 @@ def test_a_key_is_never_written_down_and_a_named_claude_is_used(tmp_path: Path) 
         processes = running.processes()
         assert running.stop(signal.SIGINT) == 0  # as Ctrl-C does
         assert not alive(processes)
+
+
+@pytest.mark.parametrize("service", ["ledger", "quota"])
+async def test_a_damaged_database_is_named_with_what_to_do_and_that_helps(tmp_path: Path, service: str) -> None:
+    data, port = tmp_path / "data", str(free_port())
+    stack, database = Stack(data, CHATRAIL_PORT=port), data / f"{service}.db"
+    with stack:
+        await stack.report("user_1", 8094)
+        await stack.usage_reaches("user_1", 8094)
+    database.write_bytes(os.urandom(20_000))
+
+    ended = await forked.run("deploy.local", env=environment(CHATRAIL_DATA=str(data), CHATRAIL_PORT=port))
+    assert ended.status == 1
+    said = f"The database {database} is damaged, or is none. Move it away and start ChatRail: "
+    assert ended.out.splitlines()[-1].strip() == f"{said}it makes another from the stream."
+    assert "Traceback" not in ended.out
+
+    database.rename(tmp_path / "moved away")
+    with stack:
+        await stack.usage_reaches("user_1", 8094)
+
+        async def is_recorded() -> bool:
+            return recorded(stack) == totalled(stack) == 8094
+
+        await eventually(is_recorded)
 
 
 def test_a_second_stack_on_the_same_data_is_refused(stack: Stack) -> None:

@@ -1,5 +1,7 @@
 """What operators type: what makes no sense is refused in a sentence, before anything is read or changed."""
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -48,6 +50,26 @@ def test_nobody_is_looked_at_by_mistake(
 @pytest.mark.parametrize("text", NO_TIME)
 def test_what_is_archived_is_before_a_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(ledger, ["archive", "--before", text], "is not a time", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("service", "arguments", "database"),
+    [
+        *((ledger, [command], "ledger") for command in ("migrate", "quarantine", "export")),
+        *((quota, [command], "quota") for command in ("migrate", "quarantine")),
+        (ledger, ["explain", "--id", "any"], "ledger"),
+    ],
+)
+def test_a_damaged_database_is_named_with_what_to_do(
+    tmp_path: Path, service: object, arguments: list[str], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / f"{database}.db"
+    file.write_bytes(b"no database " * 1_000)
+    monkeypatch.setenv("CHATRAIL_DATA", str(tmp_path))
+    ended = CliRunner().invoke(service, arguments)  # type: ignore[arg-type]
+    assert ended.exit_code == 1
+    told = f"The database {file} is damaged, or is none. Move it away and start ChatRail: "
+    assert ended.output == f"{told}it makes another from the stream.\n"
 
 
 def refused(service: object, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
