@@ -28,10 +28,11 @@ from services.ledger.prove import prove
 from services.ledger.replay import RebuiltLedger, show_past
 from services.ledger.scope import asked
 from services.ledger.settings import Settings
+from shared.commands import command
 from shared.database import Database, snapshot
 from shared.errors import Misconfigured
 from shared.events import Event
-from shared.quarantine import command
+from shared.quarantine import command as show_quarantine
 from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, moment, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence, without_standard_output
@@ -65,13 +66,13 @@ def migrate() -> None:
 @cli.command()
 def quarantine(*, redrive: bool = False) -> None:
     """List what could not be handled; --redrive counts what can be read by now, after a fix."""
-    with one_sentence():
+    with command():
         settings = Settings.read()
 
         def apply(db: Connection, event: Event) -> list[Event]:
             return store.record(db, [event]).contradicting
 
-        command("ledger", settings.database_url, apply, redriving=redrive)
+        show_quarantine("ledger", settings.database_url, apply, redriving=redrive)
 
 
 @cli.command()
@@ -130,7 +131,7 @@ def replay(
     """Build every record anew from the stream, and switch to them in one transaction. Services may run."""
     at = None if until is None else moment(until, "'--until'")
     check(is_dry=is_dry, looks_at_the_past=at is not None, out=out)
-    with one_sentence():
+    with command():
         settings, rebuilt = Settings.read(), RebuiltLedger()
         if is_dry:
             run_command(without_a_change(settings, settings.database_url, rebuilt))

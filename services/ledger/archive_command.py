@@ -20,9 +20,9 @@ from services.ledger.trim import Trimmed
 from services.ledger.trim import trim as trim_archived
 from shared.archive import Archive, Manifest
 from shared.bus_of_folder import bus_of_folder
+from shared.commands import command
 from shared.errors import Misconfigured
 from shared.replay_command import moment, run
-from shared.server import one_sentence
 from shared.streams import LEDGER
 
 TABLES = ("leaves", "seals")
@@ -42,7 +42,7 @@ def archive(
     until = moment(before, "'--before'")
     if until > datetime.now(UTC):
         raise typer.BadParameter(f"{before} is still to come", param_hint="'--before'")
-    with one_sentence():
+    with command():
         settings = Settings.read()
         run(_archive(settings, out or settings.archive_folder, until))
 
@@ -88,7 +88,7 @@ def trim(
     ] = DAY_S,
 ) -> None:
     """Take off the stream what is archived, once both are compared with what was sealed. Services may run."""
-    with one_sentence():
+    with command():
         settings = Settings.read()
         run(_trim(settings, out or settings.archive_folder, timedelta(seconds=overlap_s)))
 

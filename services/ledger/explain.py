@@ -12,11 +12,11 @@ from sqlalchemy import Connection, text
 from services.ledger import store
 from services.ledger.settings import Settings
 from shared.calls import CountedStory, ExplainQuery, OpenHold
+from shared.commands import command
 from shared.database import UtcDateTime, now, snapshot
 from shared.errors import Misconfigured
 from shared.events import Authorized, Name
 from shared.plans import COUNTS, Counts, Plans
-from shared.server import one_sentence
 from shared.story import Story, counted, in_words, story
 from shared.subscriptions import Change
 
@@ -35,18 +35,18 @@ def explain(
     """Tell what was asked, granted, held, given and settled, by which plan and period, and in which event."""
     mine = None if user is None else _named(user, "'--user'")
     query = ExplainQuery(event_id=_named(record, "'--id'"), user_id=mine)
-    with one_sentence():
+    with command():
         told = told_of(Settings.read(), query)
         if told is None:
             raise Misconfigured(
                 f"Nothing is held or on record under {record}{f' for {user}' if user else ''}. "
                 "A generation that was refused leaves nothing: the 429 itself said why."
             )
-    if as_document:
-        typer.echo(told.model_dump_json(indent=2))
-    else:
-        for line in in_words(told):
-            typer.echo(line)
+        if as_document:
+            typer.echo(told.model_dump_json(indent=2))
+        else:
+            for line in in_words(told):
+                typer.echo(line)
 
 
 def told_of(settings: Settings, query: ExplainQuery) -> Story | None:

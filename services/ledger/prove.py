@@ -23,11 +23,11 @@ from services.ledger.settings import Settings
 from services.ledger.verify_record import FORMAT
 from shared.archive import Archive
 from shared.bus_of_folder import bus_of_folder
+from shared.commands import command
 from shared.database import snapshot
 from shared.errors import Misconfigured
 from shared.record import Record
 from shared.recorded import bounds
-from shared.server import one_sentence
 from shared.streams import STREAM
 from shared.telemetry import configure_logging_of_a_command
 
@@ -60,7 +60,7 @@ def prove(
 ) -> None:
     """Write a user's own records with the proof of each, for anybody to check without ChatRail."""
     configure_logging_of_a_command()
-    with one_sentence():
+    with command():
         settings = Settings.read()
         with snapshot(
             settings.database_url, store.usage, store.subscription_changes, sealer.leaves, sealer.seals
@@ -72,12 +72,12 @@ def prove(
             out.write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
         except OSError as error:
             raise Misconfigured(f"{out} cannot be written: {error.strerror}.") from error
-    left = proven.records - len(proven.places)
-    typer.echo(
-        f"Wrote {len(proven.places):,} records to {out}, under the seal of {proven.seal.head.size:,} messages."
-        + (f" {left:,} are not sealed yet." if left else "")
-    )
-    typer.echo(f"Check it anywhere: python3 {VERIFIER.name} {out}, with a copy of {VERIFIER}")
+        left = proven.records - len(proven.places)
+        typer.echo(
+            f"Wrote {len(proven.places):,} records to {out}, under the seal of {proven.seal.head.size:,} messages."
+            + (f" {left:,} are not sealed yet." if left else "")
+        )
+        typer.echo(f"Check it anywhere: python3 {VERIFIER.name} {out}, with a copy of {VERIFIER}")
 
 
 def places(db: Connection, user_id: str, record_id: str | None = None) -> Proven:

@@ -16,10 +16,11 @@ from services.quota.app import create_app
 from services.quota.replay import RebuiltQuota
 from services.quota.replay_command import compare_weights, show_past
 from services.quota.settings import Settings
+from shared.commands import command
 from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
-from shared.quarantine import command
+from shared.quarantine import command as show_quarantine
 from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, moment, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence
@@ -47,14 +48,14 @@ def migrate() -> None:
 @cli.command()
 def quarantine(*, redrive: bool = False) -> None:
     """List what could not be handled; --redrive counts what can be read by now, after a fix."""
-    with one_sentence():
+    with command():
         settings = Settings.read()
         plans = Plans.load(settings.plans)
 
         def apply(db: Connection, event: Event) -> list[Event]:
             return store.settle(db, plans, [event]).contradicting
 
-        command("quota", settings.database_url, apply, redriving=redrive)
+        show_quarantine("quota", settings.database_url, apply, redriving=redrive)
 
 
 @cli.command()
@@ -71,7 +72,7 @@ def replay(
     """Build totals and plans anew from the stream, and switch to them in one transaction. Services may run."""
     at = None if until is None else moment(until, "'--until'")
     check(is_dry=is_dry, looks_at_the_past=at is not None or weights is not None, out=out)
-    with one_sentence():
+    with command():
         settings = Settings.read()
         plans = Plans.load(settings.plans)
         others = Plans.load(weights) if weights else None
