@@ -32,7 +32,8 @@ run-cluster: .venv/installed-run
 	@CHATRAIL_NATS_CLUSTER=true exec $(bin)/python -m deploy.local
 
 # Several processes, and a file's tests in one of them: they share what is slow to start. How many, and in which
-# order, says tests/conftest.py.
+# order, says tests/conftest.py. What one has compiled is compiled, whatever the shell says.
+test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/installed-dev
 	@exec $(bin)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
