@@ -1,6 +1,5 @@
 """Quota as its callers meet it: processes of the service on a real broker, and the calls that they answer."""
 
-import asyncio
 import json
 import signal
 import time
@@ -11,18 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import pytest
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from services.quota.__main__ import MIGRATIONS
 from shared import broker, calls, streams
 from shared.broker import connect
 from shared.calls import Authorization, Authorize, Usage, UsageAnswer, UsageQuery, authorization
-from shared.database import Database
-from shared.settings import sqlite_url
 from tests import forked
-from tests.fixtures import MIB, START_DEADLINE_S, Postgres, eventually
+from tests.fixtures import MIB, START_DEADLINE_S, eventually
 from tests.forked import Forked
 from tests.stack import environment, free_port
 
@@ -89,21 +84,6 @@ def started(replicas: Sequence[Replica]) -> Iterator[None]:
             replica.wait_until_ready()
         yield
         assert [replica.stop() for replica in replicas] == [-signal.SIGTERM] * len(replicas)
-
-
-@contextmanager
-def new_database(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
-    """The URL of a database without a user, of the kind that the fixture's parameter names."""
-    with ExitStack() as stack:
-        if request.param == "sqlite":
-            url = sqlite_url(folder, "quota.db")
-        else:
-            postgres: Postgres = request.getfixturevalue("postgres")
-            url = stack.enter_context(postgres.new_database())
-        database = Database(url)
-        database.migrate(MIGRATIONS)
-        asyncio.run(database.close())
-        yield url
 
 
 async def create_stream(url: str) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,15 @@ from nats.aio.client import Client
 from sqlalchemy import Connection, text
 
 from services.chat.claude import Prompt
-from services.ledger.__main__ import MIGRATIONS as LEDGER_MIGRATIONS
-from services.quota.__main__ import MIGRATIONS as QUOTA_MIGRATIONS
 from shared import streams
 from shared.broker import connect
 from shared.calls import Authorize, Granted
 from shared.database import Database
 from shared.events import GenerationCompleted, new_id
-from shared.settings import sqlite_url
 from tests import forked
 from tests.builders import generation_completed, publish
 from tests.faults.failpoints import CRASH_AT, arm
-from tests.fixtures import MIB, Postgres, broker_in, eventually
+from tests.fixtures import MIB, broker_in, eventually, new_database
 from tests.forked import Forked
 from tests.integration.test_claude_stand_in import stand_in
 from tests.people import rows
@@ -126,12 +123,6 @@ async def _select(url: str, query: str, **values: str) -> list[dict[str, Any]]:
         await database.close()
 
 
-def _migrate(url: str, migrations: Path) -> None:
-    database = Database(url)
-    database.migrate(migrations)
-    asyncio.run(database.close())
-
-
 async def _create_stream(url: str) -> None:
     nats = await connect(url, name="test")
     js = nats.jetstream()
@@ -146,8 +137,6 @@ async def _create_stream(url: str) -> None:
 def _system(folder: Path, quota_url: str, ledger_url: str) -> Iterator[System]:
     with broker_in(folder) as nats_url:
         asyncio.run(_create_stream(nats_url))
-        _migrate(quota_url, QUOTA_MIGRATIONS)
-        _migrate(ledger_url, LEDGER_MIGRATIONS)
         settings = {
             "CHATRAIL_NATS_URL": nats_url,
             "CHATRAIL_QUOTA_DATABASE_URL": quota_url,
@@ -164,13 +153,12 @@ def _system(folder: Path, quota_url: str, ledger_url: str) -> Iterator[System]:
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder = tmp_path_factory.mktemp("system")
-    with ExitStack() as stack:
-        if request.param == "sqlite":
-            urls = [sqlite_url(folder, "quota.db"), sqlite_url(folder, "ledger.db")]
-        else:
-            postgres: Postgres = request.getfixturevalue("postgres")
-            urls = [stack.enter_context(postgres.new_database()) for _ in range(2)]
-        yield stack.enter_context(_system(folder, *urls))
+    with (
+        new_database(request, request.param, folder, "quota") as quota_url,
+        new_database(request, request.param, folder, "ledger") as ledger_url,
+        _system(folder, quota_url, ledger_url) as system,
+    ):
+        yield system
 
 
 @pytest.fixture

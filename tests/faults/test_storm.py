@@ -21,7 +21,6 @@ from nats.aio.client import Client
 from sqlalchemy import Connection, column, create_engine, make_url, select, text, update
 
 from services.quota import store
-from services.quota.__main__ import MIGRATIONS
 from services.quota.domain import Account
 from services.quota.subscriptions import subscriptions
 from services.quota.totals import settlements, totals
@@ -41,7 +40,7 @@ from tests.builders import (
     usage_adjusted,
     usage_reported,
 )
-from tests.fixtures import broker_in, eventually
+from tests.fixtures import Postgres, broker_in, eventually, migrate, new_database
 from tests.quota_process import (
     SERVE,
     Quota,
@@ -50,7 +49,6 @@ from tests.quota_process import (
     authorize_once,
     create_stream,
     everything_is_acknowledged,
-    new_database,
     started,
     usage_of,
 )
@@ -101,7 +99,7 @@ def quota(
 ) -> Iterator[Quota]:
     """Four processes on one database."""
     folder = tmp_path_factory.mktemp("quota")
-    with new_database(request, folder) as url:
+    with new_database(request, request.param, folder, "quota") as url:
         replicas = [Replica(_settings(bus, url, plans_file), folder / f"{n}.log") for n in range(4)]
         with started(replicas):
             yield Quota(replicas, url)
@@ -502,13 +500,13 @@ class Apart:
         )
 
 
-@pytest.fixture(scope="module", params=["postgresql"])
+@pytest.fixture(scope="module")
 def replicas_apart(
-    request: pytest.FixtureRequest, plans_file: Path, tmp_path_factory: pytest.TempPathFactory
+    postgres: Postgres, plans_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Mapping[str, Replica]]:
     """On PostgreSQL: on SQLite all processes are on one machine, and have its clock."""
     folder = tmp_path_factory.mktemp("apart")
-    with broker_in(folder) as bus, new_database(request, folder) as url:
+    with broker_in(folder) as bus, postgres.new_database("quota") as url:
         asyncio.run(create_stream(bus))
         with psycopg.connect(url, autocommit=True) as connection:
             # What a process is named in PGAPPNAME tells who authorized what.
@@ -685,12 +683,12 @@ def counted(db: Connection, plans: Plans) -> Counted:
 
 @pytest.mark.parametrize("seed", range(2))
 async def test_the_stream_again_in_any_order_and_batches_over_replicas_gives_the_same_totals(
-    database_url: str, tmp_path: Path, plans_file: Path, seed: int
+    quota_url: str, tmp_path: Path, plans_file: Path, seed: int
 ) -> None:
     plans = Plans.load(plans_file).model_copy(update={"default": "monthly"})
     events = half_a_year()
+    migrate(sqlite_url(tmp_path, "in_order.db"), "quota")
     in_order = Database(sqlite_url(tmp_path, "in_order.db"))
-    in_order.migrate(MIGRATIONS)
     for n in range(0, len(events), 20):
         await in_order.write(store.settle, plans, events[n : n + 20])
     expected = await in_order.read(counted, plans)
@@ -699,8 +697,7 @@ async def test_the_stream_again_in_any_order_and_batches_over_replicas_gives_the
     chance = random.Random(seed)  # noqa: S311 - no secret
     delivered = [*events, *chance.sample(events, 60)]
     chance.shuffle(delivered)
-    replicas = [Database(database_url) for _ in range(3)]
-    replicas[0].migrate(MIGRATIONS)
+    replicas = [Database(quota_url) for _ in range(3)]
 
     async def replay(replica: Database, left: list[Event]) -> None:
         while left:

@@ -37,9 +37,8 @@ def do(*statements: str) -> Callable[[Connection], None]:
 
 
 @pytest.fixture
-async def quota(database_url: str) -> AsyncIterator[Database]:
-    database = Database(database_url)
-    database.migrate(quota_service.MIGRATIONS)
+async def quota(quota_url: str) -> AsyncIterator[Database]:
+    database = Database(quota_url)
     await database.write(quota_store.settle, Plans.load(), EVENTS)
     yield database
     await database.close()
@@ -66,7 +65,7 @@ async def test_that_a_settlement_came_late_may_be_noted_afterwards(quota: Databa
     await quota.write(do("UPDATE settlements SET is_late = true"))
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 @pytest.mark.parametrize("table", OF_QUOTA)
 async def test_replacing_what_is_settled_on_sqlite_changes_nothing(quota: Database, table: str) -> None:
     def row(db: Connection) -> object:

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -43,7 +43,6 @@ from shared.plans import Plans
 from shared.record import Record
 from shared.recorded import Recorded, bounds, recorded
 from shared.replaying import dry_run, rebuild_into, replay
-from shared.settings import sqlite_url
 from tests import forked
 from tests.builders import (
     generation_completed,
@@ -54,7 +53,7 @@ from tests.builders import (
     usage_adjusted,
     usage_reported,
 )
-from tests.fixtures import Postgres, eventually
+from tests.fixtures import eventually
 from tests.integration.test_audit import Found, System
 from tests.integration.test_seals import new_key
 from tests.stack import PROJECT, environment
@@ -111,22 +110,12 @@ class Archiving(System):
 
 
 @pytest.fixture
-async def system(nats: Client, urls: tuple[str, str], tmp_path: Path) -> AsyncIterator[Archiving]:
-    system = Archiving(nats, *urls)
+async def system(nats: Client, ledger_url: str, quota_url: str, tmp_path: Path) -> AsyncIterator[Archiving]:
+    system = Archiving(nats, ledger_url, quota_url)
     system.folder = tmp_path / "archive"
     system.folder.mkdir()
     yield system
     await system.close()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def urls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
-    if request.param == "sqlite":
-        yield sqlite_url(tmp_path, "ledger.db"), sqlite_url(tmp_path, "quota.db")
-    else:
-        postgres: Postgres = request.getfixturevalue("postgres")
-        with postgres.new_database() as ledger_url, postgres.new_database() as quota_url:
-            yield ledger_url, quota_url
 
 
 def some_events() -> list[Event]:
@@ -422,7 +411,7 @@ DAMAGES = [edited, edited_and_covered_up, reordered, moved, shortened, truncated
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_an_archive_that_was_changed_is_named_and_nothing_is_trimmed(
     system: Archiving, damage: Callable[[Damage], None]
 ) -> None:
@@ -449,7 +438,7 @@ async def test_an_archive_that_was_changed_is_named_and_nothing_is_trimmed(
     await system.replay()
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_the_head_of_a_file_is_signed_as_seals_are_and_no_other_signature_will_do(
     system: Archiving, tmp_path: Path
 ) -> None:
@@ -472,7 +461,7 @@ async def test_the_head_of_a_file_is_signed_as_seals_are_and_no_other_signature_
 
 
 @pytest.mark.parametrize("damage", [edited, truncated, another_bit, missing])
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_nothing_is_read_from_an_archive_that_was_changed(
     system: Archiving, damage: Callable[[Damage], None]
 ) -> None:
@@ -485,7 +474,7 @@ async def test_nothing_is_read_from_an_archive_that_was_changed(
 
 
 @pytest.mark.parametrize("damage", [edited_and_covered_up, reordered, moved])
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_of_trimmed_messages_that_were_changed_with_their_manifest_the_audit_tells(
     system: Archiving, damage: Callable[[Damage], None]
 ) -> None:
@@ -497,7 +486,7 @@ async def test_of_trimmed_messages_that_were_changed_with_their_manifest_the_aud
     assert any(where.startswith("evidence, message ") and kind == "broken" for where, kind in named)
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_what_is_neither_archived_nor_on_the_stream_is_named(system: Archiving) -> None:
     await system.happened(*some_events())
     await system.archive()
@@ -526,7 +515,7 @@ async def test_what_is_neither_archived_nor_on_the_stream_is_named(system: Archi
         await system.replay()
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_the_archive_of_another_stream_is_refused(system: Archiving) -> None:
     await archived_and_trimmed(system)
     for path in system.folder.glob("*.json"):
@@ -538,7 +527,7 @@ async def test_the_archive_of_another_stream_is_refused(system: Archiving) -> No
             await asked()
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_a_stream_whose_joint_with_the_archive_does_not_fit_is_not_read(system: Archiving) -> None:
     await archived_and_trimmed(system)
     damage, begins = Damage(system.folder), (await bounds(system.nats))[0]
@@ -596,7 +585,7 @@ async def test_lost_databases_have_every_figure_again_after_a_replay(system: Arc
     assert found.report.compared["ledger.leaves"] >= 20
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_the_past_and_what_a_replay_would_change_are_read_from_both(system: Archiving, tmp_path: Path) -> None:
     await archived_and_trimmed(system)
     _, differences = await dry_run(system.nats, system.urls.ledger_url, RebuiltLedger(), archive=system.folder)
@@ -605,7 +594,7 @@ async def test_the_past_and_what_a_replay_would_change_are_read_from_both(system
     assert told.messages == (await bounds(system.nats))[1]
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_a_reader_that_was_under_way_when_the_stream_was_trimmed_misses_nothing(
     system: Archiving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -629,7 +618,7 @@ async def test_a_reader_that_was_under_way_when_the_stream_was_trimmed_misses_no
     assert (await bounds(system.nats))[0] > 1
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_a_users_trimmed_records_are_proven(system: Archiving, own_nats_server: str, tmp_path: Path) -> None:
     await archived_and_trimmed(system)
     out = tmp_path / "proof.json"
@@ -668,7 +657,7 @@ async def command(system: Archiving, nats_url: str, *arguments: str, crash_at: s
         "after services.ledger.archive:put_in_place#2",
     ],
 )
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_an_archive_that_was_killed_leaves_nothing_that_looks_whole_and_the_next_one_ends_the_same(
     system: Archiving, own_nats_server: str, step: str
 ) -> None:
@@ -692,7 +681,7 @@ async def test_an_archive_that_was_killed_leaves_nothing_that_looks_whole_and_th
     assert (await system.audit()).agrees
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_a_trim_that_was_killed_is_put_back_by_the_next_start_of_the_bus(
     system: Archiving, own_nats_server: str
 ) -> None:
@@ -724,7 +713,7 @@ async def test_a_trim_that_was_killed_is_put_back_by_the_next_start_of_the_bus(
     assert (config.max_age, streams.TRIMMING_UNTIL in (config.metadata or {})) == (0, False)
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_the_commands_say_what_they_did_and_what_to_do(system: Archiving, own_nats_server: str) -> None:
     status, said = await command(system, own_nats_server, "archive", "--before", "2999-01-01")
     assert (status, "is still to come" in said) == (2, True), said

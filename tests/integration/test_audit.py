@@ -1,7 +1,7 @@
 """The audit finds what does not agree, names it, and finds nothing where all agrees."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,7 +11,6 @@ import pytest
 from nats.aio.client import Client
 from sqlalchemy import Connection, Table, text
 
-from services.ledger import __main__ as ledger_service
 from services.ledger import store as ledger_store
 from services.ledger.audit import Databases, audit
 from services.ledger.checkpoint import Keys
@@ -21,7 +20,6 @@ from services.ledger.scope import Scope
 from services.ledger.scratch import scratch
 from services.ledger.sealer import Sealer
 from services.ledger.snapshots import snapshot
-from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
 from services.quota import totals as quota_totals
 from services.quota.handlers import Handlers as QuotaHandlers
@@ -44,7 +42,6 @@ from tests.builders import (
     usage_adjusted,
     usage_reported,
 )
-from tests.fixtures import Postgres
 
 DAY = timedelta(days=1)
 
@@ -70,8 +67,6 @@ class System:
     def __init__(self, nats: Client, ledger_url: str, quota_url: str) -> None:
         self.nats, self.urls = nats, Databases(ledger_url, quota_url)
         self.ledger, self.quota = Database(ledger_url), Database(quota_url)
-        self.ledger.migrate(ledger_service.MIGRATIONS)
-        self.quota.migrate(quota_service.MIGRATIONS)
         self.plans = plans = Plans.load()
         self._handlers: dict[str, Handler] = {
             streams.LEDGER: LedgerHandlers(self.ledger, plans).on_usage,
@@ -129,19 +124,9 @@ def _without_triggers(statement: str) -> Callable[[Connection], None]:
     return work
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def urls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
-    if request.param == "sqlite":
-        yield sqlite_url(tmp_path, "ledger.db"), sqlite_url(tmp_path, "quota.db")
-    else:
-        postgres: Postgres = request.getfixturevalue("postgres")
-        with postgres.new_database() as ledger_url, postgres.new_database() as quota_url:
-            yield ledger_url, quota_url
-
-
 @pytest.fixture
-async def system(nats: Client, urls: tuple[str, str]) -> AsyncIterator[System]:
-    system = System(nats, *urls)
+async def system(nats: Client, ledger_url: str, quota_url: str) -> AsyncIterator[System]:
+    system = System(nats, ledger_url, quota_url)
     yield system
     await system.close()
 
@@ -690,7 +675,7 @@ async def test_more_differences_than_fit_on_a_screen_are_counted_and_all_in_the_
     assert found.document["groups"][0]["number"] == 30
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_without_a_database_the_audit_says_so(system: System, tmp_path: Path) -> None:
     system.urls = Databases(system.urls.ledger_url, sqlite_url(tmp_path, "none.db"))
     with pytest.raises(Misconfigured, match=r"quota has no database at .*none\.db"):

@@ -14,7 +14,6 @@ from psycopg import sql
 from sqlalchemy import make_url, select, update
 
 from services.ledger import store
-from services.ledger.__main__ import MIGRATIONS
 from services.ledger.app import create_app
 from services.ledger.settings import Settings
 from shared import catchup, streams
@@ -26,15 +25,8 @@ from tests.fixtures import eventually
 
 
 @pytest.fixture
-def settings(own_nats_server: str, database_url: str) -> Settings:
-    asyncio.run(_migrate(database_url))
-    return Settings(nats_url=own_nats_server, ledger_database_url=database_url)
-
-
-async def _migrate(url: str) -> None:
-    database = Database(url)
-    database.migrate(MIGRATIONS)
-    await database.close()
+def settings(own_nats_server: str, ledger_url: str) -> Settings:
+    return Settings(nats_url=own_nats_server, ledger_database_url=ledger_url)
 
 
 @asynccontextmanager
@@ -133,9 +125,9 @@ async def test_what_was_acknowledged_before_its_turn_is_read_again_too(settings:
 
 
 async def test_a_database_that_was_lost_is_rebuilt(
-    settings: Settings, nats: Client, tmp_path: Path, database_url: str
+    settings: Settings, nats: Client, tmp_path: Path, ledger_url: str
 ) -> None:
-    copies, events = Copies(database_url), [generation_completed() for _ in range(10)]
+    copies, events = Copies(ledger_url), [generation_completed() for _ in range(10)]
     copies.copy()
     await publish_raw(nats, b"no event")
     await record(settings, nats, [*events])

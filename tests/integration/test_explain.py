@@ -1,7 +1,7 @@
 """What ledger and quota answer about one generation, on SQLite and PostgreSQL, and what the command reads of both."""
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from services.ledger import __main__ as ledger_service
 from services.ledger import store as ledger_store
 from services.ledger.explain import told_of
 from services.ledger.settings import Settings
-from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
 from services.quota.standing import Grant
 from shared.calls import Authorize, CountedIn, CountedStory, ExplainQuery, OnRecord, RecordedStory
@@ -33,7 +32,6 @@ from tests.builders import (
     usage_adjusted,
     usage_reported,
 )
-from tests.fixtures import Postgres
 
 DAY = timedelta(days=1)
 # A generation of 1,000 input and 100 output counts 750 under `heavy`, by two limits at once.
@@ -55,25 +53,13 @@ def plans_file(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def urls(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
-    if request.param == "sqlite":
-        yield sqlite_url(tmp_path, "ledger.db"), sqlite_url(tmp_path, "quota.db")
-    else:
-        postgres: Postgres = request.getfixturevalue("postgres")
-        with postgres.new_database() as ledger_url, postgres.new_database() as quota_url:
-            yield ledger_url, quota_url
-
-
 class Both:
     """Both databases, and what is told from them: by the services' answers, and by the command."""
 
-    def __init__(self, urls: tuple[str, str], plans_file: Path) -> None:
-        self.settings = Settings(ledger_database_url=urls[0], quota_database_url=urls[1], plans=plans_file)
+    def __init__(self, ledger_url: str, quota_url: str, plans_file: Path) -> None:
+        self.settings = Settings(ledger_database_url=ledger_url, quota_database_url=quota_url, plans=plans_file)
         self.plans = Plans.load(plans_file)
-        self.ledger, self.quota = Database(urls[0]), Database(urls[1])
-        self.ledger.migrate(ledger_service.MIGRATIONS)
-        self.quota.migrate(quota_service.MIGRATIONS)
+        self.ledger, self.quota = Database(ledger_url), Database(quota_url)
 
     async def handle(self, *events: Event) -> None:
         await self.ledger.write(ledger_store.record, events)
@@ -127,8 +113,8 @@ def leaf_of(sequence: int) -> bytes:
 
 
 @pytest.fixture
-async def both(urls: tuple[str, str], plans_file: Path) -> AsyncIterator[Both]:
-    both = Both(urls, plans_file)
+async def both(ledger_url: str, quota_url: str, plans_file: Path) -> AsyncIterator[Both]:
+    both = Both(ledger_url, quota_url, plans_file)
     yield both
     await both.ledger.close()
     await both.quota.close()

@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Date, Integer, Text, select, text
 from typer.testing import CliRunner
 
 from services.ledger import store
-from services.ledger.__main__ import MIGRATIONS, cli
+from services.ledger.__main__ import cli
 from services.ledger.export import Format, export, replacing
 from services.ledger.scope import Scope, asked
 from shared.database import Database, UtcDateTime, snapshot
@@ -49,9 +49,8 @@ FORMATS = pytest.mark.parametrize("file_format", Format)
 
 
 @pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    database = Database(database_url)
-    database.migrate(MIGRATIONS)
+async def database(ledger_url: str) -> AsyncIterator[Database]:
+    database = Database(ledger_url)
     yield database
     await database.close()
 
@@ -173,22 +172,22 @@ TOP_UPS = st.builds(topped_up, NAMES, effective_at=st.just(NOON))  # many at one
 @given(events=st.lists(GENERATIONS | REPORTS | ADJUSTMENTS | TOP_UPS, max_size=8))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_what_was_recorded_is_what_is_read_back_from_each_format_in_order(
-    database: Database, database_url: str, events: list[Event]
+    database: Database, ledger_url: str, events: list[Event]
 ) -> None:
     await record(database, *events)
     expected = await ledger(database)
     for file_format in Format:
-        assert exported(database_url, file_format, Scope()) == expected
+        assert exported(ledger_url, file_format, Scope()) == expected
 
 
 @FORMATS
 async def test_an_empty_ledger_is_a_file_without_records(
-    database: Database, database_url: str, file_format: Format, tmp_path: Path
+    database: Database, ledger_url: str, file_format: Format, tmp_path: Path
 ) -> None:
     await record(database, subscription_changed())
     out = tmp_path / "out"
 
-    assert told(database_url, "--format", file_format, "--out", str(out)) == (0, "")
+    assert told(ledger_url, "--format", file_format, "--out", str(out)) == (0, "")
 
     assert READ[file_format](out.read_bytes()) == []
     if file_format is Format.CSV:
@@ -196,23 +195,21 @@ async def test_an_empty_ledger_is_a_file_without_records(
 
 
 async def test_metadata_that_stands_on_several_lines_is_one_line_of_ndjson(
-    database: Database, database_url: str
+    database: Database, ledger_url: str
 ) -> None:
     await record(database, generation_completed())
     values = ", ".join({"id": "'by hand'", "metadata": "'{\n\"a\"\\: 1}'"}.get(name, name) for name in COLUMNS)
     await database.write(do(f"INSERT INTO usage ({', '.join(COLUMNS)}) SELECT {values} FROM usage"))  # noqa: S608
 
-    records = exported(database_url, Format.NDJSON, Scope())
+    records = exported(ledger_url, Format.NDJSON, Scope())
 
     assert records == await ledger(database)
     assert [row["metadata"] for row in records if row["id"] == "by hand"] == [{"a": 1}]
 
 
-async def test_parquet_has_the_types_that_the_table_has(
-    database: Database, database_url: str, tmp_path: Path
-) -> None:
+async def test_parquet_has_the_types_that_the_table_has(database: Database, ledger_url: str, tmp_path: Path) -> None:
     await record(database, generation_completed())
-    told(database_url, "--format", "parquet", "--out", str(tmp_path / "out.parquet"))
+    told(ledger_url, "--format", "parquet", "--out", str(tmp_path / "out.parquet"))
     schema = pyarrow.parquet.read_schema(tmp_path / "out.parquet")
 
     assert schema.names == COLUMNS
@@ -226,11 +223,11 @@ async def test_parquet_has_the_types_that_the_table_has(
     assert [field.nullable for field in schema] == [column.nullable for column in store.usage.c]
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_a_cell_of_csv_is_never_run_as_a_formula(database: Database, database_url: str) -> None:
+@pytest.mark.parametrize("backend", ["sqlite"])
+async def test_a_cell_of_csv_is_never_run_as_a_formula(database: Database, ledger_url: str) -> None:
     await record(database, generation_completed("=1+1", model="@SUM(A1)"), usage_adjusted("=1+1", -94))
 
-    _, body = told(database_url)
+    _, body = told(ledger_url)
 
     for row in csv.DictReader(io.StringIO(body, newline="")):
         assert row["user_id"] == "'=1+1"
@@ -240,7 +237,7 @@ async def test_a_cell_of_csv_is_never_run_as_a_formula(database: Database, datab
 
 @FORMATS
 async def test_a_user_and_days_choose_records_both_days_included(
-    database: Database, database_url: str, file_format: Format
+    database: Database, ledger_url: str, file_format: Format
 ) -> None:
     midnight = datetime(2026, 11, 22, tzinfo=UTC)
     moments = [midnight - timedelta(microseconds=1), midnight, NOON, midnight + 2 * DAY - timedelta(microseconds=1)]
@@ -251,7 +248,7 @@ async def test_a_user_and_days_choose_records_both_days_included(
         user: str | None = None, first: str | None = None, last: str | None = None
     ) -> list[tuple[str, datetime]]:
         scope = asked(user, first, last)
-        return [(row["user_id"], row["created_at"]) for row in exported(database_url, file_format, scope)]
+        return [(row["user_id"], row["created_at"]) for row in exported(ledger_url, file_format, scope)]
 
     assert chosen("a") == [("a", at) for at in [*moments, midnight + 2 * DAY]]
     assert chosen("a", "2026-11-22", "2026-11-23") == [("a", at) for at in moments[1:]]
@@ -262,10 +259,10 @@ async def test_a_user_and_days_choose_records_both_days_included(
     assert chosen("nobody") == []
 
 
-async def test_standard_output_takes_the_records_and_nothing_else(database: Database, database_url: str) -> None:
+async def test_standard_output_takes_the_records_and_nothing_else(database: Database, ledger_url: str) -> None:
     await record(database, generation_completed())
     for arguments in (["--format", "ndjson"], ["--format", "ndjson", "--out", "-"]):
-        status, body = told(database_url, *arguments)
+        status, body = told(ledger_url, *arguments)
         assert status == 0
         assert read_ndjson(body.encode()) == await ledger(database)
 
@@ -300,16 +297,16 @@ def test_where_there_is_no_database_none_is_made(tmp_path: Path) -> None:
 
 
 async def test_a_database_that_an_older_release_left_is_told(
-    database: Database, database_url: str, tmp_path: Path
+    database: Database, ledger_url: str, tmp_path: Path
 ) -> None:
     await database.write(do("ALTER TABLE usage DROP COLUMN on_disconnect"))
-    status, said = told(database_url, "--out", str(tmp_path / "out.csv"))
+    status, said = told(ledger_url, "--out", str(tmp_path / "out.csv"))
     assert status == 1
     assert "python -m services.ledger migrate" in said
     assert not (tmp_path / "out.csv").exists()
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("backend", ["postgresql"])
 def test_a_database_without_a_ledger_is_told(database_url: str) -> None:
     status, said = told(database_url)
     assert status == 1
@@ -326,7 +323,7 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 @FORMATS
 async def test_an_export_that_breaks_off_leaves_what_was_there_and_nothing_else(
-    database: Database, database_url: str, file_format: Format, tmp_path: Path
+    database: Database, ledger_url: str, file_format: Format, tmp_path: Path
 ) -> None:
     await record(database, generation_completed())
     out = tmp_path / "exports" / "out"
@@ -336,25 +333,25 @@ async def test_an_export_that_breaks_off_leaves_what_was_there_and_nothing_else(
     def interrupt(_rows: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), replacing(out) as file, snapshot(database_url, store.usage) as db:
+    with pytest.raises(KeyboardInterrupt), replacing(out) as file, snapshot(ledger_url, store.usage) as db:
         export(db, Scope(), file_format, file, interrupt)
 
     assert [file.read_text() for file in out.parent.iterdir()] == ["of yesterday"]
 
 
 async def test_an_export_replaces_the_file_that_a_link_names(
-    database: Database, database_url: str, tmp_path: Path
+    database: Database, ledger_url: str, tmp_path: Path
 ) -> None:
     (tmp_path / "real").write_text("of yesterday")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    told(database_url, "--out", str(tmp_path / "link"))
+    told(ledger_url, "--out", str(tmp_path / "link"))
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text().startswith("id,")
 
 
 @FORMATS
 async def test_what_is_recorded_meanwhile_waits_for_no_export_and_is_not_in_it(
-    database: Database, database_url: str, file_format: Format
+    database: Database, ledger_url: str, file_format: Format
 ) -> None:
     await fill(database, 1500)
     expected = await ledger(database)
@@ -364,7 +361,7 @@ async def test_what_is_recorded_meanwhile_waits_for_no_export_and_is_not_in_it(
         is_under_way.set()
         assert is_recorded.wait(20)
 
-    exporting = asyncio.create_task(asyncio.to_thread(exported, database_url, file_format, Scope(), on_rows))
+    exporting = asyncio.create_task(asyncio.to_thread(exported, ledger_url, file_format, Scope(), on_rows))
     await asyncio.to_thread(is_under_way.wait, 20)
     await record(database, generation_completed(started_at=NOON + 300 * DAY))
     is_recorded.set()
@@ -412,23 +409,23 @@ def peak_memory_mib(url: str, *arguments: str) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process's memory")
-async def test_memory_does_not_grow_with_the_ledger(database: Database, database_url: str, tmp_path: Path) -> None:
+async def test_memory_does_not_grow_with_the_ledger(database: Database, ledger_url: str, tmp_path: Path) -> None:
     await fill(database, 3000)
     await multiply(database, 10)
     out = tmp_path / "out"
 
-    few_mib = peak_memory_mib(database_url, "--out", str(out), "--to", (NOON + timedelta(seconds=299)).isoformat())
+    few_mib = peak_memory_mib(ledger_url, "--out", str(out), "--to", (NOON + timedelta(seconds=299)).isoformat())
     few = pyarrow.parquet.read_metadata(out).num_rows
-    many_mib = peak_memory_mib(database_url, "--out", str(out))
+    many_mib = peak_memory_mib(ledger_url, "--out", str(out))
     many = pyarrow.parquet.read_metadata(out).num_rows
 
     assert (few, many) == (3000, 30_000)
     assert many_mib < few_mib + 12
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_an_export_that_is_told_to_stop_leaves_no_file(
-    database: Database, database_url: str, tmp_path: Path
+    database: Database, ledger_url: str, tmp_path: Path
 ) -> None:
     await fill(database, 5000)
     await multiply(database, 10)
@@ -437,7 +434,7 @@ async def test_an_export_that_is_told_to_stop_leaves_no_file(
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "services.ledger", "export", "--out", str(out)),
         cwd=PROJECT,
-        env=environment(CHATRAIL_LEDGER_DATABASE_URL=database_url),
+        env=environment(CHATRAIL_LEDGER_DATABASE_URL=ledger_url),
         stderr=subprocess.DEVNULL,
     )
 

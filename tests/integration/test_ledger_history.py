@@ -59,9 +59,8 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
 
 
 @pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    database = Database(database_url)
-    database.migrate(MIGRATIONS)
+async def database(ledger_url: str) -> AsyncIterator[Database]:
+    database = Database(ledger_url)
     yield database
     await database.close()
 

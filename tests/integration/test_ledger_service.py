@@ -19,7 +19,6 @@ from sqlalchemy import make_url, select, text
 from starlette.applications import Starlette
 
 from services.ledger import store
-from services.ledger.__main__ import MIGRATIONS
 from services.ledger.app import create_app
 from services.ledger.partitions import without_partition
 from services.ledger.settings import Settings
@@ -36,17 +35,16 @@ from tests.stack import environment, free_port
 
 
 @pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
+async def database(ledger_url: str) -> AsyncIterator[Database]:
     """The ledger's own, seen from outside the service."""
-    database = Database(database_url)
-    database.migrate(MIGRATIONS)
+    database = Database(ledger_url)
     yield database
     await database.close()
 
 
 @pytest.fixture
-def settings(own_nats_server: str, database_url: str) -> Settings:
-    return Settings(nats_url=own_nats_server, ledger_database_url=database_url)
+def settings(own_nats_server: str, ledger_url: str) -> Settings:
+    return Settings(nats_url=own_nats_server, ledger_database_url=ledger_url)
 
 
 @asynccontextmanager
@@ -95,7 +93,7 @@ async def get(app: Starlette, path: str) -> httpx2.Response:
         return await client.get(path)
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("backend", ["postgresql"])
 async def test_while_it_serves_there_are_partitions_for_the_months_to_come(
     ledger: Starlette, database: Database
 ) -> None:
@@ -217,11 +215,11 @@ def closed_postgresql(postgres: Postgres, url: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def away(database_url: str, request: pytest.FixtureRequest) -> AbstractContextManager[None]:
+def away(ledger_url: str, request: pytest.FixtureRequest) -> AbstractContextManager[None]:
     """Within this context the ledger's database cannot be written."""
-    if database_url.startswith("sqlite"):
-        return locked_sqlite(database_url)
-    return closed_postgresql(request.getfixturevalue("postgres"), database_url)
+    if ledger_url.startswith("sqlite"):
+        return locked_sqlite(ledger_url)
+    return closed_postgresql(request.getfixturevalue("postgres"), ledger_url)
 
 
 async def test_a_database_that_is_away_for_a_while_costs_no_event(
@@ -241,7 +239,7 @@ async def test_a_database_that_is_away_for_a_while_costs_no_event(
     assert sorted(await recorded_ids(database)) == sorted(event.id for event in events)
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("backend", ["postgresql"])
 async def test_the_ledger_says_that_it_is_not_ready_while_its_database_is_away(
     ledger: Starlette, away: AbstractContextManager[None]
 ) -> None:
@@ -287,11 +285,11 @@ def process(*command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
         running.communicate()
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_without_its_stream_the_ledger_refuses_to_start_with_a_sentence(
-    bare_nats: Client, own_nats_server: str, database_url: str
+    bare_nats: Client, own_nats_server: str, ledger_url: str
 ) -> None:
-    variables = environment(CHATRAIL_NATS_URL=own_nats_server, CHATRAIL_LEDGER_DATABASE_URL=database_url)
+    variables = environment(CHATRAIL_NATS_URL=own_nats_server, CHATRAIL_LEDGER_DATABASE_URL=ledger_url)
     status, said, sentence = await forked.run("services.ledger", "serve", env=variables, apart=True)
 
     assert status == 1
@@ -299,7 +297,7 @@ async def test_without_its_stream_the_ledger_refuses_to_start_with_a_sentence(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)  # every stack does it on SQLite
+@pytest.mark.parametrize("backend", ["postgresql"])  # every stack does it on SQLite
 async def test_the_process_migrates_serves_and_ends_in_order(
     nats: Client, own_nats_server: str, database_url: str
 ) -> None:
@@ -338,7 +336,7 @@ async def test_the_process_migrates_serves_and_ends_in_order(
 
 
 async def test_a_quarantine_is_listed_and_handed_over_again_after_a_fix(
-    ledger: Starlette, nats: Client, database: Database, database_url: str
+    ledger: Starlette, nats: Client, database: Database, ledger_url: str
 ) -> None:
     first = generation_completed()
     second = first.model_copy(update={"data": first.data.model_copy(update={"model": "another"})})
@@ -350,7 +348,7 @@ async def test_a_quarantine_is_listed_and_handed_over_again_after_a_fix(
     await everything_is_acknowledged(nats)
     await database.write(store.record, [], [Poison("generation.completed", encode(fixed), "a mistake of last week")])
 
-    variables = environment(CHATRAIL_LEDGER_DATABASE_URL=database_url)
+    variables = environment(CHATRAIL_LEDGER_DATABASE_URL=ledger_url)
     listing = ("services.ledger", "quarantine", "--redrive")
     status, said, complaints = await forked.run(*listing, env=variables, apart=True)
 

@@ -11,7 +11,6 @@ from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import DatabaseError
 
 from services.ledger import store
-from services.ledger.__main__ import MIGRATIONS
 from shared.calls import Day, HistoryQuery, LogsQuery, Record
 from shared.database import Database, table_of
 from shared.errors import BadCall
@@ -33,9 +32,8 @@ TODAY = NOON.date()
 
 
 @pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    database = Database(database_url)
-    database.migrate(MIGRATIONS)
+async def database(ledger_url: str) -> AsyncIterator[Database]:
+    database = Database(ledger_url)
     yield database
     await database.close()
 
@@ -236,13 +234,13 @@ async def test_the_database_itself_refuses_to_change_or_delete_what_is_recorded(
 
 
 @pytest.mark.parametrize("table", ["usage", "subscription_changes"])
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("backend", ["postgresql"])
 async def test_postgresql_refuses_to_truncate_what_is_recorded(database: Database, table: str) -> None:
     with pytest.raises(DatabaseError, match=f"{table} is append-only: truncate is refused"):
         await database.write(do(f"TRUNCATE {table}"))
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_replacing_a_record_on_sqlite_keeps_the_record(database: Database) -> None:
     await record(database, generation_completed(), subscription_changed())
 

@@ -1,7 +1,7 @@
 """On PostgreSQL the ledger's records are in partitions, a month each, and nobody notices."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, date, datetime, timedelta
 
 import psycopg
@@ -64,15 +64,13 @@ def test_the_months_that_have_no_partition_are_those_ahead_that_no_range_covers(
 
 
 @pytest.fixture
-def url(postgres: Postgres) -> Iterator[str]:
-    with postgres.new_database() as url:
-        yield url
+def backend() -> str:
+    return "postgresql"
 
 
 @pytest.fixture
-async def database(url: str) -> AsyncIterator[Database]:
-    database = Database(url)
-    database.migrate(MIGRATIONS)
+async def database(ledger_url: str) -> AsyncIterator[Database]:
+    database = Database(ledger_url)
     await make_ahead(database)
     yield database
     await database.close()
@@ -177,14 +175,14 @@ async def test_what_is_made_ahead_is_made_once_by_however_many_replicas(database
     assert len(await partitions(database)) == 5
 
 
-async def test_recording_goes_on_where_a_partition_cannot_be_made(database: Database, url: str) -> None:
+async def test_recording_goes_on_where_a_partition_cannot_be_made(database: Database, ledger_url: str) -> None:
     """What would lie in it is in the default partition already, or somebody reads for long."""
     first, second, _, _ = months_ahead()
     for month in (first, second):
         await database.write(unmade(month))
     early = with_id(uuid7_at(midnight(first)))
     await database.write(store.record, [early])
-    with capture_logs() as logs, psycopg.connect(url) as reader:
+    with capture_logs() as logs, psycopg.connect(ledger_url) as reader:
         reader.execute("LOCK TABLE usage IN ACCESS SHARE MODE")
         await make_ahead(database)
         told = [(log["event"], log["partition"]) for log in logs]
@@ -196,11 +194,11 @@ async def test_recording_goes_on_where_a_partition_cannot_be_made(database: Data
     assert set((await placed(database)).values()) == {"usage_default"}
 
 
-async def test_none_is_made_while_a_replay_is_at_work(database: Database, url: str) -> None:
+async def test_none_is_made_while_a_replay_is_at_work(database: Database, ledger_url: str) -> None:
     _, _, third, _ = months_ahead()
     name = f"usage_{third:%Y_%m}"
     await database.write(unmade(third))
-    with psycopg.connect(url, autocommit=True) as replaying:
+    with psycopg.connect(ledger_url, autocommit=True) as replaying:
         replaying.execute("SELECT pg_advisory_lock(%s)", [REPLAY_KEY])
         await make_ahead(database)
         assert name not in await partitions(database)
@@ -220,10 +218,10 @@ async def test_no_partition_lets_anybody_change_a_record_through_it(database: Da
 
 
 async def test_the_table_of_an_earlier_release_becomes_a_partition_with_all_that_it_has(
-    url: str, postgres: Postgres
+    database_url: str, postgres: Postgres
 ) -> None:
-    await asyncio.to_thread(migrate_to, url, "0007")
-    old = Database(url)
+    await asyncio.to_thread(migrate_to, database_url, "0007")
+    old = Database(database_url)
     events = [generation_completed(f"user_{n}", input_tokens=n) for n in range(20)]
     foreign = [with_id(event_id) for event_id in ("generation_1", "ffffffff", "Å", "0", "")]
     rows = store.usage_rows([*events, *foreign])

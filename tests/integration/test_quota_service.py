@@ -27,7 +27,7 @@ from shared.errors import Unavailable
 from shared.events import GenerationCompleted, encode, new_id
 from shared.quarantine import Quarantined
 from tests.builders import generation_completed, publish, publish_raw, subscription_changed, usage_reported
-from tests.fixtures import broker_in, eventually
+from tests.fixtures import broker_in, eventually, new_database
 from tests.integration.test_ledger_service import closed_postgresql, locked_sqlite
 from tests.quota_process import (
     PATIENCE_S,
@@ -36,7 +36,6 @@ from tests.quota_process import (
     authorize,
     create_stream,
     everything_is_acknowledged,
-    new_database,
     started,
     usage_of,
 )
@@ -56,7 +55,7 @@ def bus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def quota(request: pytest.FixtureRequest, bus: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quota]:
     folder = tmp_path_factory.mktemp("quota")
-    with new_database(request, folder) as url:
+    with new_database(request, request.param, folder, "quota") as url:
         replicas = [
             Replica({"CHATRAIL_NATS_URL": bus, "CHATRAIL_QUOTA_DATABASE_URL": url}, folder / f"{n}.log")
             for n in range(1 if request.param == "sqlite" else 2)

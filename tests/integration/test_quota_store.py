@@ -18,7 +18,6 @@ from sqlalchemy.exc import DatabaseError
 
 from services.quota import store
 from services.quota import totals as quota_totals
-from services.quota.__main__ import MIGRATIONS
 from services.quota.domain import Account, LimitStanding, Refusal
 from services.quota.standing import Grant
 from shared.calls import Authorize, Pending, UsageQuery
@@ -85,17 +84,16 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
 
 
 @pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    database = Database(database_url)
-    database.migrate(MIGRATIONS)
+async def database(quota_url: str) -> AsyncIterator[Database]:
+    database = Database(quota_url)
     yield database
     await database.close()
 
 
 @pytest.fixture
-async def replicas(database: Database, database_url: str) -> AsyncIterator[list[Database]]:
+async def replicas(database: Database, quota_url: str) -> AsyncIterator[list[Database]]:
     """Several processes' views of one database: connections and threads of their own."""
-    others = [Database(database_url) for _ in range(3)]
+    others = [Database(quota_url) for _ in range(3)]
     yield [database, *others]
     for other in others:
         await other.close()
@@ -1083,9 +1081,9 @@ def _parts(data: st.DataObject, tokens_max: int) -> tuple[int, int, int]:
 
 
 def test_whatever_happens_in_whatever_order_the_account_is_what_a_simple_model_says(
-    quota: Quota, database_url: str
+    quota: Quota, quota_url: str
 ) -> None:
-    examples = 60 if database_url.startswith("sqlite") else 10
+    examples = 60 if quota_url.startswith("sqlite") else 10
     with asyncio.Runner() as run:
 
         class Days(AnyDay):

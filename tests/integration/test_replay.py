@@ -46,7 +46,7 @@ from tests.builders import (
     usage_adjusted,
     usage_reported,
 )
-from tests.fixtures import eventually
+from tests.fixtures import eventually, new_database
 from tests.stack import environment
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
@@ -144,31 +144,32 @@ def rows_of(db: Connection, table: Table) -> dict[tuple[Any, ...], dict[str, Any
     return found
 
 
-async def quota_on(url: str, plans: Plans) -> Service:
+def quota_on(url: str, plans: Plans) -> Service:
     rebuilt, database = RebuiltQuota(plans), Database(url)
-    await asyncio.to_thread(database.migrate, rebuilt.migrations)
     return Service(rebuilt, url, database, lambda db, events: quota_store.settle(db, plans, events))
 
 
 async def ledger_on(url: str) -> Service:
     rebuilt, database = RebuiltLedger(), Database(url)
-    await asyncio.to_thread(database.migrate, rebuilt.migrations)
     await make_ahead(database)
     return Service(rebuilt, url, database, ledger_store.record)
 
 
 @pytest.fixture
-async def quota(database_url: str, plans: Plans) -> AsyncIterator[Service]:
-    service = await quota_on(database_url, plans)
+async def quota(quota_url: str, plans: Plans) -> AsyncIterator[Service]:
+    service = quota_on(quota_url, plans)
     yield service
     await service.database.close()
 
 
 @pytest.fixture(params=["ledger", "quota"])
-async def service(request: pytest.FixtureRequest, database_url: str, plans: Plans) -> AsyncIterator[Service]:
-    service = await (ledger_on(database_url) if request.param == "ledger" else quota_on(database_url, plans))
-    yield service
-    await service.database.close()
+async def service(
+    request: pytest.FixtureRequest, backend: str, tmp_path: Path, plans: Plans
+) -> AsyncIterator[Service]:
+    with new_database(request, backend, tmp_path, request.param) as url:
+        service = await ledger_on(url) if request.param == "ledger" else quota_on(url, plans)
+        yield service
+        await service.database.close()
 
 
 def one_of_each() -> list[Event]:
@@ -518,7 +519,7 @@ async def test_after_a_replay_the_schema_is_what_the_migrations_made(nats: Clien
         assert sqlite(service.url, "PRAGMA integrity_check") == [("ok",)]
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("backend", ["postgresql"])
 @pytest.mark.parametrize("service", ["ledger"], indirect=True)
 async def test_a_replay_that_does_not_know_all_partitions_changes_nothing(nats: Client, service: Service) -> None:
     await service.handles(usage_reported())

@@ -21,7 +21,6 @@ from tests.quota_process import (
     authorize_once,
     create_stream,
     everything_is_acknowledged,
-    new_database,
     started,
     usage_of,
 )
@@ -36,21 +35,20 @@ period = "month"
 """
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def quota(request: pytest.FixtureRequest, own_nats_server: str, tmp_path: Path) -> Iterator[Quota]:
+@pytest.fixture
+def quota(backend: str, quota_url: str, own_nats_server: str, tmp_path: Path) -> Iterator[Quota]:
     """On PostgreSQL two replicas share the work."""
     plans = tmp_path / "plans.toml"
     plans.write_text(PLANS)
     asyncio.run(create_stream(own_nats_server))
-    with new_database(request, tmp_path) as url:
-        settings = {
-            "CHATRAIL_NATS_URL": own_nats_server,
-            "CHATRAIL_PLANS": str(plans),
-            "CHATRAIL_QUOTA_DATABASE_URL": url,
-        }
-        replicas = [Replica(settings, tmp_path / f"quota{nth}.log") for nth in range(1 + (request.param != "sqlite"))]
-        with started(replicas):
-            yield Quota(replicas, url)
+    settings = {
+        "CHATRAIL_NATS_URL": own_nats_server,
+        "CHATRAIL_PLANS": str(plans),
+        "CHATRAIL_QUOTA_DATABASE_URL": quota_url,
+    }
+    replicas = [Replica(settings, tmp_path / f"quota{nth}.log") for nth in range(1 + (backend != "sqlite"))]
+    with started(replicas):
+        yield Quota(replicas, quota_url)
 
 
 async def replay(settings: dict[str, str]) -> None:

@@ -18,7 +18,6 @@ from nats.aio.client import Client
 from sqlalchemy import Connection, make_url, select, text
 
 from services.ledger import store, verify_record
-from services.ledger.__main__ import MIGRATIONS
 from services.ledger.app import create_app
 from services.ledger.checkpoint import Keys, load_keys
 from services.ledger.merkle import Frontier, leaf_hash
@@ -40,7 +39,7 @@ from shared.recorded import Recorded, bounds, recorded
 from shared.settings import sqlite_url
 from tests import forked
 from tests.builders import generation_completed, publish, publish_raw, subscription_changed
-from tests.fixtures import MIB, broker_in, eventually
+from tests.fixtures import MIB, broker_in, eventually, migrate
 from tests.stack import environment
 
 OFTEN_S = 0.05
@@ -48,9 +47,8 @@ SELDOM_S = 3600.0
 
 
 @pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    database = Database(database_url)
-    database.migrate(MIGRATIONS)
+async def database(ledger_url: str) -> AsyncIterator[Database]:
+    database = Database(ledger_url)
     yield database
     await database.close()
 
@@ -75,10 +73,10 @@ def public_key(key_file: Path) -> Path:
 
 
 @pytest.fixture
-def settings(own_nats_server: str, database_url: str, tmp_path: Path, key_file: Path) -> Settings:
+def settings(own_nats_server: str, ledger_url: str, tmp_path: Path, key_file: Path) -> Settings:
     return Settings(
         nats_url=own_nats_server,
-        ledger_database_url=database_url,
+        ledger_database_url=ledger_url,
         seal_every_s=OFTEN_S,
         seal_key_file=key_file,
         seals_file=tmp_path / "seals.txt",
@@ -161,7 +159,7 @@ def named(result: Result) -> list[tuple[Kind, int]]:
 
 
 async def test_a_running_ledger_seals_tells_and_writes_down_and_all_of_it_fits(
-    settings: Settings, nats: Client, database: Database, database_url: str, key_file: Path
+    settings: Settings, nats: Client, database: Database, ledger_url: str, key_file: Path
 ) -> None:
     events = [generation_completed(f"user_{n}") for n in range(20)]
     await publish(nats, *events)
@@ -180,7 +178,7 @@ async def test_a_running_ledger_seals_tells_and_writes_down_and_all_of_it_fits(
 
         await eventually(written)
 
-    result = await audited(nats, database_url, keys=load_keys(key_file), seals_file=settings.seals_file)
+    result = await audited(nats, ledger_url, keys=load_keys(key_file), seals_file=settings.seals_file)
     assert result.differences == []
     assert (result.seals, result.signed, result.outside) == (len(told),) * 3
     frontier = Frontier()
@@ -192,11 +190,10 @@ async def test_a_running_ledger_seals_tells_and_writes_down_and_all_of_it_fits(
 
 
 async def test_consumers_pass_a_seal_over(
-    settings: Settings, nats: Client, database: Database, tmp_path: Path
+    settings: Settings, nats: Client, database: Database, quota_url: str
 ) -> None:
-    quota_settings = QuotaSettings(nats_url=settings.nats_url, quota_database_url=sqlite_url(tmp_path, "quota.db"))
-    quota_database = Database(quota_settings.database_url)
-    quota_database.migrate(Path(create_quota.__code__.co_filename).with_name("migrations"))
+    quota_settings = QuotaSettings(nats_url=settings.nats_url, quota_database_url=quota_url)
+    quota_database = Database(quota_url)
     await publish(nats, generation_completed())
     quota = create_quota(quota_settings)
     async with serving(settings), quota.router.lifespan_context(quota):
@@ -237,7 +234,7 @@ async def test_nothing_is_sealed_before_its_time_or_before_the_ledger_has_handle
 
 
 async def test_replicas_seal_everything_once(
-    nats: Client, database: Database, database_url: str, tmp_path: Path
+    nats: Client, database: Database, ledger_url: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "seals.txt"
     replicas = [sealer(nats, database, seals_file=file) for _ in range(4)]
@@ -250,12 +247,12 @@ async def test_replicas_seal_everything_once(
     told = [size for _, size in await announced(nats)]
     assert told == await kept(database)
     assert len(set(told)) == len(told)
-    result = await audited(nats, database_url, seals_file=file)
+    result = await audited(nats, ledger_url, seals_file=file)
     assert (result.differences, result.outside) == ([], len(told))
 
 
 async def test_a_seal_that_was_not_told_when_the_process_died_is_told_by_the_next_once(
-    nats: Client, database: Database, database_url: str, monkeypatch: pytest.MonkeyPatch
+    nats: Client, database: Database, ledger_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def dies(_self: Sealer) -> None:
         raise ConnectionError
@@ -267,19 +264,19 @@ async def test_a_seal_that_was_not_told_when_the_process_died_is_told_by_the_nex
     assert (await announced(nats), await kept(database)) == ([], [1])
     await asyncio.gather(*(sealer(nats, database).seal() for _ in range(3)))
     assert await announced(nats) == [(2, 1)]
-    assert (await audited(nats, database_url)).differences == []
+    assert (await audited(nats, ledger_url)).differences == []
 
 
 async def test_a_ledger_that_was_lost_gets_leaves_and_seals_back_from_the_stream(
-    nats: Client, database: Database, database_url: str, tmp_path: Path, key_file: Path
+    nats: Client, database: Database, ledger_url: str, tmp_path: Path, key_file: Path
 ) -> None:
     keys = load_keys(key_file)
     for _ in range(4):
         await sealed(nats, database, *(generation_completed() for _ in range(5)), keys=keys)
     before = await database.read(lambda db: db.execute(select(seals).order_by("tree_size")).all())
 
+    migrate(sqlite_url(tmp_path, "anew.db"), "ledger")
     anew = Database(sqlite_url(tmp_path, "anew.db"))
-    anew.migrate(MIGRATIONS)
     for _ in range(2):  # the stream's last seal is behind what was handled, at first
         await sealer(nats, anew, keys=keys).seal()
         await handled(nats)
@@ -379,7 +376,7 @@ async def test_a_stream_that_was_written_anew_is_found_out_message_by_message(  
     expected: list[tuple[Kind, int]],
     nats: Client,
     database: Database,
-    database_url: str,
+    ledger_url: str,
     tmp_path: Path,
 ) -> None:
     for _ in range(2):
@@ -389,7 +386,7 @@ async def test_a_stream_that_was_written_anew_is_found_out_message_by_message(  
     messages = [(message.subject, message.body) for message in (await stored(nats))[:13]]
     change(messages)
     async with another_stream(tmp_path / "another", messages) as other:
-        result = await audited(other, database_url)
+        result = await audited(other, ledger_url)
         assert named(result) == expected
         if change is not insert_one:
             assert [each.event_id for each in result.differences] == [ids[sequence - 1] for _, sequence in expected]
@@ -438,24 +435,24 @@ async def test_leaves_and_seals_that_were_changed_are_found_and_not_built_upon( 
     damage: str | None,
     nats: Client,
     database: Database,
-    database_url: str,
+    ledger_url: str,
 ) -> None:
     for _ in range(2):
         await sealed(nats, database, *(generation_completed() for _ in range(4)))
-    another = "zeroblob(32)" if database_url.startswith("sqlite") else "decode(repeat('00', 32), 'hex')"
+    another = "zeroblob(32)" if ledger_url.startswith("sqlite") else "decode(repeat('00', 32), 'hex')"
     await unlocked(database, statement.format(another))
-    assert sorted(named(await audited(nats, database_url))) == sorted(expected)
+    assert sorted(named(await audited(nats, ledger_url))) == sorted(expected)
     if damage:
         with pytest.raises(Damaged, match=damage):
             await sealer(nats, database).seal()
 
 
 async def test_a_leaf_that_somebody_added_behind_the_last_is_not_sealed(
-    nats: Client, database: Database, database_url: str
+    nats: Client, database: Database, ledger_url: str
 ) -> None:
     await sealed(nats, database, generation_completed())
     (size,) = await kept(database)
-    another = "zeroblob(32)" if database_url.startswith("sqlite") else "decode(repeat('00', 32), 'hex')"
+    another = "zeroblob(32)" if ledger_url.startswith("sqlite") else "decode(repeat('00', 32), 'hex')"
     await unlocked(database, f"INSERT INTO leaves VALUES ({size + 1}, 'another', {another})")  # noqa: S608
     await sealer(nats, database).seal()  # before the message with that number is handled
     await handled(nats)
@@ -557,7 +554,7 @@ def leave_out_the_path(proof: dict[str, Any]) -> None:
     del proof["records"][0]["path"]
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 @pytest.mark.parametrize(
     "change",
     [change_record, change_index, change_path, shorten_path, change_root, change_user, leave_out_the_path],
@@ -570,7 +567,7 @@ async def test_a_proof_that_was_changed_proves_nothing(
     assert (status, said.startswith("NOT PROVEN"), "Traceback" in said) == (1, True, False), said
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_a_checkpoint_that_is_not_the_operators_proves_nothing(
     proven: dict[str, Any], settings: Settings, tmp_path: Path
 ) -> None:
@@ -596,7 +593,7 @@ async def test_a_checkpoint_that_is_not_the_operators_proves_nothing(
         assert (status, said.startswith("NOT PROVEN")) == (1, True), said
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 async def test_what_cannot_be_proven_is_said_in_a_sentence(
     settings: Settings, nats: Client, database: Database, tmp_path: Path
 ) -> None:
@@ -612,7 +609,7 @@ async def test_what_cannot_be_proven_is_said_in_a_sentence(
     assert (status, "Message 1 is not what was sealed" in said) == (1, True)
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"])
 @pytest.mark.parametrize("content", [None, b"", b"-----BEGIN PRIVATE KEY-----\nsecret\n-----END PRIVATE KEY-----\n"])
 async def test_a_key_that_cannot_be_used_stops_the_start_with_a_sentence_that_does_not_repeat_it(
     content: bytes | None, settings: Settings, tmp_path: Path
@@ -631,7 +628,7 @@ async def test_a_key_that_cannot_be_used_stops_the_start_with_a_sentence_that_do
 
 
 async def test_a_new_key_seals_at_once_and_the_one_before_is_still_believed(
-    nats: Client, database: Database, database_url: str, key_file: Path, tmp_path: Path
+    nats: Client, database: Database, ledger_url: str, key_file: Path, tmp_path: Path
 ) -> None:
     await sealed(nats, database, generation_completed(), keys=load_keys(key_file))
     await handled(nats)
@@ -642,14 +639,14 @@ async def test_a_new_key_seals_at_once_and_the_one_before_is_still_believed(
         await sealer(nats, database, keys=keys, every_s=SELDOM_S).seal()
         await handled(nats)
     assert await kept(database) == [1, 2]
-    result = await audited(nats, database_url, keys=keys)
+    result = await audited(nats, ledger_url, keys=keys)
     assert (result.differences, result.signed) == ([], 2)
-    lonely = await audited(nats, database_url, keys=load_keys(new_key(tmp_path / "newest.pem")))
+    lonely = await audited(nats, ledger_url, keys=load_keys(new_key(tmp_path / "newest.pem")))
     assert [kind for kind, _ in named(lonely)] == [Kind.SIGNATURE, Kind.SIGNATURE]
 
 
 async def test_what_the_file_outside_lacks_is_written_behind_what_a_crash_left(
-    nats: Client, database: Database, database_url: str, tmp_path: Path
+    nats: Client, database: Database, ledger_url: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "seals.txt"
     for _ in range(3):
@@ -658,12 +655,12 @@ async def test_what_the_file_outside_lacks_is_written_behind_what_a_crash_left(
     for left in (0, 20, len(whole) // 2, len(whole) - 1, len(whole)):
         file.write_text(whole[:left])
         await sealed(nats, database, seals_file=file)
-        result = await audited(nats, database_url, seals_file=file)
+        result = await audited(nats, ledger_url, seals_file=file)
         assert (result.differences, result.outside) == ([], 3)
 
 
 async def test_a_file_outside_that_was_taken_away_is_written_again_as_a_whole(
-    nats: Client, database: Database, database_url: str, tmp_path: Path
+    nats: Client, database: Database, ledger_url: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "seals.txt"
     writing = sealer(nats, database, seals_file=file)
@@ -673,16 +670,16 @@ async def test_a_file_outside_that_was_taken_away_is_written_again_as_a_whole(
         await writing.seal()
         file.rename(tmp_path / "taken")
     await writing.seal()
-    result = await audited(nats, database_url, seals_file=file)
+    result = await audited(nats, ledger_url, seals_file=file)
     assert (result.differences, result.outside) == ([], result.seals)
 
 
 async def test_heads_that_replicas_wrote_twice_still_fit(
-    nats: Client, database: Database, database_url: str, tmp_path: Path
+    nats: Client, database: Database, ledger_url: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "seals.txt"
     for _ in range(4):
         await sealed(nats, database, generation_completed(), seals_file=file)
     first, second, *others = (f"{note}\n\n" for note in notes_in(file.read_text().splitlines(keepends=True)))
     file.write_text("".join((first, first, second, *others, second, *others)))
-    assert (await audited(nats, database_url, seals_file=file)).differences == []
+    assert (await audited(nats, ledger_url, seals_file=file)).differences == []
