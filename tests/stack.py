@@ -213,15 +213,11 @@ async def _is_ok(client: httpx2.AsyncClient, url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """One stack for all tests of the run; they keep apart by their users' ids, and leave it whole."""
+    """One stack for all tests of a module; they keep apart by their users' ids, and leave it whole.
+
+    It starts with a second of CPU. To wait for the next module it would need as much every quarter of a minute.
+    """
     with Stack(tmp_path_factory.mktemp("stack") / "data") as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def counted_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Another, on which only Claude's answers are counted: together they are what the stand-in gave."""
-    with Stack(tmp_path_factory.mktemp("counted") / "data") as running:
         yield running
