@@ -1,6 +1,7 @@
 """A real browser for the rail: Debian's Chromium, driven by playwright."""
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -39,17 +40,40 @@ async def browser(chromium: Path) -> AsyncIterator[Browser]:
         await browser.close()
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
-    """One person's browser: its tabs share local storage."""
+@asynccontextmanager
+async def profile(browser: Browser) -> AsyncIterator[BrowserContext]:
     context = await browser.new_context(locale="en-GB", timezone_id="Europe/Vienna")
     yield context
     await context.close()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def page(context: BrowserContext) -> Page:
+async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
+    """One person's browser: its tabs share local storage."""
+    async with profile(browser) as context:
+        yield context
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def own_page(context: BrowserContext) -> Page:
+    """A tab that the test may change for good."""
     return await context.new_page()
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
+async def kept_page(browser: Browser) -> AsyncIterator[Page]:
+    async with profile(browser) as context:
+        yield await context.new_page()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def page(kept_page: Page) -> AsyncIterator[Page]:
+    """A tab in which nobody has been before: a new one would take as long as most tests."""
+    yield kept_page
+    await kept_page.unroute_all()
+    await kept_page.context.set_offline(False)
+    await kept_page.evaluate("localStorage.clear(); sessionStorage.clear()")
+    await kept_page.goto("about:blank")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from playwright.async_api import BrowserContext, Locator, Page, Route, expect
 
-# One browser serves all tests, each with a profile of its own; it lives in one event loop.
+# One browser serves all tests; it lives in one event loop.
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 LOCAL_NOTICE = "Counting locally: the server cannot be reached."
@@ -378,15 +378,15 @@ async def test_a_person_not_signed_in_has_an_id_of_their_own(page: Page, stack: 
         assert parse_qs(urlsplit(request.url).query)["userId"] == [kept]
 
 
-async def test_without_storage_the_id_is_anonymous(page: Page, stack: Stack) -> None:
-    await page.add_init_script(
+async def test_without_storage_the_id_is_anonymous(own_page: Page, stack: Stack) -> None:
+    await own_page.add_init_script(
         "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError') } })"
     )
-    async with page.expect_request(USAGE_CALLS) as request:
-        await page.goto(stack.url)
+    async with own_page.expect_request(USAGE_CALLS) as request:
+        await own_page.goto(stack.url)
 
     assert parse_qs(urlsplit((await request.value).url).query)["userId"] == ["anonymous"]
-    await expect(line(page)).to_have_text(re.compile("tokens remaining$"))
+    await expect(line(own_page)).to_have_text(re.compile("tokens remaining$"))
 
 
 async def test_the_page_says_whether_answers_are_simulated(page: Page, stack: Stack, user_id: str) -> None:
@@ -399,18 +399,18 @@ async def test_the_page_says_whether_answers_are_simulated(page: Page, stack: St
 
 
 async def test_embedders_hear_of_usage_of_the_limit_and_of_the_upgrade(
-    page: Page, stack: Stack, user_id: str
+    own_page: Page, stack: Stack, user_id: str
 ) -> None:
     await use(stack, user_id, 108_000)
-    await page.add_init_script(
+    await own_page.add_init_script(
         "window.heard = {};"
         "for (const name of ['usage', 'limit-reached', 'upgrade'])"
         "  addEventListener(name, (event) => { heard[name] = event.detail; event.preventDefault() })"
     )
-    await open_rail(page, stack, user_id)
-    await page.get_by_text("Upgrade to Pro").click()
+    await open_rail(own_page, stack, user_id)
+    await own_page.get_by_text("Upgrade to Pro").click()
 
-    heard = await page.evaluate("heard")
+    heard = await own_page.evaluate("heard")
 
     assert {name: usage["tokensUsed"] for name, usage in heard.items()} == {
         "usage": 108_000,
