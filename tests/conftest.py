@@ -16,16 +16,22 @@ pytest_plugins = ["tests.stack", "tests.fixtures"]
 # What takes longest begins first, and the rest fills all processes to the end.
 LONGEST_FIRST = (
     "faults/test_machine.py",
-    "faults/test_mutations.py",
-    "faults/test_links.py",
-    "integration/test_archive.py",
     "integration/test_replay.py",
-    "faults/test_full_disk.py",
-    "faults/test_storm.py",
-    "integration/test_quota_store.py",
-    "e2e/test_archive.py",
-    "faults/test_failpoints.py",
+    "faults/test_mutations.py",
+    "integration/test_archive.py",
+    "faults/test_links.py",
     "e2e/test_local_stack.py",
+    "integration/test_audit.py",
+    "browser/test_rail.py",
+    "integration/test_quota_store.py",
+    "faults/test_storm.py",
+    "integration/test_seals.py",
+    "integration/test_ledger_export.py",
+    "faults/test_full_disk.py",
+    "faults/test_failpoints.py",
+    "e2e/test_archive.py",
+    "integration/test_ledger_store.py",
+    "integration/test_ledger_service.py",
 )
 
 
