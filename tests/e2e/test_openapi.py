@@ -1,19 +1,18 @@
 """The description at /openapi.json is true: schemathesis calls every route as it says, and as it does not say."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
-from schemathesis.checks import CheckFunction, not_a_server_error
-from schemathesis.schemas import BaseSchema
-from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
 from tests.people import client_of
 from tests.stack import Stack
 
-CHECKS: list[CheckFunction] = [not_a_server_error, content_type_conformance, response_schema_conformance]
+if TYPE_CHECKING:
+    from schemathesis import Case
+    from schemathesis.schemas import BaseSchema
+
 ROUTES = {
     "/api/chat": {"post"},
     "/api/usage": {"get", "post"},
@@ -31,7 +30,9 @@ ENDLESS = {"/api/usage/events"}
 
 
 @pytest.fixture
-def described(stack: Stack) -> BaseSchema:
+def described(stack: Stack) -> "BaseSchema":
+    import schemathesis  # noqa: PLC0415
+
     return schemathesis.openapi.from_dict(
         httpx2.get(f"{stack.url}/openapi.json", trust_env=False, verify=False).json()
     )
@@ -41,11 +42,19 @@ def described(stack: Stack) -> BaseSchema:
     ("path", "method"),
     [(path, method) for path, methods in ROUTES.items() for method in sorted(methods) if path not in ENDLESS],
 )
-def test_a_route_answers_as_it_is_described(stack: Stack, described: BaseSchema, path: str, method: str) -> None:
+def test_a_route_answers_as_it_is_described(stack: Stack, described: "BaseSchema", path: str, method: str) -> None:
+    from schemathesis.checks import not_a_server_error  # noqa: PLC0415
+    from schemathesis.specs.openapi.checks import (  # noqa: PLC0415
+        content_type_conformance,
+        response_schema_conformance,
+    )
+
+    checks = [not_a_server_error, content_type_conformance, response_schema_conformance]
+
     @given(described[path][method].as_strategy())
     @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-    def answers_as_described(case: schemathesis.Case[Any]) -> None:
-        case.call_and_validate(base_url=stack.url, checks=CHECKS)
+    def answers_as_described(case: "Case[Any]") -> None:
+        case.call_and_validate(base_url=stack.url, checks=checks)
 
     answers_as_described()
 
@@ -61,5 +70,5 @@ async def test_the_description_names_every_route_with_an_example_of_each_body(st
     assert "/openapi.json" in page.text
 
 
-def test_the_description_is_valid_openapi(described: BaseSchema) -> None:
+def test_the_description_is_valid_openapi(described: "BaseSchema") -> None:
     described.validate()
