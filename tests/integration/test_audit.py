@@ -315,7 +315,7 @@ async def test_a_time_that_never_comes_is_named_wherever_somebody_wrote_it(syste
     }
 
 
-@pytest.mark.parametrize("urls", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 @pytest.mark.parametrize(
     ("service", "table"),
     [

@@ -33,7 +33,7 @@ from shared.recorded import BATCH_SIZE, Recorded, bounds, recorded
 from shared.replaying import Told, dry_run, replay
 from shared.streams import LEDGER, LEDGER_SEALED, QUOTA, STREAM, create
 from tests.builders import generation_completed, publish
-from tests.integration.test_audit import EVENTS, System, system, urls  # noqa: F401 - fixtures
+from tests.integration.test_audit import EVENTS, System, system  # noqa: F401 - a fixture
 
 HISTORY: list[list[Event]] = [EVENTS[:5], EVENTS[5:], [generation_completed("user_9")]]
 
