@@ -11,7 +11,7 @@ A fault is an answer, too: the reply then carries the headers of NATS' service p
 `Nats-Service-Error-Code` (400: never repeat, 503: later) and `Nats-Service-Error`, in words.
 """
 
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, model_validator
@@ -134,6 +134,10 @@ class Authorize(Contract):
         if self.output_tokens_min > self.output_tokens_max:
             raise ValueError("output_tokens_min must not be more than output_tokens_max")
         return self
+
+
+# Longer than the longest generation: a hold never ends before the generation that it covers.
+HOLD_TTL = timedelta(minutes=15)
 
 
 class Granted(Contract):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nats.aio.client import Client
 
 from shared import streams
+from shared.calls import Authorize
 from shared.events import (
     CONTENT_TYPE,
     Adjustment,
@@ -112,3 +113,9 @@ async def publish(nats: Client, *events: Event) -> None:
 async def publish_raw(nats: Client, body: bytes, *, subject: str = streams.GENERATION_COMPLETED) -> None:
     """What no service of ours would publish."""
     await nats.jetstream().publish(subject, body)
+
+
+def asking(generation_id: str, user_id: str = "user_1") -> Authorize:
+    return Authorize(
+        generation_id=generation_id, user_id=user_id, input_tokens_max=10, output_tokens_min=1, output_tokens_max=100
+    )

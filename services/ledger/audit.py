@@ -41,7 +41,7 @@ LOOK_EVERY_S = 0.1
 
 ARCHIVE = "archive"
 READING = "Reading the stream"
-OTHERS = {LEDGER: ("usage_daily", "quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals")}
+OTHERS = {LEDGER: ("usage_daily", "quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals", "holds")}
 
 
 class Databases(NamedTuple):

@@ -17,6 +17,7 @@ from services.ledger.audit_expected import (
     settlement,
     subscribed,
 )
+from services.ledger.audit_holds import look_for_impossible_holds
 from services.ledger.audit_quarantine import Quarantine
 from services.ledger.audit_records import Arrived, TableCheck
 from services.ledger.audit_sums import DAYS, TOTALS, compare_days, compare_totals
@@ -157,6 +158,7 @@ class Comparison:
         self.tally.compared[DAYS] = compare_days(self._ledger, self._scope, self._scratch)
         self._compare_subscriptions()
         self.tally.compared[TOTALS] = compare_totals(self._quota, self._plans, self._scope, self._scratch)
+        look_for_impossible_holds(self._quota, self._scope, self._scratch)
 
     def _compare_subscriptions(self) -> None:
         check = self._subscriptions

@@ -32,6 +32,10 @@ KINDS = {
         "The first counts. Find out who published the second; if it is to count, adjust the usage.",
     ),
     "differs": ("not the sum of the user's events in the period", REBUILD),
+    "held": (
+        "held, though settled or for longer than anything is",
+        "Somebody added or changed it. make replay ends it.",
+    ),
     "broken": ("not as it was sealed", SEALED),
     "archive": (
         "not as it was archived",

@@ -19,6 +19,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
+    delete,
     func,
     insert,
     literal,
@@ -29,7 +30,7 @@ from sqlalchemy import (
 
 from services.quota import store
 from services.quota.domain import Account, Totals
-from services.quota.store import alerts
+from services.quota.store import alerts, holds
 from services.quota.subscriptions import change_subscriptions, changes, changes_of, plan_change, subscriptions
 from services.quota.totals import (
     SUMS,
@@ -45,6 +46,7 @@ from services.quota.totals import (
     totals_of,
 )
 from shared.bulk import insert_once, sorted_out
+from shared.calls import HOLD_TTL
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, patient_engine
 from shared.events import Event, SubscriptionChanged, ThresholdReached
 from shared.loading import PlainRows, Value
@@ -148,17 +150,45 @@ class RebuiltQuota:
         db.execute(_SETTLED)
 
     async def lost(self, record: Record, url: str) -> list[str]:
-        return []
+        engine = patient_engine(url, begin="BEGIN")
+        with engine.begin() as db:
+            impossible = _impossible_holds(db)
+        engine.dispose()
+        return [_told(len(impossible), "would be let go")] if impossible else []
 
     async def restore(self, record: Record, url: str) -> list[str]:
-        """What was announced is not announced again, also by a database that has lost all memory of it."""
+        """What was announced is not announced again, also by a database that has lost all memory of it. Holds that
+        cannot be are let go, also where all else is as it should be."""
         first, last = await bounds(record.nc, stream=ALERTS)
         engine = patient_engine(url)
         async for batch in recorded(record.nc, first=first, last=last, stream=ALERTS):
             with engine.begin() as db:
                 insert_new(db, alerts, [_alert(message.body) for message in batch])
+        with engine.begin() as db:
+            impossible = _impossible_holds(db)
+            db.execute(delete(holds).where(holds.c.generation_id.in_(impossible)))
         engine.dispose()
-        return []
+        return [_told(len(impossible), "are let go")] if impossible else []
+
+
+def _told(number: int, what: str) -> str:
+    return f"{number:,} holds of settled generations, or for longer than any, {what}"
+
+
+def _impossible_holds(db: Connection) -> list[str]:
+    """Made by nobody's authorization: it is let go when its generation is settled, and made for HOLD_TTL."""
+    is_settled = holds.c.generation_id.in_(select(settlements.c.event_id))
+    # As text: what somebody wrote there need not be a moment.
+    times = (cast(holds.c[name], Text) for name in ("started_at", "expires_at"))
+    found = db.execute(select(holds.c.generation_id, is_settled, *times))
+    return [hold for hold, settled, *written in found if settled or not _is_within_ttl(*written)]
+
+
+def _is_within_ttl(started_at: str, expires_at: str) -> bool:
+    try:
+        return datetime.fromisoformat(expires_at) - datetime.fromisoformat(started_at) <= HOLD_TTL
+    except (TypeError, ValueError):
+        return False
 
 
 _EXPIRED = text(

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from services.quota.totals import (
     totals_of,
 )
 from shared.bulk import insert_last, insert_once, listed, sorted_out
-from shared.calls import Authorize, Counted, CountedStory, ExplainQuery, OpenHold, Pending, UsageQuery
+from shared.calls import HOLD_TTL, Authorize, Counted, CountedStory, ExplainQuery, OpenHold, Pending, UsageQuery
 from shared.database import insert_new, now, table_of
 from shared.events import (
     Authorized,
@@ -57,9 +57,6 @@ from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
 from shared.story import counted
 from shared.subscriptions import Calendar
-
-# Longer than the longest generation: a hold never ends before the generation that it covers.
-HOLD_TTL = timedelta(minutes=15)
 
 holds, alerts = table_of(Hold), table_of(Alert)
 

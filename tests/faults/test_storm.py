@@ -25,7 +25,7 @@ from services.quota.domain import Account
 from services.quota.subscriptions import subscriptions
 from services.quota.totals import settlements, totals
 from shared.broker import connect
-from shared.calls import Authorization, Authorize, Granted, Refused, Usage
+from shared.calls import HOLD_TTL, Authorization, Authorize, Granted, Refused, Usage
 from shared.database import Database, is_sqlite, now
 from shared.errors import BadCall
 from shared.events import Event, GenerationCompleted, TokenCounts, new_id
@@ -550,7 +550,7 @@ async def test_a_hold_of_one_process_is_found_by_others_whose_clocks_are_an_hour
 
     for hold in await apart.holds(user_id):
         assert before <= hold.started_at <= after
-        assert hold.expires_at == hold.started_at + store.HOLD_TTL
+        assert hold.expires_at == hold.started_at + HOLD_TTL
     for told in held:
         again = await apart.ask_again(told)
         assert {_what_is_held(answer) for answer in again} == {_what_is_held(told.granted)}

@@ -27,12 +27,13 @@ from shared import streams
 from shared.consumer import Handler, apply
 from shared.database import Database, iso
 from shared.errors import Misconfigured
-from shared.events import Event, encode
+from shared.events import Event, encode, new_id
 from shared.plans import Plans
 from shared.quarantine import Poison, quarantine
 from shared.settings import sqlite_url
 from tests.builders import (
     NOON,
+    asking,
     authorized,
     generation_completed,
     publish,
@@ -313,6 +314,24 @@ async def test_a_time_that_never_comes_is_named_wherever_somebody_wrote_it(syste
         ("quota.usage_totals", "unexplained"),
         ("quota.usage_totals", "missing"),
     }
+
+
+async def test_a_hold_that_cannot_be_is_named(system: System) -> None:
+    await publish(system.nats, COUNTED)
+    await system.deliver()
+    asked = [asking(new_id(), user_id=user_id) for user_id in ("user_1", "user_2", "user_3")]
+    await system.quota.write(quota_store.authorize, system.plans, asked)
+    assert (await system.audit()).differences == []
+    settled = f"UPDATE holds SET generation_id = '{COUNTED.id}' WHERE user_id = 'user_1'"  # noqa: S608
+    await system.quota_does(settled)
+    await system.quota_does("UPDATE holds SET expires_at = '9999-01-01T00:00:00.000000Z' WHERE user_id = 'user_2'")
+    found = await system.audit()
+    assert {(d.where, d.kind, d.user_id) for d in found.differences} == {
+        ("quota.holds", "held", "user_1"),
+        ("quota.holds", "held", "user_2"),
+    }
+    assert "make replay ends it" in found.words
+    assert (await system.audit(Scope(user_id="user_3"))).agrees
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)

@@ -16,7 +16,7 @@ from services.ledger.explain import told_of
 from services.ledger.settings import Settings
 from services.quota import store as quota_store
 from services.quota.standing import Grant
-from shared.calls import Authorize, CountedIn, CountedStory, ExplainQuery, OnRecord, RecordedStory
+from shared.calls import HOLD_TTL, Authorize, CountedIn, CountedStory, ExplainQuery, OnRecord, RecordedStory
 from shared.database import Database
 from shared.errors import Misconfigured
 from shared.events import Event, GenerationCompleted, new_id, utc_now
@@ -178,7 +178,7 @@ async def test_a_hold_is_told_until_it_is_settled(both: Both) -> None:
     assert (told.state, told.user_id, told.held.is_open) == ("under_way", "user_1", True)
     assert (told.asked.input_tokens_max, told.asked.output_tokens) == (1_000, 4_096)
     assert (told.granted.output_tokens, told.granted.tier, told.held.tokens) == (100, "free", 1_100)
-    assert told.held.expires_at - told.granted.at == quota_store.HOLD_TTL
+    assert told.held.expires_at - told.granted.at == HOLD_TTL
 
     await both.change_hold(expires_at=utc_now() - DAY)
     expired = await both.told(generation_id)

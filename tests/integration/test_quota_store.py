@@ -20,7 +20,7 @@ from services.quota import store
 from services.quota import totals as quota_totals
 from services.quota.domain import Account, LimitStanding, Refusal
 from services.quota.standing import Grant
-from shared.calls import Authorize, Pending, UsageQuery
+from shared.calls import HOLD_TTL, Authorize, Pending, UsageQuery
 from shared.database import Database, table_of
 from shared.events import Event, GenerationCompleted, SubscriptionChanged, UsageAdjusted, new_id
 from shared.plans import COUNTS, FOR_EVER, Period, Plans
@@ -141,7 +141,7 @@ class Quota:
     async def move(self, request: Authorize, moment: datetime) -> None:
         """As if it had been authorized then."""
         which = store.holds.c.generation_id == request.generation_id
-        times = {"started_at": moment, "expires_at": moment + store.HOLD_TTL}
+        times = {"started_at": moment, "expires_at": moment + HOLD_TTL}
         await self.database.write(lambda db: db.execute(update(store.holds).where(which).values(times)))
 
     async def totals(self, user_id: str = "user_1") -> dict[tuple[datetime, datetime], int]:
@@ -229,7 +229,7 @@ async def test_an_authorization_holds_the_whole_input_and_the_output_that_is_gra
 async def test_a_hold_lasts_longer_than_any_generation_by_the_databases_clock(quota: Quota) -> None:
     _, _, at = await quota.database.write(store.authorize, quota.plans, [asking()])
     expires_at = await quota.database.read(lambda db: db.execute(select(store.holds.c.expires_at)).scalar_one())
-    assert expires_at - at == store.HOLD_TTL
+    assert expires_at - at == HOLD_TTL
 
 
 async def test_near_the_limit_the_output_is_clamped_and_beyond_it_nothing_is_held(quota: Quota) -> None:
@@ -917,7 +917,7 @@ class AnyDay(RuleBasedStateMachine):
                 tokens=tokens,
                 output_tokens=granted,
                 started_at=at,
-                expires_at=at + store.HOLD_TTL,
+                expires_at=at + HOLD_TTL,
                 input_tokens_max=beside,
                 output_tokens_asked=asked,
                 tier=account.plan.tier,

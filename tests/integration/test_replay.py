@@ -23,7 +23,6 @@ from services.ledger.replay import RebuiltLedger
 from services.quota import store as quota_store
 from services.quota import totals as quota_totals
 from services.quota.replay import RebuiltQuota, periods_used, standing_at, under, used_once
-from shared.calls import Authorize
 from shared.database import Database, patient_engine, table_of
 from shared.errors import Misconfigured
 from shared.events import Event, GenerationCompleted, encode, new_id
@@ -37,6 +36,7 @@ from shared.streams import ALERTS, LEDGER_SEALED, STREAM
 from tests import forked
 from tests.builders import (
     NOON,
+    asking,
     authorized,
     generation_completed,
     publish,
@@ -188,16 +188,6 @@ def settled_generation(user_id: str = "user_1", **data: Any) -> GenerationComple
     """As chat makes them: the event has the id of its generation."""
     event = generation_completed(user_id, **data)
     return event.model_copy(update={"id": event.data.generation_id})
-
-
-def asking(generation_id: str) -> Authorize:
-    return Authorize(
-        generation_id=generation_id,
-        user_id="user_1",
-        input_tokens_max=10,
-        output_tokens_min=1,
-        output_tokens_max=100,
-    )
 
 
 async def test_a_replay_leaves_every_row_as_it_was(nats: Client, service: Service) -> None:
@@ -675,6 +665,30 @@ async def test_holds_stay_but_for_generations_that_are_settled(nats: Client, quo
     before = await quota.rows()
     await quota.handles(waiting)  # delivered after all
     assert await quota.rows() == before
+
+
+async def test_holds_that_cannot_be_are_let_go_where_all_else_is_as_it_should_be_too(
+    nats: Client, quota: Service, plans: Plans
+) -> None:
+    ids = [new_id() for _ in range(4)]
+    settled, *_ = (settled_generation(generation_id=each) for each in ids)
+    await publish(nats, settled)
+    await quota.handles(settled)
+    await quota.database.write(quota_store.authorize, plans, [asking(each) for each in ids[1:]])
+    await quota.does(
+        f"UPDATE holds SET generation_id = '{ids[0]}' WHERE generation_id = '{ids[1]}'",  # noqa: S608
+        f"UPDATE holds SET started_at = '2026-01-01T00:00:00.000000Z' WHERE generation_id = '{ids[2]}'",  # noqa: S608
+    )
+    told, _ = await dry_run(nats, quota.url, quota.rebuilt)
+    assert told.beside == ["2 holds of settled generations, or for longer than any, would be let go"]
+
+    assert (await quota.replays(nats)).beside == [
+        "2 holds of settled generations, or for longer than any, are let go"
+    ]
+
+    left = await quota.database.read(lambda db: set(db.execute(select(quota_store.holds.c.generation_id)).scalars()))
+    assert left == {ids[3]}
+    assert (await quota.replays(nats)).beside == []
 
 
 async def test_what_came_too_late_stays_late(nats: Client, quota: Service, plans: Plans) -> None:

@@ -14,7 +14,7 @@ from services.ledger import store as ledger_store
 from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
 from services.quota.standing import Grant
-from shared.calls import Authorize, ExplainQuery
+from shared.calls import HOLD_TTL, Authorize, ExplainQuery
 from shared.database import Database
 from shared.events import GenerationCompleted, decode, encode, utc_now
 from shared.plans import Plans
@@ -85,7 +85,7 @@ async def test_a_hold_from_before_is_found_by_who_asks_again_and_released_by_its
     )
     at = utc_now()
     hold = {"generation_id": "g", "user_id": "user_1", "tokens": 1_100, "output_tokens": 100, "started_at": at}
-    times = {"period_start": at.replace(day=1), "expires_at": at + quota_store.HOLD_TTL}
+    times = {"period_start": at.replace(day=1), "expires_at": at + HOLD_TTL}
     await quota.write(lambda db: db.execute(quota_store.holds.insert().values(hold | times)))
 
     quota.migrate(quota_service.MIGRATIONS)
