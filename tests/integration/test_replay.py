@@ -349,7 +349,7 @@ async def test_what_makes_no_sense_is_named_and_put_right(nats: Client, service:
         assert await service.has(before), wrong
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 async def test_bytes_are_named_and_put_right_in_whichever_column_somebody_put_them(
     nats: Client, service: Service
 ) -> None:
