@@ -28,7 +28,7 @@ from services.ledger.models import Seal as SealRow
 from services.ledger.seals import Leaf, Sealed, event_id, signature_of, split
 from services.ledger.verify_record import notes_in, read_checkpoint
 from shared.broker import BROKER_GONE
-from shared.database import Database, is_sqlite, iso, now, table_of
+from shared.database import Database, insert_new, is_sqlite, iso, now, table_of
 from shared.errors import Misconfigured, PoisonMessage, Unavailable
 from shared.events import CONTENT_TYPE, LedgerSealed, Seal, decode_seal, encode
 from shared.record import Record
@@ -418,8 +418,9 @@ def _add_seal(db: Connection, head: Head, subtrees: Sequence[bytes], signature: 
     """Whether it is the newest now."""
     if _newest_size(db) >= head.size:
         return False
-    db.execute(insert(seals), [_row(Sealed(head, tuple(subtrees), iso(now(db)), signature))])
-    return True
+    # Another replica may be between its look and its insert.
+    row = _row(Sealed(head, tuple(subtrees), iso(now(db)), signature))
+    return bool(insert_new(db, seals, [row], returning="tree_size"))
 
 
 def _row(seal: Sealed) -> dict[str, Any]:
