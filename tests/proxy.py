@@ -3,7 +3,8 @@
 import asyncio
 import socket
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Literal
 
@@ -131,3 +132,17 @@ class _Link:
             self.has_lost_bytes = True  # nobody is told of the end
         elif writer is not None and not writer.is_closing():
             writer.write_eof()
+
+
+@contextmanager
+def full_listener(port: int = 0) -> Iterator[int]:
+    """The port of a server that has no room: connections to it neither come about nor are refused."""
+    with socket.socket() as listener, ExitStack() as waiting:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(0)
+        for _ in range(4):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]

@@ -6,7 +6,7 @@ It runs in a task of its own, not in the response: whoever goes away, the tokens
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,9 @@ import msgspec
 import structlog
 from prometheus_client import Counter, Gauge
 
-from services.chat.claude import Claude, Finished, Prompt, ProviderError, Started, Step, Text
+from services.chat.claude import Claude, Prompt
+from services.chat.claude_problems import ProviderError
+from services.chat.claude_stream import Finished, Started, Step, Stream, Text
 from services.chat.deadline import Deadline
 from services.chat.metering import Held, Meter
 from services.chat.outbox import Outbox
@@ -43,20 +45,17 @@ CHECKPOINT_EVERY_S = 0.1
 STREAM_TAKES_IT_WITHIN_S = 10.0
 
 
-def _too_long() -> Problem:
-    return Problem(504, "Claude took too long", "What was answered so far is counted; ask for less at a time.")
+def _too_long(so_far: str) -> Problem:
+    return Problem(504, "Claude took too long", f"{so_far}; ask for less at a time.")
 
 
-def _broken() -> Problem:
-    return Problem(500, "Internal error", "Something went wrong on our side; what was answered so far is counted.")
+def _broken(so_far: str) -> Problem:
+    return Problem(500, "Internal error", f"Something went wrong on our side. {so_far}.")
 
 
-def _restarting() -> Problem:
+def _restarting(so_far: str) -> Problem:
     return Problem(
-        503,
-        "The service is restarting",
-        "What was answered so far is counted; try again.",
-        headers={"Retry-After": "2"},
+        503, "The service is restarting", f"{so_far}. Try again in 2 seconds.", headers={"Retry-After": "2"}
     )
 
 
@@ -115,7 +114,7 @@ class Generation:
         self._started_at, self._metadata = utc_now(), metadata
         self._authorized: Authorized | None = None
         self._meter = Meter(input_tokens_estimate=prompt.input_tokens_estimate)
-        self._request_id: str | None = None
+        self._stream: Stream | None = None
         self._early_end: Outcome | None = None
         self._frames: list[bytes] = []
         self._something_new = asyncio.Event()
@@ -225,32 +224,33 @@ class Generation:
         return {"model": self.model, "text": "".join(self._text), **self._done, "usage": self._usage}
 
     async def _read_from_claude(self) -> Outcome:
+        self._stream = stream = self._parts.claude.stream(self._prompt)
         try:
-            async with asyncio.timeout(self._parts.policies.claude_total_s) as self._deadline:
-                if self._early_end:
-                    self._meter.gave_nothing()
-                    return self._early_end
-                async with self._parts.claude.stream(self._prompt) as stream:
-                    self._request_id = stream.request_id
-                    async for steps in stream.steps():
-                        self._pass_on(steps)
+            outcome = await self._pass_all_on(stream)
         except TimeoutError:
-            self.problem = _restarting() if self._early_end else _too_long()
-            return self._early_end or "interrupted"
+            self.problem = (_restarting if self._early_end else _too_long)(stream.so_far)
+            outcome = self._early_end or "interrupted"
         except ProviderError as error:
-            self.problem = error.problem
-            self._request_id = self._request_id or error.request_id
-            if error.gave_nothing:
-                self._meter.gave_nothing()
-            return "provider_error"
+            self.problem, outcome = error.problem, "provider_error"
         except Exception:
             # Whatever it is, the tokens were given: settle them, and say that it was our side.
             log.exception("generation_broke", generation_id=self.id)
-            self.problem = _broken()
-            return "provider_error"
+            self.problem, outcome = _broken(stream.so_far), "provider_error"
         finally:
             if self._checkpoint:
                 self._checkpoint.cancel()
+        if stream.gave_nothing:
+            self._meter.gave_nothing()
+        return outcome
+
+    async def _pass_all_on(self, stream: Stream) -> Outcome:
+        """Raises TimeoutError when it takes too long, or is to end early."""
+        async with asyncio.timeout(self._parts.policies.claude_total_s) as self._deadline:
+            if self._early_end:
+                raise TimeoutError
+            async with aclosing(stream.steps()) as arriving:
+                async for steps in arriving:
+                    self._pass_on(steps)
         self._meter.ended()
         return "disconnected" if self._has_left else "completed"
 
@@ -381,7 +381,7 @@ class Generation:
                 outcome=outcome,
                 usage_source=self._meter.source,
                 on_disconnect=self._parts.policies.on_disconnect,
-                provider_request_id=self._request_id,
+                provider_request_id=self._stream.request_id if self._stream else None,
                 started_at=self._started_at,
                 completed_at=utc_now(),
                 authorized=self._authorized,

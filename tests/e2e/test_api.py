@@ -729,7 +729,7 @@ async def test_a_refusal_of_the_providers_is_passed_on_in_words_and_costs_nothin
 
 @pytest.mark.parametrize(
     ("directive", "status", "title"),
-    [("[fail middle]", 503, "Claude is overloaded"), ("[cut middle]", 502, "Claude cannot be reached")],
+    [("[fail middle]", 503, "Claude is overloaded"), ("[cut middle]", 502, "Claude's answer broke off")],
 )
 async def test_an_answer_that_breaks_off_is_told_in_words_and_what_was_given_is_counted(
     *, stack: Stack, http: httpx2.AsyncClient, user: str, directive: str, status: int, title: str

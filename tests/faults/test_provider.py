@@ -12,7 +12,8 @@ import pytest
 
 from tests.fixtures import eventually
 from tests.people import Answer, ask, client_of, given, rows
-from tests.stack import Stack
+from tests.proxy import full_listener
+from tests.stack import Stack, free_port
 
 IDLE_S, TOTAL_S = 1.0, 3.0
 
@@ -143,3 +144,70 @@ async def test_whoever_leaves_stops_claude_also_before_the_first_word_and_withou
     )
     assert record["input_tokens"] > 0
     assert record["output_tokens"] < 100
+
+
+# A provider that hears nothing
+
+
+@pytest.fixture(scope="module")
+def other_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, other_port: int) -> Iterator[Stack]:
+    """A stack whose provider is the test's own."""
+    named = {"ANTHROPIC_API_KEY": "any", "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{other_port}"}
+    data = tmp_path_factory.mktemp("elsewhere") / "data"
+    with Stack(data, CHATRAIL_CLAUDE_TOTAL_S="1.5", **named) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("patience_s", "outcome"), [(0.5, "disconnected"), (10, "interrupted")])
+async def test_a_question_that_was_never_sent_costs_nothing(
+    elsewhere: Stack, other_port: int, user: str, *, patience_s: float, outcome: str
+) -> None:
+    async with client_of(elsewhere) as http:
+        with full_listener(other_port):
+            body = {"userId": user, "messages": [{"role": "user", "content": "Is there anybody?"}]}
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    answer = await http.post("/api/chat", json=body)
+                    assert answer.status_code == 504
+                    assert answer.json()["detail"].startswith("Nothing was spent")
+            record = await record_of(elsewhere, user)
+    assert (record["outcome"], record["usage_source"], record["tokens_used"]) == (outcome, "provider", 0)
+
+
+async def test_of_readers_who_leave_at_any_moment_those_pay_whose_question_was_sent(
+    elsewhere: Stack, other_port: int
+) -> None:
+    heard: set[str] = set()
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):
+            await reader.readuntil(b"user ")
+            heard.add((await reader.readuntil(b"!")).decode())
+            await reader.read()
+        writer.close()
+
+    users = [f"{uuid4()}!" for _ in range(60)]
+    server = await asyncio.start_server(hear, "127.0.0.1", other_port)
+    async with client_of(elsewhere) as http:
+
+        async def leave(user: str, after_s: float) -> None:
+            body = {"userId": user, "messages": [{"role": "user", "content": f"user {user}"}]}
+            with suppress(TimeoutError):
+                async with asyncio.timeout(after_s):
+                    await http.post("/api/chat", json=body)
+
+        await asyncio.gather(*(leave(user, n / 50) for n, user in enumerate(users)))
+
+    async def those_pay_who_were_heard() -> bool:
+        is_over = not rows(elsewhere.data / "outbox.db", "SELECT event_id FROM outbox")
+        paid = {user for (user,) in rows(elsewhere.data / "ledger.db", "SELECT user_id FROM usage WHERE tokens_used")}
+        return is_over and bool(heard) and paid & {*users} == heard
+
+    await eventually(those_pay_who_were_heard)
+    server.close()
+    await server.wait_closed()

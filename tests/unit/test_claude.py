@@ -3,7 +3,8 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,20 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.claude.requests import CountTokensRequest
-from services.chat.claude import (
-    KNOWN,
-    RETIRED,
-    Claude,
-    Finished,
-    Ping,
-    Prompt,
-    ProviderError,
-    Started,
-    Text,
-)
+from services.chat.claude import KNOWN, RETIRED, Claude, Prompt
+from services.chat.claude_problems import ProviderError
+from services.chat.claude_stream import Finished, Ping, Started, Stream, Text
 from services.chat.metering import estimate_tokens
 from services.chat.problems import Problem
 from shared.events import TokenCounts
+from tests.fixtures import eventually
+from tests.proxy import full_listener
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 QUESTIONS = st.lists(TEXT.map(lambda text: {"role": "user", "content": text}), min_size=1, max_size=5)
@@ -96,23 +91,40 @@ def last(stop_reason: str | None = "end_turn", **usage: Any) -> dict[str, Any]:
 STOP = {"type": "message_stop"}
 
 
-async def steps_until_the_end(answered: bytes, steps: list[object], *, holds_on: bool = False) -> None:
-    async with provider(answered, holds_on=holds_on) as claude, claude.stream(PROMPT) as stream:
-        async for arrived in stream.steps():
+async def read(stream: Stream, steps: list[object]) -> None:
+    async with aclosing(stream.steps()) as arriving:
+        async for arrived in arriving:
             assert arrived, "with the first of them the reader is told that Claude has begun"
             steps += arrived
 
 
 async def steps_of(answered: bytes, *, holds_on: bool = False) -> list[object]:
     steps: list[object] = []
-    await steps_until_the_end(answered, steps, holds_on=holds_on)
+    async with provider(answered, holds_on=holds_on) as claude:
+        await read(claude.stream(PROMPT), steps)
     return steps
 
 
-async def failure_of(answered: bytes, steps: list[object] | None = None) -> ProviderError:
-    with pytest.raises(ProviderError) as failure:
-        await steps_until_the_end(answered, [] if steps is None else steps)
-    return failure.value
+@dataclass
+class Failed:
+    """A stream that did not come to its end: what it said until then, and how that is told."""
+
+    stream: Stream
+    problem: Problem
+    steps: list[object]
+
+    @property
+    def told(self) -> tuple[int, str]:
+        return self.problem.status, self.problem.document["title"]
+
+
+async def failure_of(answered: bytes) -> Failed:
+    steps: list[object] = []
+    async with provider(answered) as claude:
+        stream = claude.stream(PROMPT)
+        with pytest.raises(ProviderError) as failure:
+            await read(stream, steps)
+    return Failed(stream, failure.value.problem, steps)
 
 
 # Models
@@ -244,10 +256,9 @@ async def test_behind_claudes_last_word_nothing_is_waited_for_and_nothing_can_fa
 
 
 async def test_what_came_with_nonsense_in_one_piece_was_given() -> None:
-    steps: list[object] = []
     nonsense = b"event: content_block_delta\ndata: {nonsense\n\n"
-    await failure_of(said(start(input_tokens=7), text("Hel"), last(None, output_tokens=5)) + nonsense, steps)
-    assert steps[1:] == [Text("Hel"), Finished(TokenCounts(input_tokens=7, output_tokens=5), None)]
+    failed = await failure_of(said(start(input_tokens=7), text("Hel"), last(None, output_tokens=5)) + nonsense)
+    assert failed.steps[1:] == [Text("Hel"), Finished(TokenCounts(input_tokens=7, output_tokens=5), None)]
 
 
 async def test_where_the_last_word_names_no_count_the_one_before_stands() -> None:
@@ -261,8 +272,10 @@ async def test_where_the_last_word_names_no_count_the_one_before_stands() -> Non
 )
 async def test_a_request_id_is_kept_where_an_event_can_have_it(told: str, kept: str | None) -> None:
     answered = said(start(input_tokens=7), last(output_tokens=9), STOP).replace(b"req_1", told.encode("latin-1"))
-    async with provider(answered) as claude, claude.stream(PROMPT) as stream:
-        assert stream.request_id == kept
+    async with provider(answered) as claude:
+        stream = claude.stream(PROMPT)
+        await read(stream, [])
+    assert stream.request_id == kept
 
 
 async def test_a_later_count_replaces_an_earlier_one_and_what_it_leaves_out_stays() -> None:
@@ -296,12 +309,13 @@ async def test_a_later_count_replaces_an_earlier_one_and_what_it_leaves_out_stay
     ],
 )
 async def test_a_refusal_of_the_providers_is_told_in_words(status: int, problem: int, title: str) -> None:
-    failure = await failure_of(refusal(status, "why", "request-id: req_2"))
-    document = failure.problem.document
+    failed = await failure_of(refusal(status, "why", "request-id: req_2"))
+    document = failed.problem.document
     assert (document["status"], document["title"]) == (problem, title)
     assert document["detail"].endswith((".", "why"))
-    assert failure.request_id == "req_2"
-    assert ("Retry-After" in failure.problem.headers) == (problem == 503)
+    assert failed.stream.request_id == "req_2"
+    assert failed.stream.gave_nothing
+    assert ("Retry-After" in failed.problem.headers) == (problem == 503)
 
 
 @pytest.mark.parametrize(
@@ -338,11 +352,10 @@ async def test_an_error_in_the_middle_is_told_in_words_after_all_that_came_befor
     kind: str, status: int, title: str
 ) -> None:
     broken = said(start(input_tokens=7), text("Hel"), {"type": "error", "error": {"type": kind, "message": "oh"}})
-    steps: list[object] = []
-    failure = await failure_of(broken, steps)
-    assert steps[1:] == [Text("Hel")]
-    assert (failure.problem.document["status"], failure.problem.document["title"]) == (status, title)
-    assert failure.request_id == "req_1"
+    failed = await failure_of(broken)
+    assert failed.steps[1:] == [Text("Hel")]
+    assert failed.told == (status, title)
+    assert failed.stream.request_id == "req_1"
 
 
 @pytest.mark.parametrize(
@@ -367,10 +380,53 @@ async def test_an_answer_that_is_not_whole_is_a_failure_in_words_whatever_is_mis
     assert "try again" in problem.document["detail"]
 
 
-async def test_a_provider_that_cannot_be_reached_is_told_in_words() -> None:
+async def test_a_provider_that_cannot_be_reached_is_told_in_words_and_costs_nothing() -> None:
     claude = Claude(api_key="any", base_url="http://127.0.0.1:9")
+    stream = claude.stream(PROMPT)
     with pytest.raises(ProviderError) as failure:
-        async with claude.stream(PROMPT):
-            pass
+        await read(stream, [])
     await claude.close()
     assert failure.value.problem.document["title"] == "Claude cannot be reached"
+    assert failure.value.problem.document["detail"] == "No connection came about. Nothing was spent; try again."
+    assert stream.gave_nothing
+
+
+async def test_whoever_leaves_before_there_is_a_connection_has_sent_nothing() -> None:
+    with full_listener() as port:
+        claude = Claude(api_key="any", base_url=f"http://127.0.0.1:{port}")
+        stream = claude.stream(PROMPT)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await read(stream, [])
+        await claude.close()
+    assert stream.gave_nothing
+    assert stream.so_far == "Nothing was spent"
+
+
+async def test_whoever_leaves_at_whichever_step_has_sent_nothing_or_was_heard() -> None:
+    heard: list[bytes] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read(1))
+        writer.close()
+
+    server = await asyncio.start_server(listen, "127.0.0.1", 0)
+    claude = Claude(api_key="any", base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    sent = []
+    for step in range(200):
+        stream = claude.stream(PROMPT)
+        reading = asyncio.create_task(read(stream, []))
+        for _ in range(step):
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        sent.append(not stream.gave_nothing)
+    await claude.close()
+    assert (sent[0], sent[-1]) == (False, True)
+
+    async def are_heard() -> bool:
+        return heard.count(b"P") == sum(sent)
+
+    await eventually(are_heard, deadline_s=5)
+    server.close()
+    await server.wait_closed()

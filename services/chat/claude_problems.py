@@ -1,0 +1,79 @@
+"""What it means that Claude refuses, fails or breaks off, in words for the person who chats and for the operator."""
+
+import re
+
+import msgspec
+
+from services.chat.problems import Problem
+
+# For whom it does not say when; and whatever it says, nobody is sent away for longer.
+RETRY_AFTER_S, RETRY_AFTER_S_MAX = 5, 3600
+
+_REFUSALS = {
+    401: (502, "Claude refuses our key", "An operator must check ANTHROPIC_API_KEY."),
+    402: (502, "Claude refuses our account", "An operator must check its billing at the provider."),
+    403: (502, "Claude refuses our key", "An operator must check what ANTHROPIC_API_KEY may do."),
+    404: (400, "Model not available", "The provider does not offer this model to this key; name another."),
+    413: (413, "Conversation too long", "Shorten the conversation and try again."),
+}
+
+
+class ProviderError(Exception):
+    """Claude refused, failed, or broke off. `problem` says so."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.document["title"])
+        self.problem = problem
+
+
+def refused(status: int, *, retry_after: str | None, body: bytes) -> Problem:
+    """What a status other than success means."""
+    if status == 429:
+        return busy("Claude is limiting our rate", retry_after)
+    if status in (503, 529):
+        return busy("Claude is overloaded", retry_after)
+    if status in _REFUSALS:
+        return Problem(*_REFUSALS[status])
+    if status >= 500:
+        return Problem(502, "Claude failed", "The provider had an internal error; try again.")
+    return Problem(400, "Claude refuses the request", _message(body))
+
+
+def failed(kind: str, so_far: str) -> Problem:
+    """What an `error` event of this type means. `so_far`, here and below, says what is counted."""
+    if kind in ("overloaded_error", "rate_limit_error"):
+        return busy("Claude is overloaded", None)
+    return Problem(502, "Claude failed in the middle", f"{so_far}; try again.")
+
+
+def cannot_be_reached(status: int) -> Problem:
+    return Problem(status, "Claude cannot be reached", "No connection came about. Nothing was spent; try again.")
+
+
+def silent(so_far: str) -> Problem:
+    return Problem(504, "Claude did not answer in time", f"{so_far}; try again.")
+
+
+def broke_off(so_far: str) -> Problem:
+    return Problem(502, "Claude's answer broke off", f"The connection ended. {so_far}; try again.")
+
+
+def nonsense(so_far: str) -> Problem:
+    return Problem(502, "Claude's answer makes no sense", f"{so_far}; try again.")
+
+
+def busy(title: str, retry_after: str | None) -> Problem:
+    # In seconds, as Claude says it; what is no such figure says nothing.
+    told = int(retry_after) if retry_after and re.fullmatch("[0-9]{1,9}", retry_after) else RETRY_AFTER_S
+    seconds = str(min(max(told, 1), RETRY_AFTER_S_MAX))
+    return Problem(503, title, f"Try again in {seconds} seconds.", headers={"Retry-After": seconds})
+
+
+def _message(body: bytes) -> str:
+    try:
+        document = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        document = None
+    error = document.get("error") if isinstance(document, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return str(message or "The provider found the request invalid.")

@@ -1,0 +1,257 @@
+"""Claude's answer to one question: sent, read as it arrives, and understood."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import aiohttp
+import httpx2
+import msgspec
+from msgspec import Struct
+from pydantic import TypeAdapter, ValidationError
+
+from services.chat import claude_problems
+from services.chat.claude_problems import ProviderError
+from services.chat.problems import Problem
+from services.chat.sse import SseParser
+from shared.events import EVENT_TOKENS_MAX, Name, TokenCounts
+
+# Behind Claude's last word.
+END_WITHIN_S = 0.25
+# No event of the provider's is nearly as large: without an end to it, memory would be the limit.
+EVENT_BYTES_MAX = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    model: str
+    counts: TokenCounts
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The provider's own count: cumulative, and possibly repeated, so the last one stands. None where it names none.
+
+    It is the last where it has a stop reason, or where the answer ends after it.
+    """
+
+    counts: TokenCounts | None
+    stop_reason: str | None
+
+
+Step = Started | Text | Ping | Finished
+
+
+class _Usage(Struct):
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+
+
+class _Message(Struct):
+    model: str
+    usage: _Usage
+
+
+class _MessageStart(Struct):
+    message: _Message
+
+
+class _Delta(Struct, frozen=True):
+    type: str = ""
+    text: str = ""
+    stop_reason: str | None = None
+
+
+class _BlockDelta(Struct):
+    delta: _Delta
+
+
+class _MessageDelta(Struct):
+    delta: _Delta = _Delta()
+    usage: _Usage | None = None
+
+
+class _ErrorBody(Struct):
+    type: str = "api_error"
+    message: str = ""
+
+
+class _Error(Struct):
+    error: _ErrorBody
+
+
+_message_start = msgspec.json.Decoder(_MessageStart)
+_block_delta = msgspec.json.Decoder(_BlockDelta)
+_message_delta = msgspec.json.Decoder(_MessageDelta)
+_error = msgspec.json.Decoder(_Error)
+_model_name: TypeAdapter[str] = TypeAdapter(Name)
+
+
+class Question(httpx2.AsyncByteStream):
+    """The request's body. The HTTP client begins to read it when a connection stands, and writes the headers with it:
+    until then not a byte of the request was sent."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self.may_be_heard = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.may_be_heard = True
+        yield self._body
+
+
+class Stream:
+    """One question and its answer. Nothing is sent before `steps` is read."""
+
+    def __init__(self, http: httpx2.AsyncClient, request: httpx2.Request, question: Question) -> None:
+        self._http, self._request, self._question = http, request, question
+        self.request_id: str | None = None
+        self._parser = SseParser()
+        self._counts, self._is_started, self._is_complete = TokenCounts(), False, False
+        self._is_refused = False
+        self._failure: ProviderError | None = None
+
+    @property
+    def gave_nothing(self) -> bool:
+        """Whether it is certain that no token was given, however this ended: Claude refused, or was sent nothing."""
+        return self._is_refused or not self._question.may_be_heard
+
+    @property
+    def so_far(self) -> str:
+        """What is counted if it ends now, in words."""
+        if self.gave_nothing:
+            return "Nothing was spent"
+        if not self._is_started:
+            return "The question may have been heard, and is counted"
+        return "What was answered so far is counted"
+
+    async def steps(self) -> AsyncGenerator[list[Step], None]:
+        """What has arrived, as it arrives. Ends after Claude's last word.
+
+        Raises ProviderError when Claude refuses, fails, or breaks off.
+        """
+        try:
+            response = await self._answer()
+            try:
+                self.request_id = _name_of(response.headers.get("request-id"))
+                if not response.is_success:
+                    await self._refuse(response)
+                chunks = response.aiter_raw()
+                async for chunk in chunks:
+                    if steps := self._understood(chunk):
+                        yield steps
+                    if self._failure:
+                        raise self._failure
+                    if self._is_complete:
+                        await _read_on(chunks)
+                        return
+                raise ProviderError(self._broke_off())
+            finally:
+                await response.aclose()
+        except httpx2.TimeoutException as error:
+            raise ProviderError(self._timed_out()) from error
+        except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
+            raise ProviderError(self._broke_off()) from error
+
+    async def _answer(self) -> httpx2.Response:
+        try:
+            return await self._http.send(self._request, stream=True)
+        except httpx2.HTTPError:
+            raise
+        except Exception as error:
+            raise httpx2.ConnectError(str(error)) from error
+
+    async def _refuse(self, response: httpx2.Response) -> None:
+        self._is_refused = True
+        body = await response.aread()
+        retry_after = response.headers.get("retry-after")
+        raise ProviderError(claude_problems.refused(response.status_code, retry_after=retry_after, body=body))
+
+    def _understood(self, chunk: bytes) -> list[Step]:
+        """What it says. A failure is left in `_failure`: it is told after all that came before it."""
+        steps: list[Step] = []
+        try:
+            for event, data in self._parser.feed(chunk):
+                if step := self._step(event, data):
+                    steps.append(step)
+        except (msgspec.MsgspecError, ValidationError) as error:
+            self._failure = ProviderError(claude_problems.nonsense(self.so_far))
+            self._failure.__cause__ = error
+        if self._parser.waiting_bytes > EVENT_BYTES_MAX:
+            self._failure = self._failure or ProviderError(claude_problems.nonsense(self.so_far))
+        return steps
+
+    def _step(self, event: bytes, data: bytes) -> Step | None:
+        """What the event says; None of what says nothing, and of a failure."""
+        if event == b"content_block_delta":
+            delta = _block_delta.decode(data).delta
+            return Text(delta.text) if delta.text and delta.type == "text_delta" else None
+        if event == b"message_start":
+            message = _message_start.decode(data).message
+            self._counts, self._is_started = _overwritten(self._counts, message.usage), True
+            return Started(_model_name.validate_python(message.model), self._counts)
+        if event == b"message_delta":
+            last = _message_delta.decode(data)
+            if last.usage:
+                self._counts = _overwritten(self._counts, last.usage)
+            return Finished(self._counts if last.usage else None, last.delta.stop_reason)
+        if event == b"ping":
+            return Ping()
+        if event == b"error":
+            self._is_refused = not self._is_started
+            self._failure = ProviderError(claude_problems.failed(_error.decode(data).error.type, self.so_far))
+        self._is_complete = self._is_complete or event == b"message_stop"
+        return None
+
+    def _timed_out(self) -> Problem:
+        was_sent = self._question.may_be_heard
+        return claude_problems.silent(self.so_far) if was_sent else claude_problems.cannot_be_reached(504)
+
+    def _broke_off(self) -> Problem:
+        was_sent = self._question.may_be_heard
+        return claude_problems.broke_off(self.so_far) if was_sent else claude_problems.cannot_be_reached(502)
+
+
+async def _read_on(chunks: AsyncIterator[bytes]) -> None:
+    """Behind Claude's last word comes the end of the response, with which the connection can be used again. What
+    becomes of it otherwise is nobody's concern any more."""
+    with suppress(TimeoutError, httpx2.HTTPError):
+        async with asyncio.timeout(END_WITHIN_S):
+            async for _ in chunks:
+                pass
+
+
+def _name_of(told: str | None) -> str | None:
+    """As much of it as an event can have; None where that is no name."""
+    name = (told or "")[:128]
+    return name if name and name.isprintable() else None
+
+
+def _overwritten(counts: TokenCounts, usage: _Usage) -> TokenCounts:
+    # Cumulative: what the event names replaces what was known; what it leaves out stays.
+    counts = TokenCounts(
+        input_tokens=_known(usage.input_tokens, counts.input_tokens),
+        output_tokens=_known(usage.output_tokens, counts.output_tokens),
+        cache_creation_input_tokens=_known(usage.cache_creation_input_tokens, counts.cache_creation_input_tokens),
+        cache_read_input_tokens=_known(usage.cache_read_input_tokens, counts.cache_read_input_tokens),
+    )
+    if counts.total > EVENT_TOKENS_MAX:
+        raise msgspec.ValidationError("more tokens than any answer can have")
+    return counts
+
+
+def _known(new: int | None, old: int) -> int:
+    return old if new is None else new
