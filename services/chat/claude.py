@@ -90,6 +90,8 @@ class Claude:
             # Servers close idle connections after 5 s and more: one that is closing must not be asked, because
             # nobody could tell whether the question was heard, and billed.
             limits=httpx2.Limits(max_connections=2000, max_keepalive_connections=200, keepalive_expiry=4),
+            # What people write, and the key, go where an operator said, and nowhere else.
+            follow_redirects=False,
         )
         self._client = AsyncAnthropic(
             api_key=api_key,

@@ -34,9 +34,18 @@ def refused(status: int, *, retry_after: str | None, body: bytes) -> Problem:
         return busy("Claude is overloaded", retry_after)
     if status in _REFUSALS:
         return Problem(*_REFUSALS[status])
+    if 300 <= status < 400:
+        return redirected()
     if status >= 500:
         return Problem(502, "Claude failed", "The provider had an internal error; try again.")
     return Problem(400, "Claude refuses the request", _message(body))
+
+
+def redirected() -> Problem:
+    detail = (
+        "The provider answered with a redirect, which is not followed: an operator must check ANTHROPIC_BASE_URL."
+    )
+    return Problem(502, "Claude is at another address", detail)
 
 
 def failed(kind: str, so_far: str) -> Problem:

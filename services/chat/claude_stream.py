@@ -169,6 +169,9 @@ class Stream:
     async def _answer(self) -> httpx2.Response:
         try:
             return await self._http.send(self._request, stream=True)
+        except httpx2.RemoteProtocolError as error:  # a redirect to what is no address
+            self._is_refused = True
+            raise ProviderError(claude_problems.redirected()) from error
         except httpx2.HTTPError:
             raise
         except Exception as error:

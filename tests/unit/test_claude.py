@@ -340,6 +340,30 @@ async def test_a_busy_provider_is_asked_again_when_it_says(header: str, seconds:
     assert f"{seconds} seconds" in problem.document["detail"]
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_a_refusal_and_nothing_is_sent_to_where_it_leads(status: int) -> None:
+    heard: list[bytes] = []
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read(1))
+        writer.close()
+
+    server = await asyncio.start_server(hear, "127.0.0.1", 0)
+    elsewhere = f"location: http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/messages"
+    for location in (elsewhere, "location: /v1/messages", "location: http://[no address", "x: y"):
+        failed = await failure_of(refusal(status, "moved", location))
+        assert failed.told == (502, "Claude is at another address")
+        assert "ANTHROPIC_BASE_URL" in failed.problem.document["detail"]
+        assert failed.stream.gave_nothing
+        async with provider(refusal(status, "moved", location), refusal(status, "moved", location)) as claude:
+            assert await claude.count_input_tokens(PROMPT) == PROMPT.input_tokens_max
+            with pytest.raises(Problem):
+                await claude.resolve("claude-next")
+    server.close()
+    await server.wait_closed()
+    assert heard == []
+
+
 @pytest.mark.parametrize(
     ("kind", "status", "title"),
     [
