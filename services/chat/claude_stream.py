@@ -75,6 +75,10 @@ class _Delta(Struct, frozen=True):
     stop_reason: str | None = None
 
 
+class _BlockStart(Struct):
+    content_block: _Delta
+
+
 class _BlockDelta(Struct):
     delta: _Delta
 
@@ -94,6 +98,7 @@ class _Error(Struct):
 
 
 _message_start = msgspec.json.Decoder(_MessageStart)
+_block_start = msgspec.json.Decoder(_BlockStart)
 _block_delta = msgspec.json.Decoder(_BlockDelta)
 _message_delta = msgspec.json.Decoder(_MessageDelta)
 _error = msgspec.json.Decoder(_Error)
@@ -202,6 +207,9 @@ class Stream:
         if event == b"content_block_delta":
             delta = _block_delta.decode(data).delta
             return Text(delta.text) if delta.text and delta.type == "text_delta" else None
+        if event == b"content_block_start":
+            block = _block_start.decode(data).content_block
+            return Text(block.text) if block.text and block.type == "text" else None
         if event == b"message_start":
             message = _message_start.decode(data).message
             self._counts, self._is_started = _overwritten(self._counts, message.usage), True

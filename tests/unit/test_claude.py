@@ -247,6 +247,18 @@ async def test_steps_are_the_model_its_words_and_its_last_count() -> None:
     ]
 
 
+async def test_words_with_which_a_block_begins_are_passed_on() -> None:
+    blocks = [
+        {"type": "text", "text": "First "},
+        {"type": "thinking", "text": "not for the reader"},
+        {"type": "text", "text": ""},
+        {"type": "an_odd_one"},
+    ]
+    begun = [{"type": "content_block_start", "index": n, "content_block": block} for n, block in enumerate(blocks)]
+    steps = await steps_of(said(start(input_tokens=7), *begun, text("second"), last(output_tokens=9), STOP))
+    assert [step for step in steps if isinstance(step, Text)] == [Text("First "), Text("second")]
+
+
 @pytest.mark.parametrize("holds_on", [True, False])
 async def test_behind_claudes_last_word_nothing_is_waited_for_and_nothing_can_fail(holds_on: bool) -> None:
     frames = said(start(input_tokens=7), text("Hello"), last(output_tokens=9), STOP)
