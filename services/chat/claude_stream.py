@@ -154,7 +154,9 @@ class Stream:
                 self.request_id = _name_of(response.headers.get("request-id"))
                 if not response.is_success:
                     await self._refuse(response)
-                chunks = response.aiter_raw()
+                # Asked for as it is; but a proxy on the way may pack it all the same.
+                is_packed = "content-encoding" in response.headers
+                chunks = response.aiter_bytes() if is_packed else response.aiter_raw()
                 async for chunk in chunks:
                     if steps := self._understood(chunk):
                         yield steps
@@ -168,6 +170,8 @@ class Stream:
                 await response.aclose()
         except httpx2.TimeoutException as error:
             raise ProviderError(self._timed_out()) from error
+        except httpx2.DecodingError as error:
+            raise ProviderError(claude_problems.nonsense(self.so_far)) from error
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             raise ProviderError(self._broke_off()) from error
 

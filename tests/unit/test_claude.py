@@ -1,8 +1,10 @@
 """Chat's side of Claude's API: models, bounds before asking, and how what the provider says is understood."""
 
 import asyncio
+import gzip
 import json
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -245,6 +247,19 @@ async def test_steps_are_the_model_its_words_and_its_last_count() -> None:
         Text(" 🛤"),
         Finished(TokenCounts(input_tokens=7, output_tokens=9, **cached), "end_turn"),
     ]
+
+
+@pytest.mark.parametrize(("encoding", "packed"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+async def test_an_answer_that_was_packed_on_the_way_is_unpacked(
+    encoding: str, packed: Callable[[bytes], bytes]
+) -> None:
+    head, _, body = said(start(input_tokens=7), text("Hello"), last(output_tokens=9), STOP).partition(b"\r\n\r\n")
+    head += b"\r\ncontent-encoding: " + encoding.encode() + b"\r\n\r\n"
+    assert (await steps_of(head + packed(body)))[1:] == [
+        Text("Hello"),
+        Finished(TokenCounts(input_tokens=7, output_tokens=9), "end_turn"),
+    ]
+    assert (await failure_of(head + body)).told == (502, "Claude's answer makes no sense")
 
 
 async def test_words_with_which_a_block_begins_are_passed_on() -> None:
