@@ -130,7 +130,13 @@ class Claude:
         try:
             page = await self._client.models.list(limit=1000, timeout=5)
             return frozenset(model.id for model in page.data)
-        except (APIError, AttributeError, TypeError, ValueError):  # the SDK hands on whatever was answered
+        except (
+            APIError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ):  # the SDK hands on whatever was answered
             return self._listed  # a list that cannot be had now is no reason to refuse the known ones
 
     async def count_input_tokens(self, prompt: Prompt) -> int:
@@ -138,7 +144,7 @@ class Claude:
         try:
             count = await self._client.messages.count_tokens(**_arguments(prompt), timeout=5)
             tokens: int = msgspec.convert(count.input_tokens, Annotated[int, msgspec.Meta(ge=0)])
-        except (APIError, AttributeError, ValueError):  # the SDK hands on whatever was answered
+        except (APIError, AttributeError, ValueError, RecursionError):  # the SDK hands on whatever was answered
             return prompt.input_tokens_max
         return min(prompt.input_tokens_max, tokens + tokens // 50 + MESSAGE_OVERHEAD_TOKENS)
 
@@ -155,7 +161,7 @@ class Claude:
             stream=question,
             extensions=self._extensions,
         )
-        return Stream(self._http, request, question)
+        return Stream(self._http, request, question, model=prompt.model)
 
 
 def _arguments(prompt: Prompt) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 import httpx2
@@ -25,8 +26,10 @@ EVENT_BYTES_MAX = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Started:
+    """Comes once, before all but pings. `counts` is None where the provider begins without any."""
+
     model: str
-    counts: TokenCounts
+    counts: TokenCounts | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,8 @@ class _Usage(Struct):
 
 
 class _Message(Struct):
-    model: str
-    usage: _Usage
+    model: Any = None
+    usage: _Usage | None = None
 
 
 class _MessageStart(Struct):
@@ -97,6 +100,8 @@ class _Error(Struct):
     error: _ErrorBody
 
 
+# What is no event of Claude's, nested too deep included.
+_NONSENSE = (msgspec.MsgspecError, ValidationError, RecursionError)
 _message_start = msgspec.json.Decoder(_MessageStart)
 _block_start = msgspec.json.Decoder(_BlockStart)
 _block_delta = msgspec.json.Decoder(_BlockDelta)
@@ -121,11 +126,11 @@ class Question(httpx2.AsyncByteStream):
 class Stream:
     """One question and its answer. Nothing is sent before `steps` is read."""
 
-    def __init__(self, http: httpx2.AsyncClient, request: httpx2.Request, question: Question) -> None:
-        self._http, self._request, self._question = http, request, question
+    def __init__(self, http: httpx2.AsyncClient, request: httpx2.Request, question: Question, *, model: str) -> None:
+        self._http, self._request, self._question, self._model = http, request, question, model
         self.request_id: str | None = None
         self._parser = SseParser()
-        self._counts, self._is_started, self._is_complete = TokenCounts(), False, False
+        self._counts, self._has_begun, self._is_complete = TokenCounts(), False, False
         self._is_refused = False
         self._failure: ProviderError | None = None
 
@@ -139,7 +144,7 @@ class Stream:
         """What is counted if it ends now, in words."""
         if self.gave_nothing:
             return "Nothing was spent"
-        if not self._is_started:
+        if not self._has_begun:
             return "The question may have been heard, and is counted"
         return "What was answered so far is counted"
 
@@ -198,13 +203,22 @@ class Stream:
         try:
             for event, data in self._parser.feed(chunk):
                 if step := self._step(event, data):
+                    if not self._has_begun and not isinstance(step, Ping):
+                        steps += self._begun_with(step)
                     steps.append(step)
-        except (msgspec.MsgspecError, ValidationError) as error:
+            if self._is_complete and not self._has_begun:
+                steps += self._begun_with(None)
+        except _NONSENSE as error:
             self._failure = ProviderError(claude_problems.nonsense(self.so_far))
             self._failure.__cause__ = error
         if self._parser.waiting_bytes > EVENT_BYTES_MAX:
             self._failure = self._failure or ProviderError(claude_problems.nonsense(self.so_far))
         return steps
+
+    def _begun_with(self, first: Step | None) -> list[Step]:
+        """What is to be said before it: where the provider does not name the model, it is the one that was asked."""
+        self._has_begun = True
+        return [] if isinstance(first, Started) else [Started(self._model, None)]
 
     def _step(self, event: bytes, data: bytes) -> Step | None:
         """What the event says; None of what says nothing, and of a failure."""
@@ -215,9 +229,7 @@ class Stream:
             block = _block_start.decode(data).content_block
             return Text(block.text) if block.text and block.type == "text" else None
         if event == b"message_start":
-            message = _message_start.decode(data).message
-            self._counts, self._is_started = _overwritten(self._counts, message.usage), True
-            return Started(_model_name.validate_python(message.model), self._counts)
+            return None if self._has_begun else self._started(_message_start.decode(data).message)
         if event == b"message_delta":
             last = _message_delta.decode(data)
             if last.usage:
@@ -226,10 +238,19 @@ class Stream:
         if event == b"ping":
             return Ping()
         if event == b"error":
-            self._is_refused = not self._is_started
+            self._is_refused = not self._has_begun
             self._failure = ProviderError(claude_problems.failed(_error.decode(data).error.type, self.so_far))
         self._is_complete = self._is_complete or event == b"message_stop"
         return None
+
+    def _started(self, message: _Message) -> Started:
+        if message.usage:
+            self._counts = _overwritten(self._counts, message.usage)
+        try:
+            model = _model_name.validate_python(message.model)
+        except ValidationError:  # it is but a label
+            model = self._model
+        return Started(model, self._counts if message.usage else None)
 
     def _timed_out(self) -> Problem:
         was_sent = self._question.may_be_heard

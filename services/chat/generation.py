@@ -261,13 +261,7 @@ class Generation:
                 self._text.append(step.text)
                 self._frames.append(frame(b"delta", msgspec.json.encode({"text": step.text})))
             elif isinstance(step, Started):
-                self.model, self._has_begun = step.model, True
-                self._meter.started(step.counts)
-                # At once: from here on a process that dies has the provider's own count of the input.
-                self._write_checkpoint()
-                self._frames.append(
-                    frame(b"start", msgspec.json.encode({"generationId": self.id, "model": self.model}))
-                )
+                self._begin(step)
             elif isinstance(step, Finished):
                 self._stop_reason = step.stop_reason or self._stop_reason
                 if step.counts:
@@ -279,6 +273,14 @@ class Generation:
         self._something_new.set()
         if self._checkpoint is None:
             self._checkpoint = asyncio.get_running_loop().call_later(CHECKPOINT_EVERY_S, self._write_checkpoint)
+
+    def _begin(self, started: Started) -> None:
+        self.model, self._has_begun = started.model, True
+        if started.counts:
+            self._meter.started(started.counts)
+            # At once: from here on a process that dies has the provider's own count of the input.
+            self._write_checkpoint()
+        self._frames.append(frame(b"start", msgspec.json.encode({"generationId": self.id, "model": self.model})))
 
     def _write_checkpoint(self) -> None:
         self._checkpoint = None

@@ -90,7 +90,7 @@ def last(stop_reason: str | None = "end_turn", **usage: Any) -> dict[str, Any]:
     return {"type": "message_delta", "delta": {"stop_reason": stop_reason}, "usage": usage}
 
 
-STOP = {"type": "message_stop"}
+STOP, PING = {"type": "message_stop"}, {"type": "ping"}
 
 
 async def read(stream: Stream, steps: list[object]) -> None:
@@ -230,7 +230,7 @@ async def test_steps_are_the_model_its_words_and_its_last_count() -> None:
         said(
             start(input_tokens=7, output_tokens=1, cache_creation_input_tokens=100, cache_read_input_tokens=200),
             {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-            {"type": "ping"},
+            PING,
             text("Hello"),
             {"type": "content_block_delta", "delta": {"type": "signature_delta", "signature": "x"}},
             {"type": "an_event_of_next_year", "delta": 7},
@@ -247,6 +247,52 @@ async def test_steps_are_the_model_its_words_and_its_last_count() -> None:
         Text(" 🛤"),
         Finished(TokenCounts(input_tokens=7, output_tokens=9, **cached), "end_turn"),
     ]
+
+
+@pytest.mark.parametrize("model", ["", "m" * 129, "a\x00b", None, 7, ["m"]])
+async def test_a_model_that_cannot_be_named_is_the_one_that_was_asked(model: object) -> None:
+    odd = {"type": "message_start", "message": {"model": model, "usage": {"input_tokens": 7}}}
+    steps = await steps_of(said(odd, text("Hello"), last(output_tokens=9), STOP))
+    assert steps[0] == Started(MODEL, TokenCounts(input_tokens=7))
+
+
+@pytest.mark.parametrize(
+    "events", [[PING, text("Hel"), text("lo"), last(output_tokens=9)], [last(output_tokens=9)], []]
+)
+async def test_an_answer_without_a_beginning_begins_with_the_model_that_was_asked(
+    events: list[dict[str, Any]],
+) -> None:
+    steps = await steps_of(said(*events, STOP))
+    assert next(step for step in steps if step != Ping()) == Started(MODEL, None)
+    assert sum(isinstance(step, Started) for step in steps) == 1
+
+
+async def test_an_answer_begins_once() -> None:
+    steps = await steps_of(said(start(input_tokens=7), text("Hel"), start(input_tokens=1), text("lo"), STOP))
+    assert steps[1:] == [Text("Hel"), Text("lo")]
+
+
+async def test_what_fails_after_words_without_a_beginning_gave_something() -> None:
+    error = {"type": "error", "error": {"type": "api_error"}}
+    assert not (await failure_of(said(text("Hel"), error))).stream.gave_nothing
+    assert (await failure_of(said(PING, error))).stream.gave_nothing
+
+
+NESTED = '{"delta":' * 5_000 + "{" + "}" * 5_001
+
+
+@pytest.mark.parametrize("kind", ["message_start", "content_block_start", "content_block_delta", "message_delta"])
+async def test_an_event_that_is_nested_too_deep_makes_no_sense(kind: str) -> None:
+    events = said(start(input_tokens=7)) if kind != "message_start" else said(PING)
+    failed = await failure_of(events + f"event: {kind}\ndata: {NESTED}\n\n".encode())
+    assert failed.told == (502, "Claude's answer makes no sense")
+
+
+async def test_what_is_nested_too_deep_is_no_count_and_no_list() -> None:
+    async with provider(*[answer(200, "application/json", NESTED)] * 2) as claude:
+        assert await claude.count_input_tokens(PROMPT) == PROMPT.input_tokens_max
+        with pytest.raises(Problem):
+            await claude.resolve("claude-next")
 
 
 @pytest.mark.parametrize(("encoding", "packed"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
