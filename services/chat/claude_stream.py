@@ -234,7 +234,8 @@ class Stream:
             last = _message_delta.decode(data)
             if last.usage:
                 self._counts = _overwritten(self._counts, last.usage)
-            return Finished(self._counts if last.usage else None, last.delta.stop_reason)
+            is_counted = last.usage is not None and last.usage.output_tokens is not None
+            return Finished(self._counts if is_counted else None, last.delta.stop_reason)
         if event == b"ping":
             return Ping()
         if event == b"error":

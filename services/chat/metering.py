@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from shared.events import Outcome, TokenCounts, UsageSource
 
 NOTHING = TokenCounts()
+# On the average of an answer, far above what was ever seen.
+BYTES_A_TOKEN_MAX = 16
 
 
 def estimate_tokens(text_bytes: int) -> int:
-    """About four bytes a token, rounded up: only where the provider could not say (outcome not `completed`)."""
+    """About four bytes a token, rounded up: only of what the provider did not count."""
     return -(-text_bytes // 4)
 
 
@@ -33,7 +35,7 @@ class Meter:
         self._input_tokens_estimate = input_tokens_estimate
         self._held: Held | None = None
         self._named: TokenCounts | None = None
-        # Of the count in message_start, a placeholder, nothing is kept.
+        self._output_tokens_at_first = 0
         self._output_tokens_named: int | None = None
         self._text_bytes = 0
         self._is_counted = False
@@ -43,8 +45,8 @@ class Meter:
         self._held = held
 
     def started(self, counts: TokenCounts) -> None:
-        """The provider names the input."""
-        self._named = counts
+        """The provider names the input, and an output that is most often a placeholder."""
+        self._named, self._output_tokens_at_first = counts, counts.output_tokens
 
     def wrote(self, text: str) -> None:
         self._text_bytes += len(text.encode())
@@ -55,8 +57,21 @@ class Meter:
         self._is_counted = is_last
 
     def ended(self) -> None:
-        """The provider's last word has come: what it counted so far was all."""
+        """The provider's last word has come: what it counted so far was all.
+
+        Claude begins with a placeholder for the output and counts at the end. A provider that counted only when it
+        began meant it: nothing else is as exact. That is believed of a whole answer, unless it leaves out the input,
+        or its output is too small for the text that came, as a placeholder is whose count was lost.
+        """
+        if self._output_tokens_named is None and self._is_plausible_at_first:
+            self._output_tokens_named = self._output_tokens_at_first
         self._is_counted = self._output_tokens_named is not None
+
+    @property
+    def _is_plausible_at_first(self) -> bool:
+        if self._named is None or self._named.total == self._named.output_tokens:
+            return False
+        return self._text_bytes <= self._output_tokens_at_first * BYTES_A_TOKEN_MAX
 
     def gave_nothing(self) -> None:
         """The provider refused before it gave anything, or was not asked after all."""

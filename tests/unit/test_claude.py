@@ -334,8 +334,9 @@ async def test_what_came_with_nonsense_in_one_piece_was_given() -> None:
     assert failed.steps[1:] == [Text("Hel"), Finished(TokenCounts(input_tokens=7, output_tokens=5), None)]
 
 
-async def test_where_the_last_word_names_no_count_the_one_before_stands() -> None:
-    unnamed = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}
+@pytest.mark.parametrize("usage", [{}, {"usage": {}}, {"usage": {"input_tokens": 7, "output_tokens": None}}])
+async def test_where_the_last_word_names_no_count_the_one_before_stands(usage: dict[str, Any]) -> None:
+    unnamed = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, **usage}
     steps = await steps_of(said(start(input_tokens=7, output_tokens=1), last(None, output_tokens=5), unnamed, STOP))
     assert steps[1:] == [Finished(TokenCounts(input_tokens=7, output_tokens=5), None), Finished(None, "end_turn")]
 

@@ -1,5 +1,6 @@
 """What a generation is said to have used, at each of its steps, whatever the provider does."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,9 +76,32 @@ def test_the_providers_last_count_is_the_truth_whatever_came_before_it_and_whate
     assert (meter.counts(outcome), meter.source) == (last, "provider")
 
 
+@pytest.mark.parametrize(
+    ("first", "text_bytes", "counted", "source"),
+    [
+        (TokenCounts(input_tokens=9, output_tokens=50), 28, 59, "provider"),
+        (TokenCounts(input_tokens=9, output_tokens=50, cache_read_input_tokens=3), 28, 62, "provider"),
+        (TokenCounts(input_tokens=9, output_tokens=50), 800, 59, "provider"),
+        (TokenCounts(input_tokens=9, output_tokens=0), 0, 9, "provider"),
+        (TokenCounts(input_tokens=9, output_tokens=50), 801, 9 + 201, "estimated"),
+        (TokenCounts(input_tokens=9, output_tokens=1), 400, 9 + 100, "estimated"),
+        (TokenCounts(output_tokens=50), 400, 10 + 100, "estimated"),
+        (None, 400, 10 + 100, "estimated"),
+    ],
+)
+def test_a_count_that_came_with_the_first_word_alone_stands_unless_it_is_a_placeholder(
+    first: TokenCounts | None, text_bytes: int, counted: int, source: str
+) -> None:
+    meter = metered(Held(5_000, 5_000), [("started", first)] if first else [])
+    meter.wrote("x" * text_bytes)
+    assert meter.source == "estimated"
+    meter.ended()
+    assert (meter.counts("completed").total, meter.source) == (counted, source)
+
+
 @given(HELD, STEPS)
 def test_an_answer_that_ends_without_a_count_is_estimated(held: Held, steps: list[tuple[str, object]]) -> None:
-    meter = metered(held, [step for step in steps if step[0] != "counted"])
+    meter = metered(held, [step for step in steps if step[0] == "wrote"])
     meter.ended()
     assert meter.source == "estimated"
     assert meter.counts("completed").total > 0
