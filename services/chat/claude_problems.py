@@ -3,12 +3,24 @@
 import re
 
 import msgspec
+from msgspec import Struct
 
 from services.chat.problems import Problem
 
 # For whom it does not say when; and whatever it says, nobody is sent away for longer.
 RETRY_AFTER_S, RETRY_AFTER_S_MAX = 5, 3600
+# Of the provider's own words.
+MESSAGE_LENGTH_MAX = 500
 
+# Worth asking again.
+_BUSY = {
+    408: "Claude cannot answer now",
+    409: "Claude cannot answer now",
+    425: "Claude cannot answer now",
+    429: "Claude is limiting our rate",
+    503: "Claude is overloaded",
+    529: "Claude is overloaded",
+}
 _REFUSALS = {
     401: (502, "Claude refuses our key", "An operator must check ANTHROPIC_API_KEY."),
     402: (502, "Claude refuses our account", "An operator must check its billing at the provider."),
@@ -16,6 +28,17 @@ _REFUSALS = {
     404: (400, "Model not available", "The provider does not offer this model to this key; name another."),
     413: (413, "Conversation too long", "Shorten the conversation and try again."),
 }
+
+
+class _Error(Struct):
+    message: str
+
+
+class _Refusal(Struct):
+    error: _Error
+
+
+_refusal = msgspec.json.Decoder(_Refusal)
 
 
 class ProviderError(Exception):
@@ -28,10 +51,8 @@ class ProviderError(Exception):
 
 def refused(status: int, *, retry_after: str | None, body: bytes) -> Problem:
     """What a status other than success means."""
-    if status == 429:
-        return busy("Claude is limiting our rate", retry_after)
-    if status in (503, 529):
-        return busy("Claude is overloaded", retry_after)
+    if status in _BUSY:
+        return busy(_BUSY[status], retry_after)
     if status in _REFUSALS:
         return Problem(*_REFUSALS[status])
     if 300 <= status < 400:
@@ -74,15 +95,16 @@ def nonsense(so_far: str) -> Problem:
 def busy(title: str, retry_after: str | None) -> Problem:
     # In seconds, as Claude says it; what is no such figure says nothing.
     told = int(retry_after) if retry_after and re.fullmatch("[0-9]{1,9}", retry_after) else RETRY_AFTER_S
-    seconds = str(min(max(told, 1), RETRY_AFTER_S_MAX))
-    return Problem(503, title, f"Try again in {seconds} seconds.", headers={"Retry-After": seconds})
+    seconds = min(max(told, 1), RETRY_AFTER_S_MAX)
+    detail = f"Try again in {seconds} second{'s' if seconds > 1 else ''}."
+    return Problem(503, title, detail, headers={"Retry-After": str(seconds)})
 
 
 def _message(body: bytes) -> str:
     try:
-        document = msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        document = None
-    error = document.get("error") if isinstance(document, dict) else None
-    message = error.get("message") if isinstance(error, dict) else None
-    return str(message or "The provider found the request invalid.")
+        message = _refusal.decode(body).error.message
+    except (msgspec.MsgspecError, RecursionError):
+        message = ""
+    if len(message) > MESSAGE_LENGTH_MAX:
+        message = f"{message[: MESSAGE_LENGTH_MAX - 1]}…"
+    return message or "The provider found the request invalid."

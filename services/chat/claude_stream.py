@@ -18,9 +18,9 @@ from services.chat.problems import Problem
 from services.chat.sse import SseParser
 from shared.events import EVENT_TOKENS_MAX, Name, TokenCounts
 
-# Behind Claude's last word.
+# Behind Claude's last word, and behind the status of a refusal.
 END_WITHIN_S = 0.25
-# No event of the provider's is nearly as large: without an end to it, memory would be the limit.
+# Nothing that the provider says at once is nearly as large: without an end to it, memory would be the limit.
 EVENT_BYTES_MAX = 1024 * 1024
 
 
@@ -93,7 +93,6 @@ class _MessageDelta(Struct):
 
 class _ErrorBody(Struct):
     type: str = "api_error"
-    message: str = ""
 
 
 class _Error(Struct):
@@ -193,7 +192,7 @@ class Stream:
 
     async def _refuse(self, response: httpx2.Response) -> None:
         self._is_refused = True
-        body = await response.aread()
+        body = await _beginning_of(response)
         retry_after = response.headers.get("retry-after")
         raise ProviderError(claude_problems.refused(response.status_code, retry_after=retry_after, body=body))
 
@@ -262,10 +261,22 @@ class Stream:
         return claude_problems.broke_off(self.so_far) if was_sent else claude_problems.cannot_be_reached(502)
 
 
+async def _beginning_of(response: httpx2.Response) -> bytes:
+    """As much as comes of the words of a refusal: its status is enough."""
+    body = b""
+    with suppress(OSError, httpx2.HTTPError, aiohttp.ClientError):
+        async with asyncio.timeout(END_WITHIN_S):
+            async for chunk in response.aiter_bytes():
+                body += chunk
+                if len(body) > EVENT_BYTES_MAX:
+                    break
+    return body
+
+
 async def _read_on(chunks: AsyncIterator[bytes]) -> None:
     """Behind Claude's last word comes the end of the response, with which the connection can be used again. What
     becomes of it otherwise is nobody's concern any more."""
-    with suppress(TimeoutError, httpx2.HTTPError):
+    with suppress(OSError, httpx2.HTTPError, aiohttp.ClientError):
         async with asyncio.timeout(END_WITHIN_S):
             async for _ in chunks:
                 pass

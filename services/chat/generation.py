@@ -15,7 +15,7 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from services.chat.claude import Claude, Prompt
-from services.chat.claude_problems import ProviderError
+from services.chat.claude_problems import ProviderError, cannot_be_reached
 from services.chat.claude_stream import Finished, Started, Step, Stream, Text
 from services.chat.deadline import Deadline
 from services.chat.metering import Held, Meter
@@ -45,8 +45,10 @@ CHECKPOINT_EVERY_S = 0.1
 STREAM_TAKES_IT_WITHIN_S = 10.0
 
 
-def _too_long(so_far: str) -> Problem:
-    return Problem(504, "Claude took too long", f"{so_far}; ask for less at a time.")
+def _too_long(stream: Stream) -> Problem:
+    if stream.gave_nothing:
+        return cannot_be_reached(504)
+    return Problem(504, "Claude took too long", f"{stream.so_far}; ask for less at a time.")
 
 
 def _broken(so_far: str) -> Problem:
@@ -228,7 +230,7 @@ class Generation:
         try:
             outcome = await self._pass_all_on(stream)
         except TimeoutError:
-            self.problem = (_restarting if self._early_end else _too_long)(stream.so_far)
+            self.problem = _restarting(stream.so_far) if self._early_end else _too_long(stream)
             outcome = self._early_end or "interrupted"
         except ProviderError as error:
             self.problem, outcome = error.problem, "provider_error"

@@ -174,7 +174,7 @@ async def test_a_question_that_was_never_sent_costs_nothing(
                 async with asyncio.timeout(patience_s):
                     answer = await http.post("/api/chat", json=body)
                     assert answer.status_code == 504
-                    assert answer.json()["detail"].startswith("Nothing was spent")
+                    assert "Nothing was spent" in answer.json()["detail"]
             record = await record_of(elsewhere, user)
     assert (record["outcome"], record["usage_source"], record["tokens_used"]) == (outcome, "provider", 0)
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.claude.requests import CountTokensRequest
+from services.chat import claude as claude_module
 from services.chat.claude import KNOWN, RETIRED, Claude, Prompt
 from services.chat.claude_problems import ProviderError
 from services.chat.claude_stream import Finished, Ping, Started, Stream, Text
@@ -373,6 +374,9 @@ async def test_a_later_count_replaces_an_earlier_one_and_what_it_leaves_out_stay
         (402, 502, "Claude refuses our account"),
         (403, 502, "Claude refuses our key"),
         (404, 400, "Model not available"),
+        (408, 503, "Claude cannot answer now"),
+        (409, 503, "Claude cannot answer now"),
+        (425, 503, "Claude cannot answer now"),
         (413, 413, "Conversation too long"),
         (422, 400, "Claude refuses the request"),
         (429, 503, "Claude is limiting our rate"),
@@ -411,7 +415,33 @@ async def test_a_refusal_of_the_providers_is_told_in_words(status: int, problem:
 async def test_a_busy_provider_is_asked_again_when_it_says(header: str, seconds: str) -> None:
     problem = (await failure_of(refusal(429, "busy", header))).problem
     assert problem.headers["Retry-After"] == seconds
-    assert f"{seconds} seconds" in problem.document["detail"]
+    assert problem.document["detail"] == f"Try again in {seconds} second{'s' if seconds != '1' else ''}."
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        ('{"error": {"message": "max_tokens: too large"}}', "max_tokens: too large"),
+        (json.dumps({"error": {"message": "x" * 200_000}}), "x" * 499 + "…"),
+        ('{"error": {"message": {"a": 1}}}', "The provider found the request invalid."),
+        ('{"error": {"message": ""}}', "The provider found the request invalid."),
+        ('{"error": "no"}', "The provider found the request invalid."),
+        ("<h1>A proxy's page</h1>", "The provider found the request invalid."),
+        ("[" * 100_000, "The provider found the request invalid."),
+        ("", "The provider found the request invalid."),
+    ],
+)
+async def test_the_providers_own_words_are_passed_on_where_they_are_words(body: str, detail: str) -> None:
+    failed = await failure_of(answer(400, "application/json", body))
+    assert failed.told == (400, "Claude refuses the request")
+    assert failed.problem.document["detail"] == detail
+
+
+@pytest.mark.parametrize("headers", ["content-length: 100", "content-encoding: gzip", "content-length: 9"])
+async def test_a_refusal_is_one_whatever_becomes_of_its_words(headers: str) -> None:
+    failed = await failure_of(answer(529, "application/json", "not whole", headers))
+    assert failed.told == (503, "Claude is overloaded")
+    assert failed.stream.gave_nothing
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -499,6 +529,19 @@ async def test_whoever_leaves_before_there_is_a_connection_has_sent_nothing() ->
         await claude.close()
     assert stream.gave_nothing
     assert stream.so_far == "Nothing was spent"
+
+
+async def test_a_connection_that_does_not_come_about_in_time_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claude_module, "CONNECT_TIMEOUT_S", 0.2)
+    with full_listener() as port:
+        claude = Claude(api_key="any", base_url=f"http://127.0.0.1:{port}")
+        with pytest.raises(ProviderError) as failure:
+            await read(claude.stream(PROMPT), [])
+        await claude.close()
+    assert (failure.value.problem.status, failure.value.problem.document["title"]) == (
+        504,
+        "Claude cannot be reached",
+    )
 
 
 async def test_whoever_leaves_at_whichever_step_has_sent_nothing_or_was_heard() -> None:
