@@ -302,6 +302,72 @@ async def test_a_busy_server_is_told_in_words_and_can_be_tried_again(page: Page,
     await expect(page.get_by_role("alert")).to_be_hidden()
 
 
+@pytest.mark.parametrize(
+    ("directive", "words"),
+    [
+        ("[fail 529]", "Claude is overloaded. Try again in 5 seconds."),
+        ("[fail 429]", "Claude is limiting our rate. Try again in 2 seconds."),
+    ],
+)
+async def test_when_to_try_again_is_said_once(
+    page: Page, stack: Stack, user_id: str, *, directive: str, words: str
+) -> None:
+    await open_rail(page, stack, user_id)
+
+    await send(page, f"Hello {directive}")
+
+    await expect(page.get_by_role("alert").locator("p")).to_have_text(words)
+    await expect(page.get_by_role("button", name="Try again")).to_be_visible()
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "note"),
+    [
+        ("end_turn", None),
+        ("max_tokens", "The answer was cut off: it reached its token limit."),
+        ("model_context_window_exceeded", "The answer was cut off: the conversation is as long as Claude can read."),
+        ("pause_turn", "Claude paused here: ask it to go on."),
+        ("refusal", "Claude declined to go on."),
+    ],
+)
+async def test_an_answer_that_is_not_whole_has_a_note(
+    page: Page, stack: Stack, user_id: str, *, stop_reason: str, note: str | None
+) -> None:
+    await open_rail(page, stack, user_id)
+
+    await send(page, f"Hello [stop {stop_reason}]")
+
+    await expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
+    await expect(messages(page, "assistant")).not_to_be_empty()
+    if note:
+        await expect(page.get_by_text(note)).to_be_visible()
+    else:
+        await expect(page.get_by_role("log").locator(".message-note:visible")).to_have_count(0)
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "words", "can_retry"),
+    [
+        ("end_turn", "The answer was empty.", True),
+        ("refusal", "Claude declined to answer.", False),
+        ("model_context_window_exceeded", "The conversation is as long as Claude can read.", False),
+    ],
+)
+async def test_an_empty_answer_is_asked_for_again_only_where_that_can_help(
+    page: Page, stack: Stack, user_id: str, *, stop_reason: str, words: str, can_retry: bool
+) -> None:
+    await open_rail(page, stack, user_id)
+    started = ("start", {"generationId": "g", "model": "claude-haiku-4-5"})
+    empty = server_events(started, ("done", {"stopReason": stop_reason}))
+    await page.route(CHAT_CALLS, lambda route: route.fulfill(content_type="text/event-stream", body=empty))
+
+    await send(page, "Hello")
+
+    await expect(page.get_by_role("alert")).to_contain_text(words)
+    await expect(page.get_by_role("button", name="Try again")).to_be_visible(visible=can_retry)
+    await expect(page.get_by_role("textbox")).to_have_value("Hello")
+
+
 async def test_a_question_too_large_for_the_whole_plan_is_no_reached_limit(
     page: Page, stack: Stack, user_id: str
 ) -> None:
@@ -334,6 +400,15 @@ async def test_an_answer_that_breaks_off_is_kept_with_the_reason(page: Page, sta
     await expect(messages(page, "assistant")).to_have_text("Half an")
     await expect(page.get_by_text("The answer broke off. Claude stopped answering.")).to_be_visible()
     await expect(page.get_by_role("textbox")).to_have_value("")
+
+
+async def test_that_an_answer_broke_off_is_said_once(page: Page, stack: Stack, user_id: str) -> None:
+    await open_rail(page, stack, user_id)
+
+    await send(page, "Hello [cut middle]")
+
+    words = "Claude's answer broke off. The connection ended. What was answered so far is counted; try again."
+    await expect(page.get_by_text(words, exact=True)).to_be_visible()
 
 
 async def test_stopped_before_the_first_word_the_message_is_given_back(

@@ -46,7 +46,17 @@ const ORIGIN = new URL(import.meta.url).origin;
 const STYLESHEET = new URL("./chat-rail.css", import.meta.url).href;
 const BOTTOM_SLACK_PX = 48;
 const LIMIT_NOTE = "The answer was cut short: there were no more tokens left for it.";
-const STOP_REASON_NOTES = { max_tokens: "The answer was cut off: it reached its token limit." };
+const STOP_REASON_NOTES = {
+  max_tokens: "The answer was cut off: it reached its token limit.",
+  model_context_window_exceeded: "The answer was cut off: the conversation is as long as Claude can read.",
+  pause_turn: "Claude paused here: ask it to go on.",
+  refusal: "Claude declined to go on.",
+};
+// Asking for these again costs tokens, and cannot help.
+const EMPTY_FOR_GOOD = {
+  model_context_window_exceeded: "The conversation is as long as Claude can read.",
+  refusal: "Claude declined to answer.",
+};
 const USAGE_MEMBERS = [
   "tier",
   "tokensUsed",
@@ -290,10 +300,15 @@ export class ChatRail extends HTMLElement {
     const isKept = bubble.node.isConnected;
     if (fault?.name === "AbortError") show(bubble.note, isKept ? "Stopped." : "");
     else if (fault instanceof Problem && fault.isTokenLimit) this.#onRefused(fault);
-    else if (fault && isKept) show(bubble.note, `The answer broke off. ${faultWords(fault, { isAccepted }).join(" ")}`);
+    else if (fault && isKept) show(bubble.note, brokeOffText(fault, { isAccepted }));
     else if (fault) this.#showProblem(fault, { isAccepted, canRetry: !fault.isCallersFault });
     else show(bubble.note, isLimitReached ? LIMIT_NOTE : (STOP_REASON_NOTES[stopReason] ?? ""));
-    if (!fault && !isKept) this.#showProblem(new Problem({ title: "The answer was empty." }), { canRetry: true });
+    if (!fault && !isKept) this.#showEmpty(stopReason);
+  }
+
+  #showEmpty(stopReason) {
+    const reason = EMPTY_FOR_GOOD[stopReason];
+    this.#showProblem(new Problem({ title: reason ?? "The answer was empty." }), { canRetry: !reason });
   }
 
   /** At the limit: nothing was sent to Claude, so nothing of the conversation may change. */
@@ -450,8 +465,14 @@ function faultWords(fault, { isAccepted }) {
       ? ["The connection was lost.", "You can ask again."]
       : ["The message could not be sent.", "It is kept below."];
   }
-  const wait = fault.retryAfterS === null ? "" : `You can try again in ${secondsText(fault.retryAfterS)}.`;
+  const isSaid = fault.retryAfterS === null || /try again/i.test(fault.detail);
+  const wait = isSaid ? "" : `You can try again in ${secondsText(fault.retryAfterS)}.`;
   return [sentence(fault.message), [sentence(fault.detail), wait].filter(Boolean).join(" ")];
+}
+
+function brokeOffText(fault, { isAccepted }) {
+  const words = faultWords(fault, { isAccepted }).join(" ");
+  return /^[^.]*broke off/.test(words) ? words : `The answer broke off. ${words}`;
 }
 
 function secondsText(seconds) {
