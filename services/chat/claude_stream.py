@@ -110,8 +110,10 @@ _model_name: TypeAdapter[str] = TypeAdapter(Name)
 
 
 class Question(httpx2.AsyncByteStream):
-    """The request's body. The HTTP client begins to read it when a connection stands, and writes the headers with it:
-    until then not a byte of the request was sent."""
+    """The body of a request, which knows whether anything of the request may have been sent.
+
+    The HTTP client begins to read it when a connection stands, and writes the headers together with it.
+    """
 
     def __init__(self, body: bytes) -> None:
         self._body = body

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import uuid4
 
@@ -146,7 +146,7 @@ async def test_whoever_leaves_stops_claude_also_before_the_first_word_and_withou
     assert record["output_tokens"] < 100
 
 
-# A provider that hears nothing
+# A provider of the test's own
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,54 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, other_port: int) -> Iter
     data = tmp_path_factory.mktemp("elsewhere") / "data"
     with Stack(data, CHATRAIL_CLAUDE_TOTAL_S="1.5", **named) as running:
         yield running
+
+
+@asynccontextmanager
+async def saying(port: int, *events: dict[str, Any]) -> AsyncIterator[None]:
+    """A provider that answers every question with these."""
+    frames = "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{frames}".encode())
+        writer.write_eof()
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", port)
+    yield
+    server.close()
+    await server.wait_closed()
+
+
+TEXT = {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Four words and more."}}
+END = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}
+STOP = {"type": "message_stop"}
+
+
+async def test_a_provider_that_counts_in_its_first_word_alone_is_believed(
+    elsewhere: Stack, other_port: int, user: str
+) -> None:
+    usage = {"input_tokens": 9, "output_tokens": 50}
+    begins = {"type": "message_start", "message": {"model": "m" * 129, "usage": usage}}
+    async with saying(other_port, begins, TEXT, END, STOP), client_of(elsewhere) as http:
+        answer = await ask(http, user, "Hello")
+    assert (answer.last, answer.data["tokensUsed"]) == ("done", 59)
+    record = await record_of(elsewhere, user)
+    assert (record["outcome"], record["usage_source"], record["tokens_used"]) == ("completed", "provider", 59)
+
+
+async def test_a_reader_hears_of_the_start_first_also_where_the_provider_does_not_tell_of_it(
+    elsewhere: Stack, other_port: int, user: str
+) -> None:
+    async with saying(other_port, TEXT, END, STOP), client_of(elsewhere) as http:
+        body = {"userId": user, "messages": [{"role": "user", "content": "Hello"}], "model": "claude-haiku-4-5"}
+        told = (await http.post("/api/chat", json=body)).text
+    names = [line.removeprefix("event: ") for line in told.splitlines() if line.startswith("event: ")]
+    assert names == ["start", "delta", "usage", "done"]
+    assert '"model":"claude-haiku-4-5"' in told.partition("\n\n")[0]
+    record = await record_of(elsewhere, user)
+    assert (record["outcome"], record["usage_source"], record["output_tokens"]) == ("completed", "estimated", 5)
 
 
 @pytest.mark.parametrize(("patience_s", "outcome"), [(0.5, "disconnected"), (10, "interrupted")])
