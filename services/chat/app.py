@@ -15,7 +15,8 @@ from services.chat import identity, loopback, problems
 from services.chat.adjustments import Adjustments
 from services.chat.claude import Claude
 from services.chat.deadline import Deadline
-from services.chat.generation import Generations, Parts, Policies
+from services.chat.generation import Parts, Policies
+from services.chat.generations import Generations
 from services.chat.head import Head
 from services.chat.limits import BodyLimit
 from services.chat.outbox import Outbox

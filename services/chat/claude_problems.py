@@ -84,6 +84,10 @@ def silent(so_far: str) -> Problem:
     return Problem(504, "Claude did not answer in time", f"{so_far}; try again.")
 
 
+def too_long(so_far: str) -> Problem:
+    return Problem(504, "Claude took too long", f"{so_far}; ask for less at a time.")
+
+
 def broke_off(so_far: str) -> Problem:
     return Problem(502, "Claude's answer broke off", f"The connection ended. {so_far}; try again.")
 

@@ -149,6 +149,11 @@ class Stream:
             return "The question may have been heard, and is counted"
         return "What was answered so far is counted"
 
+    def too_long(self) -> Problem:
+        """What it means to the reader that the time for the whole answer is over."""
+        was_sent = self._question.may_be_heard
+        return claude_problems.too_long(self.so_far) if was_sent else claude_problems.cannot_be_reached(504)
+
     async def steps(self) -> AsyncGenerator[list[Step], None]:
         """What has arrived, as it arrives. Ends after Claude's last word.
 

@@ -15,12 +15,12 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from services.chat.claude import Claude, Prompt
-from services.chat.claude_problems import ProviderError, cannot_be_reached
+from services.chat.claude_problems import ProviderError
 from services.chat.claude_stream import Finished, Started, Step, Stream, Text
 from services.chat.deadline import Deadline
 from services.chat.metering import Held, Meter
 from services.chat.outbox import Outbox
-from services.chat.problems import Problem
+from services.chat.problems import Problem, broken, not_counted_yet, restarting
 from services.chat.publisher import Publisher
 from services.chat.quota import Quota
 from services.chat.sse import KEEPALIVE, frame
@@ -43,30 +43,6 @@ _ENVELOPE: dict[str, Any] = {
 CHECKPOINT_EVERY_S = 0.1
 # Of a settlement that the disk refuses; after it the reader is told that the answer is not counted yet.
 STREAM_TAKES_IT_WITHIN_S = 10.0
-
-
-def _too_long(stream: Stream) -> Problem:
-    if stream.gave_nothing:
-        return cannot_be_reached(504)
-    return Problem(504, "Claude took too long", f"{stream.so_far}; ask for less at a time.")
-
-
-def _broken(so_far: str) -> Problem:
-    return Problem(500, "Internal error", f"Something went wrong on our side. {so_far}.")
-
-
-def _restarting(so_far: str) -> Problem:
-    return Problem(
-        503, "The service is restarting", f"{so_far}. Try again in 2 seconds.", headers={"Retry-After": "2"}
-    )
-
-
-def _not_counted_yet() -> Problem:
-    return Problem(
-        503,
-        "Not counted yet",
-        "The answer is whole, but neither disk nor stream takes its count now; it is counted once one of them does.",
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,14 +206,14 @@ class Generation:
         try:
             outcome = await self._pass_all_on(stream)
         except TimeoutError:
-            self.problem = _restarting(stream.so_far) if self._early_end else _too_long(stream)
+            self.problem = restarting(stream.so_far) if self._early_end else stream.too_long()
             outcome = self._early_end or "interrupted"
         except ProviderError as error:
             self.problem, outcome = error.problem, "provider_error"
         except Exception:
             # Whatever it is, the tokens were given: settle them, and say that it was our side.
             log.exception("generation_broke", generation_id=self.id)
-            self.problem, outcome = _broken(stream.so_far), "provider_error"
+            self.problem, outcome = broken(stream.so_far), "provider_error"
         finally:
             if self._checkpoint:
                 self._checkpoint.cancel()
@@ -303,7 +279,7 @@ class Generation:
             # The disk is full or broken. The stream can still have the event, and the publisher does not give up.
             log.error("outbox_cannot_settle", generation_id=self.id, error=str(error))
             if not await self._parts.publisher.deliver(event, timeout_s=STREAM_TAKES_IT_WITHIN_S):
-                self.problem = self.problem or _not_counted_yet()
+                self.problem = self.problem or not_counted_yet()
         else:
             self._parts.publisher.offer([event])
         self._parts.quota.remember(event)
@@ -413,43 +389,3 @@ def _is_doubtful(refusal: Exception) -> bool:
     if isinstance(refusal, Problem | Unavailable | BadCall):
         return isinstance(refusal, Unanswered) or isinstance(refusal.__cause__, Unanswered)
     return True
-
-
-class Generations:
-    """All that are under way: started here, and waited for before the process ends."""
-
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
-        self._running: dict[asyncio.Task[None], Generation] = {}
-        self._is_closed = False
-
-    async def start(
-        self, prompt: Prompt, *, generation_id: str, user_id: str, metadata: Metadata, has_left: HasLeft
-    ) -> Generation:
-        """Authorized and on the outbox. Raises Problem 429, or Unavailable: then Claude was not asked."""
-        if self._is_closed:
-            raise Unavailable("The service is restarting.", retry_after_s=2)
-        generation = Generation(self.parts, prompt, generation_id=generation_id, user_id=user_id, metadata=metadata)
-        await generation.authorize(has_left)
-        task = asyncio.create_task(generation.run(), name=f"generation {generation_id}")
-        self._running[task] = generation
-        task.add_done_callback(self._ended)
-        return generation
-
-    def close(self) -> None:
-        """No new ones."""
-        self._is_closed = True
-
-    def interrupt(self) -> None:
-        """End what is still running; each is settled as `interrupted`."""
-        for generation in self._running.values():
-            generation.interrupt()
-
-    async def stop(self) -> None:
-        self.interrupt()
-        await asyncio.gather(*self._running, return_exceptions=True)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        del self._running[task]
-        if not task.cancelled() and (error := task.exception()):
-            log.error("generation_failed", task=task.get_name(), error=repr(error))

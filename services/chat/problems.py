@@ -70,6 +70,25 @@ def unavailable(error: Unavailable) -> Problem:
     )
 
 
+def broken(so_far: str) -> Problem:
+    """In the middle of an answer. `so_far` says what is counted of it."""
+    return Problem(500, "Internal error", f"Something went wrong on our side. {so_far}.")
+
+
+def restarting(so_far: str) -> Problem:
+    return Problem(
+        503, "The service is restarting", f"{so_far}. Try again in 2 seconds.", headers={"Retry-After": "2"}
+    )
+
+
+def not_counted_yet() -> Problem:
+    return Problem(
+        503,
+        "Not counted yet",
+        "The answer is whole, but neither disk nor stream takes its count now; it is counted once one of them does.",
+    )
+
+
 def install(app: FastAPI) -> None:
     """Every error of every route leaves as a problem document."""
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, field
 
 from services.chat.claude import Prompt
 from services.chat.deadline import Deadline
-from services.chat.generation import Generations
+from services.chat.generations import Generations
 from services.chat.problems import MEDIA_TYPE, Problem
 from services.chat.ratelimit import headers
 from services.chat.reading import Body, OneReading
