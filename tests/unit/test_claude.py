@@ -571,3 +571,27 @@ async def test_whoever_leaves_at_whichever_step_has_sent_nothing_or_was_heard() 
     await eventually(are_heard, deadline_s=5)
     server.close()
     await server.wait_closed()
+
+
+async def test_a_question_of_which_only_a_part_was_sent_may_have_been_heard() -> None:
+    is_over = asyncio.Event()
+    heard = asyncio.Event()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(1)
+        heard.set()
+        await is_over.wait()
+        writer.close()
+
+    server = await asyncio.start_server(listen, "127.0.0.1", 0)
+    claude = Claude(api_key="any", base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    stream = claude.stream(Prompt(MODEL, [{"role": "user", "content": "x" * 32 * 1024 * 1024}], None, 100))
+    reading = asyncio.create_task(read(stream, []))
+    await heard.wait()
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert not stream.gave_nothing
+    is_over.set()
+    await claude.close()
+    server.close()
+    await server.wait_closed()
