@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from shared.broker import BROKER_GONE, ERROR, ERROR_CODE, cancelled, close, connect_options
 from shared.catchup import catch_up, keep_position
 from shared.consumer import Handler, apply, consume
-from shared.database import Database
+from shared.database import CommitUnknown, Database
 from shared.errors import BadCall, Unavailable
 from shared.guards import agree_on_bus, bus_missing, essential, watch_bus
 from shared.telemetry import PART_TIMEOUT_S, Missing
@@ -138,7 +138,9 @@ class _Line:
         elif isinstance(answer, Unavailable):
             await self._fault(message, "503", answer.detail)
         else:
-            await self._fault(message, "503", "The service could not answer; it is looking into it.")
+            # Nobody knows whether what was asked was done.
+            code = "504" if isinstance(answer, CommitUnknown) else "503"
+            await self._fault(message, code, "The service could not answer; it is looking into it.")
 
     async def _fault(self, message: Msg, code: str, detail: str) -> None:
         headers = {ERROR_CODE: code, ERROR: detail.encode("ascii", "replace").decode()}

@@ -191,5 +191,5 @@ async def call(nc: Client, subject: str, request: Encodable, *, timeout_s: float
         raise Unanswered(f"The {service} service does not answer right now.") from error
     if reply.headers and (code := reply.headers.get(ERROR_CODE)):
         detail = reply.headers.get(ERROR, "")
-        raise BadCall(detail) if code == "400" else Unavailable(detail)
+        raise {"400": BadCall, "504": Unanswered}.get(code, Unavailable)(detail)
     return reply.data

@@ -112,6 +112,10 @@ def _moment(text: str) -> datetime:
     return datetime.fromisoformat(text).astimezone(UTC)
 
 
+class CommitUnknown(OperationalError):
+    """The link broke after the work was done, before its commit was confirmed: nobody knows whether it stands."""
+
+
 class Database:
     """`await write(work, ...)` runs `work(connection, ...)` in one transaction, in a thread; so does `read`.
 
@@ -138,7 +142,10 @@ class Database:
     async def write(
         self, work: Callable[Concatenate[Connection, P], Result], *args: P.args, **kw: P.kwargs
     ) -> Result:
-        """What `work` returns, once it is committed with fsync; rolled back when it raises."""
+        """What `work` returns, once it is committed with fsync; rolled back when it raises.
+
+        Raises CommitUnknown where it may be committed all the same, also once it was tried again.
+        """
         return await _in_thread(self._write_threads, self._writer, lambda db: work(db, *args, **kw))
 
     async def read(self, work: Callable[Concatenate[Connection, P], Result], *args: P.args, **kw: P.kwargs) -> Result:
@@ -228,13 +235,26 @@ async def _in_thread(threads: Executor, engine: Engine, work: Callable[[Connecti
         except DBAPIError as error:
             if not error.connection_invalidated:
                 raise
-            # The server has closed it, perhaps hours ago: the pool is empty now. Work is idempotent, so also where
-            # the commit got through and only its answer did not. A ping before each would cost every transaction.
+            cut = error
+        # The server has closed it, perhaps hours ago: the pool is empty now. Work is idempotent, so also where the
+        # commit got through and only its answer did not. A ping before each would cost every transaction.
+        try:
             return once()
+        except DBAPIError as error:
+            if isinstance(cut, CommitUnknown):
+                raise cut from error
+            raise
 
     def once() -> Result:
-        with engine.begin() as connection:
-            return work(connection)
+        with engine.connect() as connection, connection.begin() as begun:
+            result = work(connection)
+            try:
+                begun.commit()
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                raise CommitUnknown(None, None, error.orig or error, connection_invalidated=True) from error
+            return result
 
     return await asyncio.get_running_loop().run_in_executor(threads, transaction)
 

@@ -117,7 +117,7 @@ class Generation:
                 self._parts.claude, self._prompt, generation_id=self.id, user_id=self.user_id, has_left=has_left
             )
         except Exception as refusal:
-            await self._withdraw(intent, intending, may_be_held=_is_doubtful(refusal))
+            await self._withdraw(intent, intending, may_be_held=is_doubtful(refusal))
             raise
         self._authorized = _authorized(self._prompt, held, granted)
         self._is_clamped = granted.output_tokens_max < self._prompt.output_tokens_max
@@ -384,7 +384,7 @@ def _authorized(prompt: Prompt, held: Held, granted: Granted) -> Authorized | No
     )
 
 
-def _is_doubtful(refusal: Exception) -> bool:
+def is_doubtful(refusal: Exception) -> bool:
     """Whether quota may have granted a hold although it was not heard to."""
     if isinstance(refusal, Problem | Unavailable | BadCall):
         return isinstance(refusal, Unanswered) or isinstance(refusal.__cause__, Unanswered)

@@ -1,19 +1,23 @@
 """How chat asks quota, with a quota that behaves as no real one does on demand."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from sqlalchemy.exc import OperationalError
 
 from services.chat.claude import Claude, Prompt
 from services.chat.deadline import Deadline
+from services.chat.generation import is_doubtful
 from services.chat.metering import Held
 from services.chat.problems import Problem
 from services.chat.quota import Quota
 from shared import calls
+from shared.answering import Answering, Call
 from shared.calls import Authorization, Authorize, Granted, Refused, UsageAnswer, UsageQuery
+from shared.database import CommitUnknown
 from shared.errors import Unanswered, Unavailable
 from tests.builders import NOON, usage_reported
 from tests.fixtures import eventually
@@ -95,6 +99,23 @@ async def test_who_cannot_be_asked_again_may_still_grant_the_question_before(nat
     with pytest.raises(Unavailable) as refused:
         await Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
     assert isinstance(refused.value.__cause__, Unanswered)
+
+
+@pytest.mark.parametrize("is_unknown", [True, False])
+async def test_a_hold_that_quota_may_have_committed_may_be_held(
+    nats: Client, claude: Claude, *, is_unknown: bool
+) -> None:
+    failure = (CommitUnknown if is_unknown else OperationalError)(None, None, Exception("cut"))
+
+    async def fails(_requests: Sequence[Authorize]) -> list[Authorization | Exception]:
+        raise failure
+
+    quota = Answering(nats, [Call(calls.AUTHORIZE, Authorize, fails)])
+    await quota.start()
+    with pytest.raises(Unavailable) as refused:
+        await Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
+    assert is_doubtful(refused.value) is is_unknown
+    await quota.stop()
 
 
 async def test_the_newest_is_in_every_answer_however_much_came_before_it(nats: Client) -> None:

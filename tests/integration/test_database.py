@@ -13,10 +13,10 @@ from sqlalchemy import Connection, make_url, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from shared import database as settings
-from shared.database import Database
+from shared.database import CommitUnknown, Database
 from shared.settings import sqlite_url
 from tests.fixtures import Postgres, eventually
-from tests.proxy import Proxy
+from tests.proxy import Mode, Proxy
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,23 @@ async def test_a_link_that_was_cut_costs_an_error_at_once_and_none_when_it_is_ba
     assert time.monotonic() - begun < 1
     proxy.set("pass")
     assert (await database.read(one), await database.write(one)) == (1, 1)
+
+
+@pytest.mark.parametrize("how", ["cut", "half_open"])
+async def test_who_loses_the_link_before_the_commit_is_confirmed_does_not_say_that_nothing_was_done(
+    behind: Behind, how: Mode
+) -> None:
+    def done(db: Connection) -> None:
+        one(db)
+        loop.call_soon_threadsafe(behind.proxy.set, how)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()
+
+    loop = asyncio.get_running_loop()
+    with pytest.raises(CommitUnknown):
+        await behind.database.write(done)
+    with pytest.raises(DBAPIError) as never_begun:
+        await behind.database.write(one)
+    assert not isinstance(never_begun.value, CommitUnknown)
 
 
 async def test_a_slow_link_is_not_given_up(behind: Behind) -> None:
