@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from shared.errors import Misconfigured
 from shared.recorded import Recorded
+from shared.streams import STREAM
 
 BATCH_SIZE = 1000
 # What is gathered before it is compressed and written: some 16 MB.
@@ -124,6 +125,11 @@ class Archive:
                 f"The archive's file {path} is not what was archived: it had {manifest.size_bytes:,} bytes with the "
                 f"SHA-256 {manifest.sha256}, and has {size_bytes:,} with {sha256}. Restore it from a copy."
             )
+        for name, told, is_so in unlike(manifest, contents(path)):
+            raise Misconfigured(
+                f"The archive's file {path} is not what its manifest says: {name} is {is_so}, and not {told}. "
+                "Restore both from a copy."
+            )
         self._checked.add(manifest.name)
 
     def read(self, *, first: int, last: int, is_doubted: bool = False) -> Iterator[list[Recorded]]:
@@ -159,19 +165,64 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Contents(NamedTuple):
+    """What a file itself has: which messages, whether they follow each other, when their ends were stored."""
+
+    first: int
+    last: int
+    is_whole: bool
+    first_stored_at: datetime
+    last_stored_at: datetime
+
+
+def contents(path: Path) -> Contents:
+    """Reads no body. Raises Misconfigured when the file cannot be read, or has no message."""
+    pyarrow, parquet = _pyarrow()
+    ends, expected, is_whole = list[tuple[int, int]](), None, True
+    with _reading(path, pyarrow), parquet.ParquetFile(path, memory_map=False) as file:
+        for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["sequence", "stored_at"]):
+            sequences = batch.column("sequence").to_pylist()
+            moments = batch.column("stored_at").cast(pyarrow.int64())
+            first = sequences[0] if expected is None else expected
+            expected = first + len(sequences)
+            is_whole = is_whole and sequences == list(range(first, expected))
+            ends += [(sequences[0], moments[0].as_py()), (sequences[-1], moments[-1].as_py())]
+            del ends[1:-1]
+        (first, first_stored_at), (last, last_stored_at) = ends
+    return Contents(first, last, is_whole, _moment(first_stored_at), _moment(last_stored_at))
+
+
+def unlike(manifest: Manifest, found: Contents) -> Iterator[tuple[str, str, str]]:
+    """Of what the manifest says, what is not so: its name, what is said, and what is so."""
+    said = {
+        "stream": (manifest.stream, STREAM),
+        "messages": (f"{manifest.first} to {manifest.last}", f"{found.first} to {found.last}"),
+        "firstStoredAt": (manifest.first_stored_at.isoformat(), found.first_stored_at.isoformat()),
+        "lastStoredAt": (manifest.last_stored_at.isoformat(), found.last_stored_at.isoformat()),
+    }
+    yield from ((name, told, is_so) for name, (told, is_so) in said.items() if told != is_so)
+    if not found.is_whole:
+        yield "messages", "one behind the other", "in another order, or not all"
+
+
 def read_file(path: Path, *, first: int = 1, last: int = sys.maxsize) -> Iterator[list[Recorded]]:
     """Messages from `first` to `last`, in batches, in the order of the file.
 
     Raises Misconfigured when it cannot be read.
     """
     pyarrow, parquet = _pyarrow()
+    with _reading(path, pyarrow), parquet.ParquetFile(path, memory_map=False) as file:
+        groups = [nth for nth, (low, high) in enumerate(_ranges(file)) if low <= last and high >= first]
+        for batch in file.iter_batches(BATCH_SIZE, row_groups=groups, columns=list(COLUMNS)):
+            if messages := [each for each in _messages(batch, pyarrow) if first <= each.sequence <= last]:
+                yield messages
+
+
+@contextmanager
+def _reading(path: Path, pyarrow: Any) -> Iterator[None]:
     try:
-        with parquet.ParquetFile(path, memory_map=False) as file:
-            groups = [nth for nth, (low, high) in enumerate(_ranges(file)) if low <= last and high >= first]
-            for batch in file.iter_batches(BATCH_SIZE, row_groups=groups, columns=list(COLUMNS)):
-                if messages := [each for each in _messages(batch, pyarrow) if first <= each.sequence <= last]:
-                    yield messages
-    except (pyarrow.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
+        yield
+    except (pyarrow.ArrowException, OSError, LookupError, ValueError, AttributeError) as error:
         raise Misconfigured(f"The archive's file {path} cannot be read: restore it from a copy.") from error
 
 
@@ -187,7 +238,11 @@ def _messages(batch: Any, pyarrow: Any) -> Iterator[Recorded]:
     columns[-1] = columns[-1].cast(pyarrow.int64())
     for sequence, subject, headers, body, stored in zip(*(column.to_pylist() for column in columns), strict=True):
         told = None if headers is None else json.loads(headers)
-        yield Recorded(sequence, subject, body, _EPOCH + stored * _MICROSECOND, told)
+        yield Recorded(sequence, subject, body, _moment(stored), told)
+
+
+def _moment(microseconds: int) -> datetime:
+    return _EPOCH + microseconds * _MICROSECOND
 
 
 @contextmanager

@@ -21,7 +21,17 @@ from services.ledger.checkpoint import Keys, Signature, checkpoint
 from services.ledger.merkle import Frontier, Head, leaf_hash
 from services.ledger.seals import Rows, Sealed, event_id, paged, sealed_after
 from services.ledger.verify_record import read_checkpoint
-from shared.archive import Archive, Manifest, file_name, put_in_place, read_file, sha256_of, writing
+from shared.archive import (
+    Archive,
+    Manifest,
+    contents,
+    file_name,
+    put_in_place,
+    read_file,
+    sha256_of,
+    unlike,
+    writing,
+)
 from shared.errors import Misconfigured
 from shared.record import check_origin
 from shared.recorded import Recorded, recorded
@@ -261,13 +271,20 @@ async def altered(
     """
     found = list[Altered]()
     try:
-        if (sha256 := await asyncio.to_thread(sha256_of, path)) != manifest.sha256:
-            found.append(Altered(None, None, f"SHA-256 {manifest.sha256}", sha256))
+        found += await asyncio.to_thread(_of_the_file, path, manifest)
         root = await _compare(path, manifest, rows, before, found)
     except (Misconfigured, OSError) as problem:
         return [*found, Altered(None, None, "messages", f"cannot be read: {problem}")]
     found += _of_the_head(manifest, rows, root, keys)
     return found[:TOLD_MAX]
+
+
+def _of_the_file(path: Path, manifest: Manifest) -> list[Altered]:
+    """Where it is not what its manifest says."""
+    said = {"SHA-256": (manifest.sha256, sha256_of(path)), "sizeBytes": (manifest.size_bytes, path.stat().st_size)}
+    differing = [(name, told, is_so) for name, (told, is_so) in said.items() if told != is_so]
+    differing += unlike(manifest, contents(path))
+    return [Altered(None, None, f"{name} {told}", f"{is_so}") for name, told, is_so in differing]
 
 
 async def _compare(path: Path, manifest: Manifest, rows: Rows, before: Sealed | None, found: list[Altered]) -> bytes:

@@ -24,6 +24,7 @@ from services.ledger.checkpoint import Keys
 from services.ledger.seals import Rows, event_id
 from shared import streams
 from shared.archive import Archive
+from shared.database import iso
 from shared.errors import Misconfigured, Unavailable
 from shared.record import check_origin
 from shared.recorded import Recorded, recorded
@@ -70,7 +71,7 @@ async def trim(
     if archive.last < begins:
         return Trimmed(0, 0, begins)
     await _verify(nc, rows, archive, keys)
-    cut_at = archive.manifests[-1].last_stored_at - overlap
+    cut_at = await _end_of(nc, archive) - overlap
     last = await stored_before(nc, cut_at, first=begins, last=archive.last)
     if last < begins:
         return Trimmed(0, 0, begins)
@@ -98,6 +99,36 @@ async def _verify(nc: Client, rows: Rows, archive: Archive, keys: Keys | None) -
                 + (f", from message {found.sequence} on" if found.sequence else "")
                 + ". Nothing was trimmed; make audit tells what was changed."
             )
+
+
+async def _end_of(nc: Client, archive: Archive) -> datetime:
+    """When the archive's last message was stored, by the stream itself, which stored what follows no earlier.
+
+    What was stored before then is archived, therefore. Raises Misconfigured where that is not so.
+    """
+    last, told = archive.last, archive.manifests[-1].last_stored_at
+    stored_at = await _stored_at(nc, last)
+    if stored_at is None or stored_at != told:
+        raise Misconfigured(
+            f"The archive's last message, {last}, was stored at {iso(stored_at) if stored_at else 'no time'} by the "
+            f"stream, and at {iso(told)} by the archive {archive.folder}. Nothing was trimmed; make audit tells "
+            "which of them was changed."
+        )
+    following = await _stored_at(nc, last + 1)
+    if min(following or stored_at, await _server_time(nc)) < stored_at:
+        raise Misconfigured(
+            f"The broker's clock was put back since message {last}, the archive's last, was stored, at "
+            f"{iso(stored_at)}. The stream deletes by time, so nothing was trimmed: archive what came after it first."
+        )
+    return stored_at
+
+
+async def _stored_at(nc: Client, sequence: int) -> datetime | None:
+    """None where the stream has no such message."""
+    try:
+        return (await nc.jetstream().get_msg(STREAM, sequence)).time
+    except NotFoundError:
+        return None
 
 
 async def _check_that_a_seal_stays(nc: Client, *, after: int) -> None:

@@ -19,6 +19,7 @@ from services.chat.idempotency import BODY_DIGEST, publish_once
 from services.chat.problems import Problem
 from services.ledger import archive as archiving
 from services.ledger import store as ledger_store
+from services.ledger import trim as trimming
 from services.ledger.archive import Reach, alone_in, altered, archive
 from services.ledger.audit import audit
 from services.ledger.checkpoint import Keys, load_keys
@@ -407,7 +408,32 @@ def another_root(damage: Damage) -> None:
     damage.path.with_suffix(".json").write_text(manifest.model_dump_json(by_alias=True))
 
 
-DAMAGES = [edited, edited_and_covered_up, reordered, moved, shortened, truncated, another_bit, missing, another_root]
+def tells(**fields: Any) -> Callable[[Damage], None]:
+    """A manifest that says something else of a file which is as it was."""
+
+    def changed(damage: Damage) -> None:
+        manifest = damage.manifest.model_copy(update=fields)
+        damage.path.with_suffix(".json").write_text(manifest.model_dump_json(by_alias=True))
+
+    changed.__name__ = f"tells_another_{'_'.join(fields)}"
+    return changed
+
+
+DAMAGES = [
+    edited,
+    edited_and_covered_up,
+    reordered,
+    moved,
+    shortened,
+    truncated,
+    another_bit,
+    missing,
+    another_root,
+    tells(last_stored_at=datetime.now(UTC) + timedelta(minutes=12)),
+    tells(first_stored_at=datetime(2026, 1, 1, tzinfo=UTC)),
+    tells(stream="OTHER"),
+    tells(size_bytes=5),
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -436,6 +462,31 @@ async def test_an_archive_that_was_changed_is_named_and_nothing_is_trimmed(
     assert (await bounds(system.nats))[0] == 1
     # Nobody needs it while the stream has all.
     await system.replay()
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+async def test_no_manifest_makes_a_trim_delete_what_is_not_archived(
+    system: Archiving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where nobody has compared it with its file: the stream itself is asked."""
+
+    async def finds_nothing(*_: Any, **__: Any) -> list[Any]:
+        return []
+
+    await system.happened(*some_events())
+    await system.archive()
+    await system.happened(*some_events())
+    await grown_old(system)
+    await system.happened(*some_events())
+    everything = await stored(system.nats)
+    tells(last_stored_at=datetime.now(UTC) + OVERLAP - timedelta(seconds=0.2))(Damage(system.folder))
+    monkeypatch.setattr(trimming, "altered", finds_nothing)
+    monkeypatch.setattr(Archive, "check", lambda *_: None)
+
+    with pytest.raises(Misconfigured, match=r"The archive's last message, 6, was stored at .* by the stream, and at"):
+        await system.trim()
+
+    assert await stored(system.nats) == everything
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
