@@ -24,7 +24,7 @@ from services.ledger.findings import Difference, Progress, Read, Report
 from services.ledger.scope import Scope
 from services.ledger.scratch import Scratch
 from services.ledger.seal_check import seal_check
-from services.ledger.seal_findings import Result
+from services.ledger.seal_findings import Kind, Result
 from services.ledger.seals import Sealed, sealed_after
 from services.ledger.snapshots import Layout, Snapshot, snapshot
 from shared.archive import Archive
@@ -40,6 +40,8 @@ FLOOR_STILL_S = 1.0
 LOOK_EVERY_S = 0.1
 
 ARCHIVE = "archive"
+# What is to be done where the record itself is as it was.
+DONE_ABOUT = {Kind.SEAL_SUBTREES: "subtrees"}
 READING = "Reading the stream"
 OTHERS = {LEDGER: ("usage_daily", "quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals", "holds")}
 
@@ -137,7 +139,11 @@ def _tell_of_seals(result: Result, tally: Tally, scratch: Scratch) -> None:
     tally.compared |= {"ledger.leaves": result.leaves, "ledger.seals": result.seals}
     for found in result.differences:
         where, expected = f"evidence, {found.kind}", {"sequence": found.sequence, "was": found.expected}
-        scratch.add(Difference(where, "broken", found.event_id, None, expected, {"is": found.found}))
+        scratch.add(
+            Difference(
+                where, DONE_ABOUT.get(found.kind, "broken"), found.event_id, None, expected, {"is": found.found}
+            )
+        )
     if result.more:
         scratch.add(Difference("evidence", "broken", None, None, {"and more": result.more}, None))
 

@@ -37,6 +37,11 @@ KINDS = {
         "Somebody added or changed it. make replay ends it.",
     ),
     "broken": ("not as it was sealed", SEALED),
+    "subtrees": (
+        "not what its leaves come to",
+        "Somebody changed it, and nothing is sealed on top of it. Restore the ledger's database from a copy, or take "
+        "off the append-only trigger and delete the seal's row: the ledger makes it anew.",
+    ),
     "archive": (
         "not as it was archived",
         "Restore the file from a copy. While the stream has its messages: take it away, with its manifest and what "

@@ -25,6 +25,7 @@ class Kind(StrEnum):
     LEAF_DELETED = "leaf deleted"
     LEAF_STRAY = "leaf of no message that there was"
     SEAL_EDITED = "seal that does not fit the leaves"
+    SEAL_SUBTREES = "seal whose subtrees are not those of its tree"
     SEAL_UNKNOWN = "seal on the stream that the ledger does not have"
     SEAL_OTHER = "seal on the stream that differs from the ledger's"
     SEAL_UNANNOUNCED = "seal that was taken off the stream"

@@ -79,8 +79,9 @@ class SealTree:
         is_known = self._as_leaves is not None
         if self._as_leaves and self._as_leaves.root == root:
             self._resolve(Kind.SEAL_EDITED)
-            if seal.frontier is None:
-                self._found.add(Kind.SEAL_EDITED, self.size, None, "the subtrees of its tree", "others")
+            if list(seal.subtrees) != self._as_leaves.subtrees:
+                expected, found = (b"".join(subtrees) for subtrees in (self._as_leaves.subtrees, seal.subtrees))
+                self._found.add(Kind.SEAL_SUBTREES, self.size, None, in_hex(expected), in_hex(found))
         elif self._as_messages and self._as_messages.size == seal.head.size and self._as_messages.root == root:
             self._found.changed_leaves.append(below)
             self._as_leaves = self._as_messages

@@ -18,7 +18,7 @@ from services.ledger.findings import Difference, Report, as_json, in_words
 from services.ledger.handlers import Handlers as LedgerHandlers
 from services.ledger.scope import Scope
 from services.ledger.scratch import scratch
-from services.ledger.sealer import Sealer
+from services.ledger.sealer import Damaged, Sealer
 from services.ledger.snapshots import snapshot
 from services.quota import store as quota_store
 from services.quota import totals as quota_totals
@@ -708,3 +708,26 @@ async def test_without_its_tables_the_audit_says_so(system: System) -> None:
     system.urls = Databases(system.urls.ledger_url, system.urls.ledger_url)
     with pytest.raises(Misconfigured, match=r"quota's database .* cannot be read: .*settlements"):
         await system.audit()
+
+
+async def test_a_seal_with_which_nothing_can_be_sealed_is_named_and_is_made_anew_once_it_is_deleted(
+    system: System,
+) -> None:
+    sealer = Sealer(system.nats, system.ledger, keys=Keys(None, {}), every_s=1e-9)
+    await publish(system.nats, *(generation_completed() for _ in range(3)))
+    await system.deliver()
+    await sealer.seal()
+    await publish(system.nats, generation_completed())
+    await system.deliver()
+    await system.ledger_does("UPDATE seals SET subtrees = root_hash")
+    with pytest.raises(Damaged, match="contradicts itself"):
+        await sealer.seal()
+
+    found = await system.audit()
+
+    assert found.kinds == [("evidence, seal whose subtrees are not those of its tree", "subtrees")]
+    assert "nothing is sealed on top of it" in found.words
+    await system.ledger_does("DELETE FROM seals")
+    await sealer.seal()
+    assert (await system.audit()).agrees
+    assert (await system.audit()).report.compared["ledger.seals"] == 2
