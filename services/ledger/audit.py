@@ -20,15 +20,15 @@ from services.ledger.audit_comparison import Comparison, Tally
 from services.ledger.audit_expected import CHANGES, PLAN_CHANGES, SETTLEMENTS, SUBSCRIPTIONS, USAGE
 from services.ledger.audit_waiting import evidence_is_back, has_read_again
 from services.ledger.checkpoint import Keys
-from services.ledger.findings import Difference, Progress, Read, Report
+from services.ledger.findings import Difference, Progress, Proven, Read, Report
 from services.ledger.scope import Scope
 from services.ledger.scratch import Scratch
 from services.ledger.seal_check import seal_check
 from services.ledger.seal_findings import Kind, Result
-from services.ledger.seals import Sealed, sealed_after
+from services.ledger.seals import Sealed, end_of, newest_size, sealed_after
 from services.ledger.snapshots import Layout, Snapshot, snapshot
 from shared.archive import Archive
-from shared.errors import Unavailable
+from shared.errors import Misconfigured, Unavailable
 from shared.plans import Plans
 from shared.record import Record, check_origin
 from shared.recorded import bounds
@@ -37,11 +37,13 @@ from shared.streams import LEDGER, QUOTA, STREAM
 # Beside services under load the durables are a fraction of a second behind; one that does not move is not waited for.
 FLOOR_WITHIN_S = 5.0
 FLOOR_STILL_S = 1.0
+# A seal is in the file outside some hundredths of a second after it was made.
+WRITTEN_WITHIN_S = 5.0
 LOOK_EVERY_S = 0.1
 
 ARCHIVE = "archive"
 # What is to be done where the record itself is as it was.
-DONE_ABOUT = {Kind.SEAL_SUBTREES: "subtrees"}
+DONE_ABOUT = {Kind.SEAL_SUBTREES: "subtrees", Kind.OUTSIDE_LACKS: "outside"}
 READING = "Reading the stream"
 OTHERS = {LEDGER: ("usage_daily", "quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals", "holds")}
 
@@ -77,6 +79,7 @@ async def audit(
     record = Record(nc, archive, is_doubted=True)
     await _made_again(record, databases, progress)
     floors, outside = await _floors(nc), evidence.seals_file
+    outside_up_to = await _written_down_up_to(databases.ledger_url, outside) if outside else 0
     with ExitStack() as snapshots:
         outside_bytes = outside.stat().st_size if outside and outside.exists() else None
 
@@ -92,6 +95,7 @@ async def audit(
             keys=evidence.keys,
             seals_file=outside,
             seals_file_bytes=outside_bytes,
+            seals_file_up_to=outside_up_to,
         )
         first, last = await record.bounds()
         archived = await _check_archive(nc, archive, ledger, evidence.keys, scratch) if archive else 0
@@ -101,13 +105,20 @@ async def audit(
             comparing.take(batch)
             progress(READING, batch[-1].sequence - first + 1, last - first + 1)
         comparing.end()
-        _tell_of_seals(sealed.end(), comparing.tally, scratch)
+        evident = sealed.end()
+        _tell_of_seals(evident, comparing.tally, scratch)
         if archived:
             comparing.tally.compared[ARCHIVE] = archived
     tally = comparing.tally
     waiting = {service: max(0, last - floor) for service, floor in floors.items()}
     read = Read(first, last, tally.messages, tally.unreadable, tally.repeated, waiting)
-    return Report(read, tally.compared, scratch, monotonic() - begun)
+    proven = Proven(
+        seals=evident.seals,
+        signed=evident.signed,
+        keys=evidence.keys.believed_ids if evidence.keys else (),
+        outside=evident.outside if outside else None,
+    )
+    return Report(read, tally.compared, proven, scratch, monotonic() - begun)
 
 
 async def _made_again(record: Record, databases: Databases, progress: Progress) -> None:
@@ -118,6 +129,26 @@ async def _made_again(record: Record, databases: Databases, progress: Progress) 
         await evidence_is_back(record, databases.ledger_url, progress)
     except (NatsError, OSError) as error:
         raise Unavailable("The broker cannot be asked right now.") from error
+
+
+async def _written_down_up_to(ledger_url: str, seals_file: Path) -> int:
+    """Seals of so many messages, or of fewer, must be in the file. The newest may be on its way there."""
+    with snapshot(LEDGER, ledger_url, ("seals",)) as ledger:
+        sizes = [int(size) for (size,) in ledger.rows("SELECT tree_size FROM seals ORDER BY tree_size DESC LIMIT 2")]
+    newest, before = [*sizes, 0, 0][:2]
+    written, begun = await asyncio.to_thread(_newest_written, seals_file), monotonic()
+    while before <= written < newest and monotonic() < begun + WRITTEN_WITHIN_S:
+        await asyncio.sleep(LOOK_EVERY_S)
+        written = await asyncio.to_thread(_newest_written, seals_file)
+    return newest if written in (0, newest) else max(before, min(written, newest))
+
+
+def _newest_written(seals_file: Path) -> int:
+    try:
+        with seals_file.open("rb") as file:
+            return newest_size(end_of(file))
+    except OSError as error:
+        raise Misconfigured(f"CHATRAIL_SEALS_FILE {seals_file} cannot be read: {error.strerror}.") from error
 
 
 async def _check_archive(nc: Client, folder: Path, ledger: Snapshot, keys: Keys | None, scratch: Scratch) -> int:

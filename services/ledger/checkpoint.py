@@ -46,6 +46,10 @@ class Keys:
         """Of the key that signs."""
         return key_id(self.signing.public_key().public_bytes_raw()) if self.signing else None
 
+    @property
+    def believed_ids(self) -> list[str]:
+        return sorted(self._believed)
+
     def __bool__(self) -> bool:
         return bool(self._believed)
 

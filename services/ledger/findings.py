@@ -1,7 +1,7 @@
 """What an audit found, and how people and programs are told."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -41,6 +41,11 @@ KINDS = {
         "not what its leaves come to",
         "Somebody changed it, and nothing is sealed on top of it. Restore the ledger's database from a copy, or take "
         "off the append-only trigger and delete the seal's row: the ledger makes it anew.",
+    ),
+    "outside": (
+        "made, and not written down there",
+        "Somebody emptied or cut the file, or it could not be written: keep it, and compare it with its copies. "
+        "Once it is moved away, the ledger writes it anew, from the first seal on.",
     ),
     "archive": (
         "not as it was archived",
@@ -92,9 +97,25 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Proven:
+    """How far the evidence goes: seals, those whose signature is right, by keys of which ids; what was outside.
+
+    `archives` are files of the archive, whose manifests may be signed. `outside` is None where no file was named.
+    """
+
+    seals: int
+    signed: int
+    keys: Sequence[str]
+    outside: int | None
+    archives: int = 0
+    archives_signed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     read: Read
     compared: Mapping[str, int]
+    proven: Proven
     found: Found
     seconds: float
 
@@ -117,6 +138,7 @@ def in_words(report: Report) -> Iterator[str]:
     )
     for name, number in report.compared.items():
         yield f"  {number:>12,}  {name}"
+    yield from _proven_in_words(report.proven)
     for service, number in read.waiting.items():
         if number:
             yield f"  On their way to {service}, and not compared where they are not there yet: {number:,}"
@@ -141,6 +163,19 @@ def in_words(report: Report) -> Iterator[str]:
     yield f"{_number(sum(group.number for group in groups), 'difference')}."
 
 
+def _proven_in_words(proven: Proven) -> Iterator[str]:
+    """What an auditor must know who would take a seal for signed, or for written down."""
+    seals = _number(proven.seals, "seal")
+    if proven.keys:
+        yield f"  Of {seals}, {proven.signed:,} are rightly signed, by the keys believed: {', '.join(proven.keys)}"
+    else:
+        yield f"  No signature of {seals} was checked: CHATRAIL_SEAL_KEY_FILE names no key"
+    if proven.outside is None:
+        yield "  No file outside was compared: CHATRAIL_SEALS_FILE names none"
+    else:
+        yield f"  In the file outside: {_number(proven.outside, 'head')}"
+
+
 def as_json(report: Report) -> Iterator[str]:
     """One document, in parts: it may be larger than memory."""
     groups = report.found.groups()
@@ -148,6 +183,7 @@ def as_json(report: Report) -> Iterator[str]:
         "agrees": report.agrees,
         "stream": asdict(report.read),
         "compared": dict(report.compared),
+        "evidence": asdict(report.proven),
         "seconds": round(report.seconds, 3),
         "groups": [
             {**group._asdict(), "means": KINDS[group.kind][0], "advice": _advice(group, groups)} for group in groups

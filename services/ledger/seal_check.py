@@ -36,12 +36,13 @@ def seal_check(
     keys: Keys | None = None,
     seals_file: Path | None = None,
     seals_file_bytes: int | None = None,
+    seals_file_up_to: int = 0,
 ) -> "SealCheck":
     """Of a ledger's database. Raises Misconfigured when the file outside cannot be read.
 
     `known_up_to` is a sequence that the stream had before the database was read: seals on it up to there are known.
-    So much of the file is read as it had before that, too; to where the stream is read is to be asked after that:
-    all that has a leaf is on it by then.
+    So much of the file is read as it had before that, too, and each seal of up to so many messages must be in it. To
+    where the stream is read is to be asked after that: all that has a leaf is on it by then.
     """
     ((sealed,),) = rows("SELECT coalesce(max(tree_size), 0) FROM seals")
     return SealCheck(
@@ -49,6 +50,7 @@ def seal_check(
         sealed_up_to=sealed,
         seals=sealed_after(rows, 0),
         outside=read_outside(seals_file, up_to=seals_file_bytes) if seals_file else (),
+        outside_up_to=seals_file_up_to,
         keys=keys,
         known_up_to=known_up_to,
     )
@@ -69,11 +71,14 @@ class SealCheck:
         sealed_up_to: int,
         seals: Iterable[Sealed],
         outside: Iterable[Checkpoint | str] = (),
+        outside_up_to: int = 0,
         keys: Keys | None = None,
         known_up_to: int,
     ) -> None:
         self._found = Findings()
-        self._tree = SealTree(iter(seals), iter(outside), keys or Keys(None, {}), self._found)
+        self._tree = SealTree(
+            iter(seals), iter(outside), keys or Keys(None, {}), self._found, outside_up_to=outside_up_to
+        )
         self._announced = Announced(self._tree, known_up_to, self._found)
         self._strays: list[Leaf] = []
         self._leaves = in_order(leaves, self._strays, sealed_up_to=sealed_up_to, known_up_to=known_up_to)

@@ -25,8 +25,15 @@ class SealTree:
     """
 
     def __init__(
-        self, seals: Iterator[Sealed], outside: Iterator[Checkpoint | str], keys: Keys, found: Findings
+        self,
+        seals: Iterator[Sealed],
+        outside: Iterator[Checkpoint | str],
+        keys: Keys,
+        found: Findings,
+        *,
+        outside_up_to: int = 0,
     ) -> None:
+        """Each seal of so many messages, or of fewer, must be `outside`."""
         self.size = self.seals = self.signed = self.outside = 0
         self._seals, self._next = seals, next(seals, None)
         self._outside, self._next_outside = outside, next(outside, None)
@@ -39,6 +46,10 @@ class SealTree:
         self._doubted: Sealed | None = None
         self._last_signature: Signature | None = None
         self._misfits_outside = 0
+        self._outside_up_to, self._last_outside = outside_up_to, 0
+        # Seals that the file outside should have and does not.
+        self._lacking = 0
+        self._first_lacking: Head | None = None
         self._fitted_outside = deque[tuple[int, bytes]](maxlen=AGAIN_WITHIN)
         # Seals that the stream has not told of yet.
         self.unannounced: dict[int, Sealed] = {}
@@ -55,11 +66,15 @@ class SealTree:
             if self._as_sealed:
                 self._as_sealed.append(leaf)
         self.size += 1
-        if self._next and self._next.head.size == self.size:
-            self._meet(self._next)
+        met = self._next if self._next and self._next.head.size == self.size else None
+        if met:
+            self._meet(met)
             self._next = next(self._seals, None)
         if self._next_outside is not None:
             self._meet_outside()
+        if met and self.size <= self._outside_up_to and self._last_outside != self.size:
+            self._first_lacking = self._first_lacking or met.head
+            self._lacking += 1
 
     def _grow_as_messages(self, message: bytes | None) -> None:
         if self._as_messages is None and self._as_leaves and self._as_leaves.size == self.size:
@@ -137,6 +152,7 @@ class SealTree:
             self._next_outside = next(self._outside, None)
 
     def _compare_outside(self, head: Checkpoint) -> None:
+        self._last_outside = max(self._last_outside, head.tree_size)
         ways = [way for way in (self._as_leaves, self._as_messages, self._as_sealed) if way]
         if not ways:
             return
@@ -165,6 +181,10 @@ class SealTree:
             if not isinstance(head, str):
                 self._misfit_outside(head, f"only {self.size} leaves")
             self._next_outside = next(self._outside, None)
+        if self._first_lacking and not self._misfits_outside:
+            first = self._first_lacking
+            told = f"{self._lacking} of them, the first {in_hex(first.root)}"
+            self._found.add(Kind.OUTSIDE_LACKS, first.size, None, told, "-")
 
 
 class Announced:

@@ -25,8 +25,7 @@ from services.ledger.checkpoint import Keys, Signature, checkpoint
 from services.ledger.merkle import Frontier, Head, leaf_hash
 from services.ledger.models import Leaf as LeafRow
 from services.ledger.models import Seal as SealRow
-from services.ledger.seals import Leaf, Sealed, event_id, signature_of, split
-from services.ledger.verify_record import notes_in, read_checkpoint
+from services.ledger.seals import Leaf, Sealed, end_of, event_id, newest_size, signature_of, split
 from shared.broker import BROKER_GONE
 from shared.database import Database, insert_new, is_sqlite, iso, now, table_of
 from shared.errors import Misconfigured, PoisonMessage, Unavailable
@@ -43,7 +42,6 @@ leaves, seals = table_of(LeafRow), table_of(SealRow)
 LEAVES_AT_ONCE = 2_000
 SEALS_AT_ONCE = 500
 START_AFTER_S = 3.0
-TAIL_BYTES = 4096
 
 COVERED = Gauge("chatrail_ledger_sealed_messages", "Messages that the newest seal covers")
 NOT_SEALED = Counter("chatrail_ledger_not_sealed", "Rounds in which nothing could be sealed")
@@ -283,12 +281,12 @@ class _Outside:
 
     def last_size(self) -> int:
         with self._locked() as file:
-            return _last_size(_tail(file))
+            return newest_size(end_of(file))
 
     def append(self, found: Sequence[Sealed]) -> None:
         with self._locked() as file:
-            tail = _tail(file)
-            size = _last_size(tail)
+            tail = end_of(file)
+            size = newest_size(tail)
             notes = "".join(f"{checkpoint(seal.head, seal.signature)}\n" for seal in found if seal.head.size > size)
             # What a crash cut off stays, on its own.
             is_cut = not f"\n\n{tail}".endswith("\n\n")
@@ -301,22 +299,6 @@ class _Outside:
         with self._path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
-
-
-def _tail(file: BinaryIO) -> str:
-    file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-    return file.read().decode(errors="replace")
-
-
-def _last_size(tail: str) -> int:
-    return max((_size_of(note) for note in notes_in(tail.splitlines(keepends=True))), default=0)
-
-
-def _size_of(note: str) -> int:
-    try:
-        return read_checkpoint(note).tree_size
-    except ValueError:
-        return 0
 
 
 def _seal_in(message: Recorded) -> LedgerSealed | None:

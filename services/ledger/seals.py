@@ -4,6 +4,7 @@ Leaf i of the tree (RFC 9162) is the body of the message with stream sequence i 
 """
 
 import base64
+import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from itertools import chain, pairwise
@@ -23,6 +24,7 @@ PAGE_SIZE = 5_000
 HASH_BYTES = 32
 SEQUENCE_MIN = -(2**63)
 ID_CHARS_MAX = 128
+END_BYTES = 4096
 
 # What a statement finds, in the driver's own terms; a `?` in it stands for a value.
 Rows = Callable[..., Iterator[tuple[Any, ...]]]
@@ -137,6 +139,24 @@ def read_outside(seals_file: Path, *, up_to: int | None = None) -> Iterator[Chec
                     yield note
     except OSError as error:
         raise Misconfigured(f"CHATRAIL_SEALS_FILE {seals_file} cannot be read: {error.strerror}.") from error
+
+
+def end_of(seals_file: BinaryIO) -> str:
+    """Enough of it for its last heads."""
+    seals_file.seek(max(0, os.fstat(seals_file.fileno()).st_size - END_BYTES))
+    return seals_file.read().decode(errors="replace")
+
+
+def newest_size(text: str) -> int:
+    """Of the largest tree that it has a head of; 0 without one."""
+    return max((_size_of(note) for note in notes_in(text.splitlines(keepends=True))), default=0)
+
+
+def _size_of(note: str) -> int:
+    try:
+        return read_checkpoint(note).tree_size
+    except ValueError:
+        return 0
 
 
 def _lines(file: BinaryIO, up_to: int | None) -> Iterator[str]:

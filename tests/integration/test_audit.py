@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from nats.aio.client import Client
 from sqlalchemy import Connection, Table, text
 
 from services.ledger import store as ledger_store
-from services.ledger.audit import Databases, audit
+from services.ledger.audit import Databases, Evidence, audit
 from services.ledger.checkpoint import Keys
 from services.ledger.findings import Difference, Report, as_json, in_words
 from services.ledger.handlers import Handlers as LedgerHandlers
@@ -20,6 +21,7 @@ from services.ledger.scope import Scope
 from services.ledger.scratch import scratch
 from services.ledger.sealer import Damaged, Sealer
 from services.ledger.snapshots import snapshot
+from services.ledger.verify_record import key_id
 from services.quota import store as quota_store
 from services.quota import totals as quota_totals
 from services.quota.handlers import Handlers as QuotaHandlers
@@ -708,6 +710,51 @@ async def test_without_its_tables_the_audit_says_so(system: System) -> None:
     system.urls = Databases(system.urls.ledger_url, system.urls.ledger_url)
     with pytest.raises(Misconfigured, match=r"quota's database .* cannot be read: .*settlements"):
         await system.audit()
+
+
+async def test_a_file_outside_that_was_cut_is_named_and_how_far_the_evidence_goes_is_told(
+    system: System, tmp_path: Path
+) -> None:
+    key, seals_file = Ed25519PrivateKey.generate(), tmp_path / "seals.txt"
+    name = key_id(key.public_key().public_bytes_raw())
+    keys = Keys(key, {name: key.public_key()})
+    sealer = Sealer(system.nats, system.ledger, keys=keys, seals_file=seals_file, every_s=1e-9)
+    for _ in range(3):
+        await publish(system.nats, generation_completed())
+        await system.deliver()
+        await sealer.seal()
+    whole = seals_file.read_text()
+
+    async def audited(evidence: Evidence) -> Found:
+        with scratch() as kept:
+            return system._read(await audit(system.nats, system.urls, system.plans, Scope(), kept, evidence=evidence))
+
+    found = await audited(Evidence(keys, seals_file))
+    assert found.differences == []
+    assert f"Of 3 seals, 3 are rightly signed, by the keys believed: {name}" in found.words
+    assert "In the file outside: 3 heads" in found.words
+    assert found.document["evidence"] == {
+        "seals": 3,
+        "signed": 3,
+        "keys": [name],
+        "outside": 3,
+        "archives": 0,
+        "archives_signed": 0,
+    }
+    found = await audited(Evidence())
+    assert "No signature of 3 seals was checked: CHATRAIL_SEAL_KEY_FILE names no key" in found.words
+    assert "No file outside was compared: CHATRAIL_SEALS_FILE names none" in found.words
+
+    notes = [f"chatrail/usage\n{note}" for note in whole.split("chatrail/usage\n")[1:]]
+    for cut in ("", "".join(notes[1:]), notes[0]):
+        seals_file.write_text(cut)
+        (difference,) = (await audited(Evidence(keys, seals_file))).differences
+        assert (difference.where, difference.kind) == ("evidence, seals that the file outside lacks", "outside")
+
+    seals_file.unlink()
+    await sealer.seal()
+    assert seals_file.read_text() == whole
+    assert (await audited(Evidence(keys, seals_file))).agrees
 
 
 async def test_a_seal_with_which_nothing_can_be_sealed_is_named_and_is_made_anew_once_it_is_deleted(

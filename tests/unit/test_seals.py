@@ -55,13 +55,19 @@ class Record:
             frontier.append(leaf_hash(body))
 
     def check(
-        self, *, keys: Keys | None = None, outside: Sequence[Checkpoint | str] = (), known_up_to: int | None = None
+        self,
+        *,
+        keys: Keys | None = None,
+        outside: Sequence[Checkpoint | str] = (),
+        outside_up_to: int = 0,
+        known_up_to: int | None = None,
     ) -> Result:
         check = SealCheck(
             leaves=self.leaves,
             sealed_up_to=self.last_sealed,
             seals=self.seals,
             outside=outside,
+            outside_up_to=outside_up_to,
             keys=keys,
             known_up_to=len(self.messages) if known_up_to is None else known_up_to,
         )
@@ -109,7 +115,7 @@ SIZES = st.integers(1, 60)
 def test_what_nobody_touched_is_as_it_was_sealed(size: int, is_signed: bool) -> None:
     keys = KEYS if is_signed else None
     record = Record(size, keys=keys)
-    result = record.check(keys=keys, outside=outside(record))
+    result = record.check(keys=keys, outside=outside(record), outside_up_to=record.last_sealed)
     assert result.differences == []
     assert (result.leaves, result.seals, result.outside) == (size, len(record.seals), len(record.seals))
     assert result.signed == (len(record.seals) if is_signed else 0)
@@ -267,6 +273,20 @@ def test_a_record_that_was_written_anew_altogether_is_found_by_signatures_and_by
     assert named(record.check()) == []
     assert (Kind.SIGNATURE, over) in named(record.check(keys=KEYS))
     assert (Kind.OUTSIDE, over) in named(record.check(outside=published))
+
+
+@given(st.data())
+def test_whatever_the_file_outside_lacks_is_named_but_for_what_may_be_on_its_way(data: st.DataObject) -> None:
+    record = Record(data.draw(st.integers(8, 60)))
+    published = outside(record)
+    taken = data.draw(st.sets(st.integers(0, len(published) - 1), min_size=1))
+    left = [head for n, head in enumerate(published) if n not in taken]
+    due = data.draw(st.sampled_from(record.seals)).head.size
+    # A file that several replicas wrote to may tell of a seal twice, also later.
+    result = record.check(outside=[*left, *left], outside_up_to=due)
+    lacking = [published[n].tree_size for n in sorted(taken) if published[n].tree_size <= due]
+    assert named(result) == ([(Kind.OUTSIDE_LACKS, lacking[0])] if lacking else [])
+    assert [each.expected.split()[0] for each in result.differences] == [str(len(lacking))] * bool(lacking)
 
 
 def test_a_record_that_was_cut_back_altogether_is_found_by_the_file_outside() -> None:
