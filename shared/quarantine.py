@@ -1,22 +1,19 @@
 """Where a consumer puts what it can never handle: acknowledged, out of the way, and kept for a person to look at."""
 
-import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import structlog
 from prometheus_client import Counter
-from rich.console import Console
-from rich.table import Table
-from sqlalchemy import Connection, LargeBinary, Text, delete, make_url, select, update
+from sqlalchemy import Connection, LargeBinary, Row, Text, delete, select, update
 from sqlalchemy.exc import DataError, IntegrityError
 from sqlmodel import Field, SQLModel
 
-from shared.database import Database, UtcDateTime, insert_new, now, table_of, usable
-from shared.errors import Misconfigured, PoisonMessage
+from shared.database import UtcDateTime, insert_new, now, table_of
+from shared.errors import PoisonMessage
 from shared.events import Event, decode
 
 log = structlog.get_logger()
@@ -85,47 +82,42 @@ def _storable(text: str) -> str:
 Apply = Callable[[Connection, Event], Sequence[Event]]
 
 
-def redrive(db: Connection, apply: Apply) -> int:
-    """Hand to `apply` every message that can be read by now, and take it out. How many those were.
+def digests(db: Connection) -> set[str]:
+    """By which its messages are known."""
+    return set(db.execute(select(_table.c.body_sha256)).scalars())
 
-    What still cannot be handled stays, with the reason of today. `apply` returns the event when it contradicts an
-    earlier one of the same id.
+
+class Redriven(NamedTuple):
+    """How many are counted now, and how many are not what the stream has: those are never counted."""
+
+    counted: int
+    doubted: int
+
+
+def redrive(db: Connection, apply: Apply, on_stream: Set[str]) -> Redriven:
+    """Hand to `apply` every message that can be read by now, and take it out.
+
+    What still cannot be handled stays, with the reason of today, and so does a body that is not `on_stream`, by its
+    SHA-256. `apply` returns the event when it contradicts an earlier one of the same id.
     """
-    done = 0
+    counted = doubted = 0
     for row in db.execute(select(_table).order_by(_table.c.received_at)).all():
         which = _table.c.body_sha256 == row.body_sha256
+        if row.body_sha256 not in on_stream or hashlib.sha256(row.body).hexdigest() != row.body_sha256:
+            doubted += 1
+            continue
         try:
             with db.begin_nested():
                 if apply(db, decode(row.body)):
                     raise PoisonMessage(ANOTHER_BODY)
                 db.execute(delete(_table).where(which))
-            done += 1
+            counted += 1
         except (PoisonMessage, DataError, IntegrityError) as problem:
             reason = str(problem) if isinstance(problem, PoisonMessage) else type(problem.orig).__name__
             db.execute(update(_table).where(which).values(reason=_storable(reason)))
-    return done
+    return Redriven(counted, doubted)
 
 
-def command(service: str, database_url: str, apply: Apply, *, redriving: bool) -> None:
-    """What an operator sees of a service's quarantine: a line a message, never its content."""
-    url = make_url(database_url)
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
-        raise Misconfigured(f"{service} has no database yet at {url.database}")
-    console = Console(highlight=False)
-    database = Database(database_url)
-
-    async def run() -> None:
-        if redriving:
-            console.print(f"{service}: {await database.write(redrive, apply)} messages are counted now")
-        rows = await database.read(lambda db: db.execute(select(_table).order_by(_table.c.received_at)).all())
-        table = Table("received", "subject", "bytes", "SHA-256", "reason", box=None, pad_edge=False)
-        for row in rows:
-            received = row.received_at.isoformat(timespec="seconds")
-            table.add_row(received, row.subject, str(len(row.body)), row.body_sha256[:12], row.reason)
-        console.print(f"{service}: {len(rows)} messages in quarantine")
-        if rows:
-            console.print(table)
-        await database.close()
-
-    with usable(url):
-        asyncio.run(run())
+def listed(db: Connection) -> Sequence[Row[Any]]:
+    """Oldest first."""
+    return db.execute(select(_table).order_by(_table.c.received_at)).all()

@@ -32,7 +32,7 @@ from shared.commands import command
 from shared.database import Database, snapshot
 from shared.errors import Misconfigured
 from shared.events import Event
-from shared.quarantine import command as show_quarantine
+from shared.quarantine_command import command as show_quarantine
 from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, moment, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence, without_standard_output
@@ -72,7 +72,7 @@ def quarantine(*, redrive: bool = False) -> None:
         def apply(db: Connection, event: Event) -> list[Event]:
             return store.record(db, [event]).contradicting
 
-        show_quarantine("ledger", settings.database_url, apply, redriving=redrive)
+        show_quarantine("ledger", settings, settings.database_url, apply, redriving=redrive)
 
 
 @cli.command()

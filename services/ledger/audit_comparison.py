@@ -92,6 +92,8 @@ class Comparison:
             elif isinstance(event, GenerationCompleted | UsageAdjusted):
                 uses.append((message, event))
         self.tally.messages += len(batch)
+        for quarantine in self._quarantines:
+            quarantine.explained_by(batch)
         self._scratch.keep_others(others)
         self._look_for_in_quarantine(unreadable)
         self._take_uses(uses)
@@ -155,6 +157,9 @@ class Comparison:
             known = EVENTS if check in (self._usage, self._settlements) else CHANGED
             check.look_for_unexplained(partial(self._scratch.known, known))
             self.tally.compared[check.copy.layout.name] = check.matched
+        for quarantine in self._quarantines:
+            for difference in quarantine.not_as_sent():
+                self._scratch.add(difference)
         self.tally.compared[DAYS] = compare_days(self._ledger, self._scope, self._scratch)
         self._compare_subscriptions()
         self.tally.compared[TOTALS] = compare_totals(self._quota, self._plans, self._scope, self._scratch)

@@ -27,6 +27,11 @@ KINDS = {
     ),
     "quarantined": ("in quarantine, and can be read by now", "make quarantine ARGS=--redrive counts it."),
     "unreadable": ("cannot be read, and is not in quarantine", "Restart the service: it reads the stream again."),
+    "forged": (
+        "in quarantine, and not as the stream has it",
+        "Somebody changed or added it, or the stream has lost it; it is never counted. Delete the row: make replay "
+        "puts back what is to be there.",
+    ),
     "contradicting": (
         "a second event under an id that is counted already, with other content",
         "The first counts. Find out who published the second; if it is to count, adjust the usage.",

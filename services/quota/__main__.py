@@ -20,7 +20,7 @@ from shared.commands import command
 from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
-from shared.quarantine import command as show_quarantine
+from shared.quarantine_command import command as show_quarantine
 from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, moment, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence
@@ -55,7 +55,7 @@ def quarantine(*, redrive: bool = False) -> None:
         def apply(db: Connection, event: Event) -> list[Event]:
             return store.settle(db, plans, [event]).contradicting
 
-        show_quarantine("quota", settings.database_url, apply, redriving=redrive)
+        show_quarantine("quota", settings, settings.database_url, apply, redriving=redrive)
 
 
 @cli.command()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from nats.aio.client import Client
-from sqlalchemy import Connection, Table, text
+from sqlalchemy import Connection, Table, text, update
 
 from services.ledger import store as ledger_store
 from services.ledger.audit import Databases, Evidence, audit
@@ -27,11 +27,11 @@ from services.quota import totals as quota_totals
 from services.quota.handlers import Handlers as QuotaHandlers
 from shared import streams
 from shared.consumer import Handler, apply
-from shared.database import Database, iso
+from shared.database import Database, iso, table_of
 from shared.errors import Misconfigured
 from shared.events import Event, encode, new_id
 from shared.plans import Plans
-from shared.quarantine import Poison, quarantine
+from shared.quarantine import Poison, Quarantined, quarantine
 from shared.settings import sqlite_url
 from tests.builders import (
     NOON,
@@ -565,6 +565,16 @@ async def test_what_cannot_be_read_is_no_difference_while_it_is_in_both_quaranti
     assert (difference.where, difference.kind) == ("quota.quarantine", "unreadable")
     assert difference.expected is not None
     assert difference.expected["sequence"] == 2
+
+
+async def test_a_body_in_quarantine_that_is_not_the_streams_is_named(system: System) -> None:
+    await publish_raw(system.nats, b"no event")
+    await system.deliver()
+    await system.ledger.write(lambda db: db.execute(update(table_of(Quarantined)).values(body=encode(COUNTED))))
+    await system.quota.write(quarantine, [Poison("usage.adjusted", encode(COUNTED), "of nobody")])
+    found = await system.audit()
+    assert found.kinds == [("ledger.quarantine", "forged"), ("quota.quarantine", "forged")]
+    assert "it is never counted" in found.words
 
 
 async def test_an_event_that_is_in_quarantine_and_can_be_read_is_told_and_in_no_sum(system: System) -> None:

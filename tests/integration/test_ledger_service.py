@@ -336,7 +336,7 @@ async def test_the_process_migrates_serves_and_ends_in_order(
 
 
 async def test_a_quarantine_is_listed_and_handed_over_again_after_a_fix(
-    ledger: Starlette, nats: Client, database: Database, ledger_url: str
+    ledger: Starlette, nats: Client, database: Database, ledger_url: str, own_nats_server: str
 ) -> None:
     first = generation_completed()
     second = first.model_copy(update={"data": first.data.model_copy(update={"model": "another"})})
@@ -346,15 +346,19 @@ async def test_a_quarantine_is_listed_and_handed_over_again_after_a_fix(
     await publish_raw(nats, encode(second))
     await publish_raw(nats, b"not JSON")
     await everything_is_acknowledged(nats)
-    await database.write(store.record, [], [Poison("generation.completed", encode(fixed), "a mistake of last week")])
+    # Where the ledger passes it over, as if a mistake of last week had kept it from being recorded.
+    await publish_raw(nats, encode(fixed), subject=streams.LEDGER_SEALED)
+    aside = [Poison("generation.completed", encode(each), "a mistake") for each in (fixed, generation_completed())]
+    await database.write(store.record, [], aside)
 
-    variables = environment(CHATRAIL_LEDGER_DATABASE_URL=ledger_url)
+    variables = environment(CHATRAIL_LEDGER_DATABASE_URL=ledger_url, CHATRAIL_NATS_URL=own_nats_server)
     listing = ("services.ledger", "quarantine", "--redrive")
     status, said, complaints = await forked.run(*listing, env=variables, apart=True)
 
     assert (status, complaints) == (0, "")
     assert "ledger: 1 messages are counted now" in said
-    assert "ledger: 2 messages in quarantine" in said
+    assert "ledger: 1 are not what the stream has, and stay: make audit names them" in said
+    assert "ledger: 3 messages in quarantine" in said
     assert ANOTHER_BODY.split()[0] in said
     assert "Invalid" in said
     assert first.id not in said

@@ -1,13 +1,14 @@
 """The ledger's store on SQLite and on PostgreSQL: the same behaviour, the same words."""
 
 import base64
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, select, text, update
 from sqlalchemy.exc import DatabaseError
 
 from services.ledger import store
@@ -182,7 +183,7 @@ async def test_what_contradicts_stays_in_quarantine_however_often_it_is_handed_o
     def apply(db: Connection, event: Event) -> list[Event]:
         return store.record(db, [event]).contradicting
 
-    assert await database.write(redrive, apply) == 0
+    assert await database.write(redrive, apply, {sha256_of(second.body)}) == (0, 0)
     (left,) = await database.read(lambda db: db.execute(select(table_of(Quarantined))).all())
     assert (bytes(left.body), left.reason) == (second.body, ANOTHER_BODY)
 
@@ -513,9 +514,28 @@ async def test_what_can_be_read_after_a_fix_is_recorded_and_leaves_the_quarantin
     def apply(db: Connection, event: Event) -> list[Event]:
         return store.record(db, [event]).contradicting
 
-    assert await database.write(redrive, apply) == 1
+    assert await database.write(redrive, apply, {sha256_of(each.body) for each in poison}) == (1, 0)
     assert [record.id for record in await all_records(database)] == [fixed.id]
     left = await database.read(lambda db: db.execute(select(table_of(Quarantined))).all())
     assert [bytes(row.body) for row in left] == [broken]
     assert left[0].reason != "a mistake of last week"
-    assert await database.write(redrive, apply) == 0
+    assert await database.write(redrive, apply, {sha256_of(broken)}) == (0, 0)
+
+
+async def test_what_is_not_on_the_stream_is_never_counted_and_stays_in_quarantine(database: Database) -> None:
+    sent, forged = b"\xff no event", encode(usage_adjusted(tokens_used=-5_000))
+    poison = [Poison("usage.adjusted", body, "no event") for body in (sent, encode(generation_completed()))]
+    await database.write(store.record, [], poison)
+    table = table_of(Quarantined)
+    change = update(table).where(table.c.body_sha256 == sha256_of(sent)).values(body=forged)
+    await database.write(lambda db: db.execute(change))
+
+    def apply(db: Connection, event: Event) -> list[Event]:
+        return store.record(db, [event]).contradicting
+
+    assert await database.write(redrive, apply, {sha256_of(sent)}) == (0, 2)
+    assert await all_records(database) == []
+
+
+def sha256_of(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
