@@ -59,7 +59,7 @@ bench-audit: .venv/installed-dev
 	@exec $(bin)/python -m tests.bench.replay $(ARGS)
 
 faults: .venv/installed-dev
-	@exec $(bin)/python -m tests.faults.machine $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+	@exec $(bin)/python -m tests.faults.machine $(call told,SEED,seed) $(call told,MINUTES,minutes) $(ARGS)
 
 mutations: .venv/installed-dev
 	@exec $(bin)/python -m pytest -v tests/faults/test_mutations.py $(ARGS)
@@ -68,7 +68,8 @@ quarantine: .venv/installed-run
 	@$(bin)/python -m services.ledger quarantine $(ARGS)
 	@$(bin)/python -m services.quota quarantine $(ARGS)
 
-# Only what make itself is told: every shell has a USER. As it was typed, whatever is in it.
+# Only what make itself is told: every shell has a USER. As it was typed, whatever is in it; of an empty one the
+# command says that it is empty.
 told = $(if $(filter command,$(origin $(1))),--$(2)='$(subst ','\'',$(value $(1)))')
 
 # Ends with an error where something differs: 1 from the command itself, 2 from make.
@@ -79,7 +80,7 @@ explain: .venv/installed-run
 	@exec $(bin)/python -m services.ledger explain $(call told,ID,id) $(call told,USER,user) $(ARGS)
 
 replay: .venv/installed-run
-	@$(if $(WEIGHTS),:,$(bin)/python -m services.ledger replay $(replaying))
+	@$(if $(call told,WEIGHTS,weights),:,$(bin)/python -m services.ledger replay $(replaying))
 	@exec $(bin)/python -m services.quota replay $(replaying) $(call told,WEIGHTS,weights)
 
 replaying = $(call told,UNTIL,until) $(call told,OUT,out) $(ARGS)

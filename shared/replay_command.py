@@ -22,6 +22,14 @@ from shared.replaying import Rebuilt, Told, dry_run, rebuild_into, replay
 from shared.settings import ServiceSettings
 from shared.telemetry import configure_logging_of_a_command
 
+
+def named(text: str) -> Path:
+    """A file or folder. An empty name would be the folder in which somebody happens to be."""
+    if not text:
+        raise typer.BadParameter("the name is empty; leave the option out, or name something")
+    return Path(text)
+
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")]
 DespiteGaps = Annotated[
     bool, typer.Option("--despite-gaps", help="Replay what is left of a stream that has lost messages.")
@@ -31,7 +39,10 @@ Until = Annotated[
     typer.Option(metavar="TIME", help="Rebuild what the stream had then (RFC 3339, or a day in UTC), to look at."),
 ]
 Out = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Where what is rebuilt to look at stays, as a SQLite database.")
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", parser=named, help="Where what is rebuilt to look at stays, as a SQLite database."
+    ),
 ]
 
 
@@ -42,6 +53,13 @@ def moment(given: str, option: str) -> datetime:
         return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
         raise typer.BadParameter(f"{given!r} is not a time such as 2026-11-30T18:00:00Z", param_hint=option) from None
+
+
+def past(given: str, option: str) -> datetime:
+    """As `moment`. Of what is still to come nobody knows what there will be."""
+    if (found := moment(given, option)) > datetime.now(UTC):
+        raise typer.BadParameter(f"{given} is still to come", param_hint=option)
+    return found
 
 
 def check(*, is_dry: bool, looks_at_the_past: bool, out: Path | None) -> None:

@@ -33,7 +33,7 @@ from shared.database import Database, snapshot
 from shared.errors import Misconfigured
 from shared.events import Event
 from shared.quarantine_command import command as show_quarantine
-from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, moment, without_a_change
+from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, past, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence, without_standard_output
 from shared.server import serve as run
@@ -105,6 +105,8 @@ def export(
 
 
 def _file(name: str) -> Path:
+    if not name:
+        raise typer.BadParameter("the name is empty; - is standard output", param_hint="'--out'")
     try:
         file = Path(name).resolve()
         if file.exists() and not file.is_file():
@@ -129,7 +131,7 @@ def replay(
     *, is_dry: DryRun = False, until: Until = None, out: Out = None, despite_gaps: DespiteGaps = False
 ) -> None:
     """Build every record anew from the stream, and switch to them in one transaction. Services may run."""
-    at = None if until is None else moment(until, "'--until'")
+    at = None if until is None else past(until, "'--until'")
     check(is_dry=is_dry, looks_at_the_past=at is not None, out=out)
     with command():
         settings, rebuilt = Settings.read(), RebuiltLedger()

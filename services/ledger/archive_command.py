@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +22,16 @@ from shared.archive import Archive, Manifest
 from shared.bus_of_folder import bus_of_folder
 from shared.commands import command
 from shared.errors import Misconfigured
-from shared.replay_command import moment, run
+from shared.replay_command import named, past, run
 from shared.streams import LEDGER
 
 TABLES = ("leaves", "seals")
 DAY_S = 24 * 3600
 
-Folder = Annotated[Path | None, typer.Option("--out", help="The archive's folder; CHATRAIL_ARCHIVE without it.")]
+Folder = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", parser=named, help="The archive's folder; CHATRAIL_ARCHIVE without it."),
+]
 
 
 def archive(
@@ -39,9 +42,7 @@ def archive(
     out: Folder = None,
 ) -> None:
     """Write down what the stream had before, behind what is archived already, and check it. Services may run."""
-    until = moment(before, "'--before'")
-    if until > datetime.now(UTC):
-        raise typer.BadParameter(f"{before} is still to come", param_hint="'--before'")
+    until = past(before, "'--before'")
     with command():
         settings = Settings.read()
         run(_archive(settings, out or settings.archive_folder, until))

@@ -28,6 +28,7 @@ from shared.database import snapshot
 from shared.errors import Misconfigured
 from shared.record import Record
 from shared.recorded import bounds
+from shared.replay_command import named
 from shared.streams import STREAM
 from shared.telemetry import configure_logging_of_a_command
 
@@ -55,10 +56,13 @@ class Proven(NamedTuple):
 def prove(
     *,
     user: Annotated[str, typer.Option(help="Whose records.")],
-    out: Annotated[Path, typer.Option(help="The file to write, JSON.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", parser=named, help="The file to write, JSON.")],
     record: Annotated[str | None, typer.Option("--id", help="This record alone.")] = None,
 ) -> None:
     """Write a user's own records with the proof of each, for anybody to check without ChatRail."""
+    for option, given in (("'--user'", user), ("'--id'", record)):
+        if given == "":
+            raise typer.BadParameter("an empty name is nobody's", param_hint=option)
     configure_logging_of_a_command()
     with command():
         settings = Settings.read()

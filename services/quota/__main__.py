@@ -21,14 +21,14 @@ from shared.database import Database
 from shared.events import Event
 from shared.plans import Plans
 from shared.quarantine_command import command as show_quarantine
-from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, moment, without_a_change
+from shared.replay_command import DespiteGaps, DryRun, Out, Until, check, into_place, named, past, without_a_change
 from shared.replay_command import run as run_command
 from shared.server import one_sentence
 from shared.server import serve as run
 
 gc.enable()
 
-cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+cli = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False, rich_markup_mode=None)
 MIGRATIONS = Path(__file__).with_name("migrations")
 
 
@@ -64,13 +64,14 @@ def replay(
     is_dry: DryRun = False,
     until: Until = None,
     weights: Annotated[
-        Path | None, typer.Option(metavar="PLANS", help="What all usage would come to under this plans file.")
+        Path | None,
+        typer.Option(metavar="PLANS", parser=named, help="What all usage would come to under this plans file."),
     ] = None,
     out: Out = None,
     despite_gaps: DespiteGaps = False,
 ) -> None:
     """Build totals and plans anew from the stream, and switch to them in one transaction. Services may run."""
-    at = None if until is None else moment(until, "'--until'")
+    at = None if until is None else past(until, "'--until'")
     check(is_dry=is_dry, looks_at_the_past=at is not None or weights is not None, out=out)
     with command():
         settings = Settings.read()

@@ -280,7 +280,7 @@ async def test_standard_output_takes_the_records_and_nothing_else(database: Data
         (["--user", ""], "an empty name is nobody's"),
         (["--format", "parquet"], "Parquet is written to a file only"),
         (["--out", "/dev/null"], "'/dev/null' is there, and is not a file"),
-        (["--out", ""], "is not a file"),
+        (["--out", ""], "the name is empty"),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_a_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What operators type: what makes no sense is refused in a sentence, before anything is read or changed."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 
 from services.ledger.__main__ import cli as ledger
 from services.quota.__main__ import cli as quota
+from tests.stack import PROJECT
 
 NO_TIME = ["", "yesterday", "2026-13-01", "9999-12-31T23:59:59-14:00"]
 
@@ -18,13 +20,45 @@ NO_TIME = ["", "yesterday", "2026-13-01", "9999-12-31T23:59:59-14:00"]
         *((["--until", text], "is not a time") for text in NO_TIME),
         (["--out", "somewhere"], "add --until"),
         (["--dry-run", "--out", "somewhere"], "add --until"),
-        (["--dry-run", "--until", "2026-11-30"], "leave out the other"),
+        (["--dry-run", "--until", "2026-11-20"], "leave out the other"),
+        (["--until", "2099-01-01"], "2099-01-01 is still to come"),
+        (["--out", "", "--until", "2026-11-20"], "the name is empty"),
     ],
 )
 def test_a_look_at_the_past_that_makes_no_sense_does_not_become_a_replay(
     service: object, options: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused(service, ["replay", *options], told, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("service", "arguments"),
+    [
+        (quota, ["replay", "--weights", ""]),
+        (ledger, ["archive", "--before", "2026-11-20", "--out", ""]),
+        (ledger, ["trim", "--out", ""]),
+        (ledger, ["export", "--out", ""]),
+        (ledger, ["prove", "--user", "user_1", "--out", ""]),
+        (ledger, ["prove", "--user", "", "--out", "proof.json"]),
+        (ledger, ["prove", "--user", "user_1", "--id", "", "--out", "proof.json"]),
+        (ledger, ["explain", "--id", ""]),
+        (ledger, ["explain", "--id", "x", "--user", ""]),
+        (ledger, ["export", "--format", ""]),
+    ],
+)
+def test_what_is_empty_is_neither_everything_nor_a_default(
+    service: object, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(service, arguments, "Invalid value for", monkeypatch)
+
+
+@pytest.mark.parametrize("variable", ["WEIGHTS", "UNTIL", "OUT"])
+def test_make_hands_on_that_something_is_empty(variable: str) -> None:
+    """WEIGHTS= replayed the ledger in earnest."""
+    command = ["make", "--dry-run", "--old-file=.venv/installed-run", "replay", f"{variable}="]
+    said = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    first = next(line for line in said.splitlines() if line.strip() not in ("", ":"))
+    assert f"--{variable.lower()}=''" in first
 
 
 def test_other_weights_are_no_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
