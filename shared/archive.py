@@ -22,8 +22,9 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from pydantic.alias_generators import to_camel
 
 from shared.errors import Misconfigured
+from shared.events import kind_of
 from shared.recorded import Recorded
-from shared.streams import STREAM
+from shared.streams import GENERATION_COMPLETED, LEDGER_SEALED, STREAM, SUBSCRIPTION_CHANGED, USAGE_ADJUSTED
 
 BATCH_SIZE = 1000
 # What is gathered before it is compressed and written: some 16 MB.
@@ -32,13 +33,18 @@ COLUMNS = ("sequence", "subject", "headers", "body", "stored_at")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
+# Every seal has it, and hardly anything else.
+_SEAL = LEDGER_SEALED.encode()
+COUNTED = (GENERATION_COMPLETED, SUBSCRIPTION_CHANGED, USAGE_ADJUSTED)
+
 Place = Annotated[int, Field(ge=1)]
 
 
 class Manifest(BaseModel):
     """What a file has: all messages from `first` to `last` of the stream that was made at `stream_created`.
 
-    `checkpoint` is the sealed head of the first `last` messages, signed where seals are.
+    `checkpoint` is the sealed head of the first `last` messages, signed where seals are. `signature` (Ed25519,
+    base64) is of `to_sign`, by the key that `key_id` tells: of all of the file, which `sha256` stands for.
     """
 
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, populate_by_name=True)
@@ -53,6 +59,12 @@ class Manifest(BaseModel):
     size_bytes: int
     sha256: str
     checkpoint: str
+    key_id: str | None = None
+    signature: str | None = None
+
+    def to_sign(self) -> bytes:
+        """All that it says but the signature itself."""
+        return b"chatrail/archive\n" + self.model_dump_json(by_alias=True, exclude={"signature"}).encode()
 
     @property
     def name(self) -> str:
@@ -136,13 +148,25 @@ class Archive:
         """As they came from the stream, in batches.
 
         Raises Misconfigured when a file is not what was archived; where that is doubted already, only when it cannot
-        be read.
+        be read, and a message is what its body says, which is sealed, whatever its subject does.
         """
         for manifest in self.manifests:
             if manifest.first <= last and manifest.last >= first:
                 if not is_doubted:
                     self.check(manifest)
-                yield from read_file(self.path(manifest), first=first, last=last)
+                    yield from map(self._fitting, read_file(self.path(manifest), first=first, last=last))
+                else:
+                    for batch in read_file(self.path(manifest), first=first, last=last):
+                        yield [message._replace(subject=fitting_subject(message)) for message in batch]
+
+    def _fitting(self, batch: list[Recorded]) -> list[Recorded]:
+        for message in batch:
+            if fitting_subject(message) != message.subject:
+                raise Misconfigured(
+                    f"Message {message.sequence} in the archive {self.folder} is not what was archived: its subject "
+                    f"is {message.subject}, and its content is not. Restore it from a copy; make audit names it."
+                )
+        return batch
 
     def find(self, sequences: Sequence[int]) -> dict[int, Recorded]:
         """Of these messages, those that are archived; only the parts that have them are read."""
@@ -151,6 +175,15 @@ class Archive:
             for batch in self.read(first=sequence, last=sequence):
                 found |= {message.sequence: message for message in batch}
         return found
+
+
+def fitting_subject(message: Recorded) -> str:
+    """Its own, unless it says that a seal is none, or what is none a seal: readers pass seals over."""
+    if _SEAL in message.body and (kind := kind_of(message.body)) == LEDGER_SEALED:
+        return kind
+    if message.subject == LEDGER_SEALED and (kind := kind_of(message.body)) in COUNTED:
+        return kind
+    return message.subject
 
 
 def _read_manifest(path: Path) -> Manifest:

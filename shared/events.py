@@ -14,6 +14,7 @@ No event carries a prompt, an answer or a secret.
 
 import json
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -302,6 +303,14 @@ def decode(body: bytes) -> Event:
     if missing := [name for name in REQUIRED if name not in event.model_fields_set]:
         raise PoisonMessage(f"{', '.join(missing)}: Field required")
     return event
+
+
+def kind_of(body: bytes) -> str | None:
+    """The `type` of what can be read as an event, or as a seal; None of anything else."""
+    for read in (decode_seal, decode):
+        with suppress(PoisonMessage):
+            return read(body).type
+    return None
 
 
 def decode_seal(body: bytes) -> LedgerSealed:

@@ -4,6 +4,7 @@ A file ends where a seal does, so that one root hash stands for all that is arch
 """
 
 import asyncio
+import base64
 import fcntl
 import hashlib
 import os
@@ -26,6 +27,7 @@ from shared.archive import (
     Manifest,
     contents,
     file_name,
+    fitting_subject,
     put_in_place,
     read_file,
     sha256_of,
@@ -160,6 +162,10 @@ class _Writer:
     async def write(self, first: int, seal: Sealed, before: Sealed | None) -> Manifest:
         """One file, and once it was read back and found right, its manifest."""
         last = seal.head.size
+        if seal.signature and not (self.keys and self.keys.signing):
+            raise Misconfigured(
+                "Seals are signed, and manifests are to be, too: name the key that signs with CHATRAIL_SEAL_KEY_FILE."
+            )
         path = self.folder / file_name(first, last)
         with _draft_of(path) as draft:
             digest, first_stored_at, last_stored_at = await self._copy(draft, first, last)
@@ -174,6 +180,7 @@ class _Writer:
                 sha256=await asyncio.to_thread(sha256_of, draft),
                 checkpoint=checkpoint(seal.head, seal.signature),
             )
+            manifest = _signed(manifest, self.keys)
             if await asyncio.to_thread(_digest_of_file, draft) != digest:
                 raise Misconfigured(f"What was written to {draft} cannot be read back. Is its disk all right?")
             for found in await altered(draft, manifest, self.rows, before=before, keys=self.keys):
@@ -207,6 +214,24 @@ class _Writer:
         if expected != last + 1:
             raise Misconfigured(f"The stream lacks messages behind {expected - 1}: make audit tells which.")
         return digest.hex(), times[0], times[-1]
+
+
+def _signed(manifest: Manifest, keys: Keys | None) -> Manifest:
+    """Where there is a key that signs."""
+    if keys is None or keys.key_id is None:
+        return manifest
+    manifest = manifest.model_copy(update={"key_id": keys.key_id})
+    made = keys.sign_bytes(manifest.to_sign())
+    return manifest.model_copy(update={"signature": base64.b64encode(made.signature).decode()}) if made else manifest
+
+
+def is_signed(manifest: Manifest, keys: Keys) -> bool:
+    """Whether a believed key signed all that it says, and so all that the file has."""
+    try:
+        made = base64.b64decode(manifest.signature or "", validate=True)
+    except ValueError:
+        return False
+    return keys.is_right_of(manifest.to_sign(), Signature(manifest.key_id or "", made))
 
 
 @contextmanager
@@ -300,6 +325,8 @@ async def _compare(path: Path, manifest: Manifest, rows: Rows, before: Sealed | 
             elif leaf is None or leaf != (expected, digest):
                 told = leaf[1].hex() if leaf and leaf[0] == expected else "no leaf"
                 found.append(Altered(expected, event_id(message.body), told, digest.hex()))
+            elif (subject := fitting_subject(message)) != message.subject:
+                found.append(Altered(expected, event_id(message.body), f"subject {subject}", message.subject))
             expected += 1
         del found[TOLD_MAX:]
     if expected != manifest.last + 1:
@@ -336,6 +363,9 @@ def _of_the_head(manifest: Manifest, rows: Rows, root: bytes, keys: Keys | None)
     wrong = [key_id for key_id, made in told.signatures if keys and not keys.is_right(head, Signature(key_id, made))]
     if wrong or (seal and bool(seal.signature) != bool(told.signatures)):
         yield Altered(None, None, "a signature by a key that is believed", ", ".join(wrong) or "another")
+    # Where seals are signed, a manifest without a signature is one from which it was taken.
+    if keys and (manifest.signature or told.signatures) and not is_signed(manifest, keys):
+        yield Altered(None, None, "a manifest signed by a key that is believed", manifest.key_id or "unsigned")
 
 
 def _root(head: Head | None) -> str:

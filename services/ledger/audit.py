@@ -15,7 +15,7 @@ from typing import NamedTuple
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from services.ledger.archive import acknowledged, altered
+from services.ledger.archive import acknowledged, altered, is_signed
 from services.ledger.audit_comparison import Comparison, Tally
 from services.ledger.audit_expected import CHANGES, PLAN_CHANGES, SETTLEMENTS, SUBSCRIPTIONS, USAGE
 from services.ledger.audit_waiting import evidence_is_back, has_read_again
@@ -98,7 +98,7 @@ async def audit(
             seals_file_up_to=outside_up_to,
         )
         first, last = await record.bounds()
-        archived = await _check_archive(nc, archive, ledger, evidence.keys, scratch) if archive else 0
+        archived = await _check_archive(nc, archive, ledger, evidence.keys, scratch) if archive else None
         comparing = Comparison(ledger, quota, plans, floors, scope=scope, scratch=scratch)
         async for batch in record.read(first=first, last=last):
             sealed.take(batch)
@@ -107,16 +107,19 @@ async def audit(
         comparing.end()
         evident = sealed.end()
         _tell_of_seals(evident, comparing.tally, scratch)
-        if archived:
-            comparing.tally.compared[ARCHIVE] = archived
+        if archived and archived.last:
+            comparing.tally.compared[ARCHIVE] = archived.last
     tally = comparing.tally
     waiting = {service: max(0, last - floor) for service, floor in floors.items()}
     read = Read(first, last, tally.messages, tally.unreadable, tally.repeated, waiting)
+    keys = evidence.keys or Keys(None, {})
     proven = Proven(
         seals=evident.seals,
         signed=evident.signed,
-        keys=evidence.keys.believed_ids if evidence.keys else (),
+        keys=keys.believed_ids,
         outside=evident.outside if outside else None,
+        archives=len(archived.manifests) if archived else 0,
+        archives_signed=sum(is_signed(each, keys) for each in archived.manifests) if archived else 0,
     )
     return Report(read, tally.compared, proven, scratch, monotonic() - begun)
 
@@ -151,8 +154,8 @@ def _newest_written(seals_file: Path) -> int:
         raise Misconfigured(f"CHATRAIL_SEALS_FILE {seals_file} cannot be read: {error.strerror}.") from error
 
 
-async def _check_archive(nc: Client, folder: Path, ledger: Snapshot, keys: Keys | None, scratch: Scratch) -> int:
-    """How many messages it has. What is not as it was sealed is a difference, also while the stream still has it."""
+async def _check_archive(nc: Client, folder: Path, ledger: Snapshot, keys: Keys | None, scratch: Scratch) -> Archive:
+    """What is not as it was sealed is a difference, also while the stream still has it."""
     archive = await asyncio.to_thread(Archive.at, folder)
     check_origin(archive, (await nc.jetstream().stream_info(STREAM)).created)
     before: Sealed | None = None
@@ -163,7 +166,7 @@ async def _check_archive(nc: Client, folder: Path, ledger: Snapshot, keys: Keys 
             where = f"{ARCHIVE} {manifest.name}"
             scratch.add(Difference(where, "archive", found.event_id, None, expected, {"is": found.found}))
         before = next(sealed_after(ledger.rows, manifest.last - 1), None)
-    return archive.last
+    return archive
 
 
 def _tell_of_seals(result: Result, tally: Tally, scratch: Scratch) -> None:

@@ -54,17 +54,24 @@ class Keys:
         return bool(self._believed)
 
     def sign(self, head: Head) -> Signature | None:
+        return self.sign_bytes(checkpoint_text(head.size, head.root).encode())
+
+    def sign_bytes(self, text: bytes) -> Signature | None:
         if self.signing is None or self.key_id is None:
             return None
-        return Signature(self.key_id, self.signing.sign(checkpoint_text(head.size, head.root).encode()))
+        return Signature(self.key_id, self.signing.sign(text))
 
     def is_right(self, head: Head, signature: Signature) -> bool:
         """Whether a believed key made it, of this head."""
+        return self.is_right_of(checkpoint_text(head.size, head.root).encode(), signature)
+
+    def is_right_of(self, text: bytes, signature: Signature) -> bool:
+        """Whether a believed key made it, of this text."""
         key = self._believed.get(signature.key_id)
         if key is None:
             return False
         try:
-            key.verify(signature.signature, checkpoint_text(head.size, head.root).encode())
+            key.verify(signature.signature, text)
         except InvalidSignature:
             return False
         return True

@@ -180,6 +180,12 @@ def _proven_in_words(proven: Proven) -> Iterator[str]:
     else:
         yield f"  In the file outside: {_number(proven.outside, 'head')}"
 
+    if proven.archives and proven.keys:
+        signed = f"{proven.archives_signed:,} have a rightly signed manifest"
+        yield f"  Of {_number(proven.archives, 'file')} of the archive, {signed}"
+    elif proven.archives:
+        yield "  Of what is archived the bodies are proven; the rest only where manifests are signed"
+
 
 def as_json(report: Report) -> Iterator[str]:
     """One document, in parts: it may be larger than memory."""

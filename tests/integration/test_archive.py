@@ -408,6 +408,21 @@ def another_root(damage: Damage) -> None:
     damage.path.with_suffix(".json").write_text(manifest.model_dump_json(by_alias=True))
 
 
+def of_another_kind(damage: Damage) -> None:
+    """A usage event that is to be passed over as a seal is."""
+    first, second, *rest = damage.messages()
+    damage.rewrite([first, second._replace(subject=streams.LEDGER_SEALED), *rest], is_covered_up=True)
+
+
+def no_seal(damage: Damage) -> None:
+    """A seal that is to be read as an event."""
+    changed = [
+        each._replace(subject=streams.USAGE_ADJUSTED) if each.subject == streams.LEDGER_SEALED else each
+        for each in damage.messages()
+    ]
+    damage.rewrite(changed, is_covered_up=True)
+
+
 def tells(**fields: Any) -> Callable[[Damage], None]:
     """A manifest that says something else of a file which is as it was."""
 
@@ -507,8 +522,30 @@ async def test_the_head_of_a_file_is_signed_as_seals_are_and_no_other_signature_
         assert "— chatrail/usage " in manifest.checkpoint
         assert await altered(path, manifest, ledger.rows, before=None, keys=keys) == []
         for told, believed in ((manifest, others), (unsigned, keys)):
-            (found,) = await altered(path, told, ledger.rows, before=None, keys=believed)
-            assert found.expected == "a signature by a key that is believed"
+            found = await altered(path, told, ledger.rows, before=None, keys=believed)
+            assert [each.expected for each in found] == [
+                "a signature by a key that is believed",
+                "a manifest signed by a key that is believed",
+            ]
+
+        # What is in no leaf: subjects, headers, times. The file's digest in the manifest holds them.
+        damage = Damage(system.folder)
+        first, *rest = damage.messages()
+        damage.rewrite([first._replace(headers={"Other": "1"}), *rest], is_covered_up=True)
+        for stripped in ({}, {"signature": None}, {"signature": None, "key_id": None}):
+            (told,) = Archive.at(system.folder).manifests
+            told = told.model_copy(update=stripped)
+            found = await altered(path, told, ledger.rows, before=None, keys=keys)
+            assert [each.expected for each in found] == ["a manifest signed by a key that is believed"]
+        with pytest.raises(Misconfigured, match="Seals are signed, and manifests are to be, too"):
+            await archive(
+                system.nats,
+                ledger.rows,
+                tmp_path / "other",
+                before=datetime.now(UTC),
+                keys=None,
+                advance=lambda _: None,
+            )
 
 
 @pytest.mark.parametrize("damage", [edited, truncated, another_bit, missing])
@@ -535,6 +572,25 @@ async def test_of_trimmed_messages_that_were_changed_with_their_manifest_the_aud
     named = {(difference.where, difference.kind) for difference in found.differences}
     assert any(where.startswith("archive usage-0") and kind == "archive" for where, kind in named)
     assert any(where.startswith("evidence, message ") and kind == "broken" for where, kind in named)
+
+
+@pytest.mark.parametrize("damage", [of_another_kind, no_seal])
+@pytest.mark.parametrize("backend", ["sqlite"])
+async def test_a_message_is_what_its_content_says_and_not_what_somebody_made_of_its_subject(
+    system: Archiving, damage: Callable[[Damage], None]
+) -> None:
+    await archived_and_trimmed(system)
+    before = await system.figures()
+    damage(Damage(system.folder))
+
+    found = await system.audit()
+
+    # Of the services' records, which are right, nothing is said.
+    assert {difference.kind for difference in found.differences} == {"archive"}
+    assert any("subject" in str(difference.expected) for difference in found.differences)
+    with pytest.raises(Misconfigured, match=r"its subject is .*, and its content is not"):
+        await system.replay()
+    assert await system.figures() == before
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
