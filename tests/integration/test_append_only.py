@@ -61,8 +61,11 @@ async def test_what_is_settled_is_neither_changed_nor_deleted(quota: Database, s
     assert kept == [8_094]
 
 
-async def test_that_a_settlement_came_late_may_be_noted_afterwards(quota: Database) -> None:
-    await quota.write(do("UPDATE settlements SET is_late = true"))
+async def test_that_a_settlement_came_late_may_be_noted_afterwards_and_is_not_taken_back(quota: Database) -> None:
+    for _ in range(2):
+        await quota.write(do("UPDATE settlements SET is_late = true"))
+    with pytest.raises(DatabaseError, match="settlements is append-only: update is refused"):
+        await quota.write(do("UPDATE settlements SET is_late = false"))
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
