@@ -148,7 +148,6 @@ def proof(user_id: str, proven: Proven, bodies: Sequence[bytes]) -> dict[str, An
         "format": FORMAT,
         "userId": user_id,
         "checkpoint": checkpoint(seal.head, seal.signature),
-        "sealedAt": seal.sealed_at,
         "records": records,
     }
 

@@ -14,6 +14,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -207,6 +208,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 def say(*lines: str) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
 
 
 def main() -> int:
@@ -214,12 +216,25 @@ def main() -> int:
     parser.add_argument("proof")
     parser.add_argument("--key", help="the operator's public key, PEM")
     parser.add_argument("--seals", help="the operator's file of checkpoints")
+    arguments = parser.parse_args()
     try:
-        return check(parser.parse_args())
+        return checked(arguments)
+    except BrokenPipeError:
+        # Whoever read along has seen enough: nothing more is written, at the end of the program neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+
+
+def checked(arguments: argparse.Namespace) -> int:
+    """The exit status, whatever the proof is like."""
+    try:
+        return check(arguments)
     except Unproven as problem:
         say(f"NOT PROVEN: {problem}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         say(f"NOT PROVEN: this cannot be read as a proof ({type(problem).__name__}: {problem})")
+    except BrokenPipeError:
+        raise
     except OSError as problem:
         say(f"Not checked: {problem}")
         return 2

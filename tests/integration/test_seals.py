@@ -504,6 +504,8 @@ async def verified(document: Any, folder: Path, *arguments: str | Path, bare: bo
 async def test_anybody_can_check_a_users_records_with_one_file_and_python_alone(
     proven: dict[str, Any], settings: Settings, tmp_path: Path
 ) -> None:
+    # Of nothing else could the program tell whether it is so.
+    assert proven.keys() == {"format", "userId", "checkpoint", "records"}
     status, said = await verified(proven, tmp_path)
     assert (status, "3 records are as they were sealed" in said, "compared with nothing" in said) == (0, True, True)
     assert settings.seals_file

@@ -1,11 +1,14 @@
 """What operators type: what makes no sense is refused in a sentence, before anything is read or changed."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from services.ledger import verify_record
 from services.ledger.__main__ import cli as ledger
 from services.quota.__main__ import cli as quota
 from tests.stack import PROJECT
@@ -59,6 +62,16 @@ def test_make_hands_on_that_something_is_empty(variable: str) -> None:
     said = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
     first = next(line for line in said.splitlines() if line.strip() not in ("", ":"))
     assert f"--{variable.lower()}=''" in first
+
+
+def test_a_reader_of_a_check_who_goes_away_is_told_nothing_more(tmp_path: Path) -> None:
+    (tmp_path / "proof.json").write_text("{}")
+    reading, writing = os.pipe()
+    os.close(reading)
+    checking = [sys.executable, verify_record.__file__, str(tmp_path / "proof.json")]
+    ended = subprocess.run(checking, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (2, b"")
 
 
 def test_other_weights_are_no_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
