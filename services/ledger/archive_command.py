@@ -111,7 +111,7 @@ def _trimmed_in_words(folder: Path, trimmed: Trimmed) -> Iterator[str]:
         yield f"{trimmed.messages:,} messages left the stream, which begins at message {trimmed.begins:,} now."
         yield f"Audits and replays read what was before it from {folder}: keep it, and keep a copy of it."
         if trimmed.keys:
-            yield f"{trimmed.keys:,} of them came with an Idempotency-Key, which is known as before."
+            yield f"Of all that is archived, {trimmed.keys:,} have an Idempotency-Key, which is known as before."
     else:
         yield f"Nothing was trimmed: what is archived in {folder} is off the stream already, or of its last day."
 

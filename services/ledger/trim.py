@@ -41,7 +41,7 @@ PUT_BACK_TRIES = 20
 
 
 class Trimmed(NamedTuple):
-    """The messages that left the stream, of which so many had a key that is kept; where it begins now."""
+    """The messages that left the stream; keys that are kept, of all that may leave it; where it begins now."""
 
     messages: int
     keys: int
@@ -75,8 +75,9 @@ async def trim(
     last = await stored_before(nc, cut_at, first=begins, last=archive.last)
     if last < begins:
         return Trimmed(0, 0, begins)
-    await _check_that_a_seal_stays(nc, after=last)
-    kept = await _keep_keys(nc, archive, first=begins, last=last)
+    await _check_that_a_seal_stays(nc, after=archive.last)
+    # More may go than is asked for: what grows old meanwhile, and all that is archived where we die over it.
+    kept = await _keep_keys(nc, archive, first=begins, last=archive.last)
     if kept:
         await asyncio.sleep(settled_s)
     begins_now = await _expire(nc, cut_at, last=last, within=min(TRIM_WITHIN, overlap) / 2)
@@ -142,7 +143,7 @@ async def _check_that_a_seal_stays(nc: Client, *, after: int) -> None:
 
 
 async def _keep_keys(nc: Client, archive: Archive, *, first: int, last: int) -> int:
-    """The number of keys among what is to go, all of which are kept now.
+    """The number of keys among these messages, all of which are kept now.
 
     Raises Misconfigured where a message is not the same on the stream and in the archive.
     """

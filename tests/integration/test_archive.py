@@ -222,6 +222,21 @@ async def test_a_key_is_known_after_its_message_was_trimmed(system: Archiving) -
     assert await system.figures() == before
 
 
+async def test_the_keys_of_all_that_a_trim_might_take_along_are_kept_before_it_begins(system: Archiving) -> None:
+    """What is a little younger than the last to go grows old while the stream deletes."""
+    await system.happened(*some_events())
+    await grown_old(system)
+    await keyed(system.nats)
+    await system.happened(*some_events())
+    subject = next(each.subject for each in await stored(system.nats) if each.subject.startswith(streams.keyed("")))
+    await system.archive()
+
+    trimmed = await system.trim()
+
+    assert (trimmed.begins <= 8, trimmed.keys) == (True, 1)
+    await system.nats.jetstream().get_last_msg(streams.KEYS, streams.kept_key(subject))
+
+
 async def test_one_archive_follows_the_other_and_has_what_was_stored_before_a_moment(system: Archiving) -> None:
     await system.happened(*some_events())
     await grown_old(system, timedelta(seconds=0.1))
