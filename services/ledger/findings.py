@@ -181,8 +181,7 @@ def _proven_in_words(proven: Proven) -> Iterator[str]:
         yield f"  In the file outside: {_number(proven.outside, 'head')}"
 
     if proven.archives and proven.keys:
-        signed = f"{proven.archives_signed:,} have a rightly signed manifest"
-        yield f"  Of {_number(proven.archives, 'file')} of the archive, {signed}"
+        yield f"  Of the archive's manifests rightly signed: {proven.archives_signed:,} of {proven.archives:,}"
     elif proven.archives:
         yield "  Of what is archived the bodies are proven; the rest only where manifests are signed"
 
