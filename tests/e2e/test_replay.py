@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx2
@@ -133,7 +134,8 @@ async def test_a_stopped_stack_is_replayed_on_its_data_folder(tmp_path: Path) ->
 
     assert (rows(quota, TOTALS), rows(quota, PLANS)) == before
     assert "would change nothing" in (await replay(stack.data, "--dry-run"))
-    past = await replay(stack.data, "--until", "2100-01-01", "--out", str(tmp_path / "past"))
+    now = datetime.now(UTC).isoformat()
+    past = await replay(stack.data, "--until", now, "--out", str(tmp_path / "past"))
     assert "8,094" in past
     assert rows(tmp_path / "past" / "quota.db", TOTALS) == before[0]
 

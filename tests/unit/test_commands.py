@@ -58,7 +58,14 @@ def test_what_is_empty_is_neither_everything_nor_a_default(
 @pytest.mark.parametrize("variable", ["WEIGHTS", "UNTIL", "OUT"])
 def test_make_hands_on_that_something_is_empty(variable: str) -> None:
     """WEIGHTS= replayed the ledger in earnest."""
-    command = ["make", "--dry-run", "--old-file=.venv/installed-run", "replay", f"{variable}="]
+    command = [
+        "make",
+        "--no-print-directory",
+        "--dry-run",
+        "--old-file=.venv/installed-run",
+        "replay",
+        f"{variable}=",
+    ]
     said = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
     first = next(line for line in said.splitlines() if line.strip() not in ("", ":"))
     assert f"--{variable.lower()}=''" in first
