@@ -2,6 +2,7 @@
 
 import re
 
+import aiohttp
 import msgspec
 from msgspec import Struct
 
@@ -48,6 +49,18 @@ class ProviderError(Exception):
         super().__init__(problem.document["title"])
         self.problem = problem
 
+    @property
+    def reason(self) -> str:
+        """Its root, for the log: of what is not of the network only the kind, for the words may be somebody's."""
+        root: BaseException = self
+        while root.__cause__:
+            root = root.__cause__
+        return (
+            f"{type(root).__name__}: {root}"
+            if isinstance(root, aiohttp.ClientError | OSError)
+            else type(root).__name__
+        )
+
 
 def refused(status: int, *, retry_after: str | None, body: bytes) -> Problem:
     """What a status other than success means."""
@@ -69,11 +82,11 @@ def redirected() -> Problem:
     return Problem(502, "Claude is at another address", detail)
 
 
-def failed(kind: str, so_far: str) -> Problem:
+def failed(kind: str, so_far: str, *, is_begun: bool) -> Problem:
     """What an `error` event of this type means. `so_far`, here and below, says what is counted."""
     if kind in ("overloaded_error", "rate_limit_error"):
         return busy("Claude is overloaded", None)
-    return Problem(502, "Claude failed in the middle", f"{so_far}; try again.")
+    return Problem(502, f"Claude failed{' in the middle' if is_begun else ''}", f"{so_far}; try again.")
 
 
 def cannot_be_reached(status: int) -> Problem:

@@ -100,7 +100,7 @@ class _Error(Struct):
 
 
 # What is no event of Claude's, nested too deep included.
-_NONSENSE = (msgspec.MsgspecError, ValidationError, RecursionError)
+_NONSENSE = (msgspec.MsgspecError, ValidationError, RecursionError, UnicodeDecodeError)
 _message_start = msgspec.json.Decoder(_MessageStart)
 _block_start = msgspec.json.Decoder(_BlockStart)
 _block_delta = msgspec.json.Decoder(_BlockDelta)
@@ -168,7 +168,7 @@ class Stream:
                 # Asked for as it is; but a proxy on the way may pack it all the same.
                 is_packed = "content-encoding" in response.headers
                 chunks = response.aiter_bytes() if is_packed else response.aiter_raw()
-                async for chunk in chunks:
+                async for chunk in self._in_time(chunks):
                     if steps := self._understood(chunk):
                         yield steps
                     if self._failure:
@@ -179,12 +179,24 @@ class Stream:
                 raise ProviderError(self._broke_off())
             finally:
                 await response.aclose()
-        except httpx2.TimeoutException as error:
+        except (httpx2.TimeoutException, TimeoutError) as error:
             raise ProviderError(self._timed_out()) from error
         except httpx2.DecodingError as error:
             raise ProviderError(claude_problems.nonsense(self.so_far)) from error
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
             raise ProviderError(self._broke_off()) from error
+
+    async def _in_time(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Raises TimeoutError where nothing comes for too long: of an answer whose framing makes no sense aiohttp
+        says nothing any more, not even that it was closed."""
+        idle_s = self._http.timeout.read
+        while True:
+            try:
+                async with asyncio.timeout(idle_s):
+                    chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return
+            yield chunk
 
     async def _answer(self) -> httpx2.Response:
         try:
@@ -246,7 +258,7 @@ class Stream:
             return Ping()
         if event == b"error":
             self._is_refused = not self._has_begun
-            self._failure = ProviderError(claude_problems.failed(_error.decode(data).error.type, self.so_far))
+            self._failure = ProviderError(self._failed(_error.decode(data).error.type))
         self._is_complete = self._is_complete or event == b"message_stop"
         return None
 
@@ -258,6 +270,9 @@ class Stream:
         except ValidationError:  # it is but a label
             model = self._model
         return Started(model, self._counts if message.usage else None)
+
+    def _failed(self, kind: str) -> Problem:
+        return claude_problems.failed(kind, self.so_far, is_begun=self._has_begun)
 
     def _timed_out(self) -> Problem:
         was_sent = self._question.may_be_heard

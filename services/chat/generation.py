@@ -209,6 +209,7 @@ class Generation:
             self.problem = restarting(stream.so_far) if self._early_end else stream.too_long()
             outcome = self._early_end or "interrupted"
         except ProviderError as error:
+            log.warning("claude_failed", generation_id=self.id, problem=str(error), reason=error.reason)
             self.problem, outcome = error.problem, "provider_error"
         except Exception:
             # Whatever it is, the tokens were given: settle them, and say that it was our side.

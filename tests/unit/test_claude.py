@@ -493,6 +493,7 @@ async def test_an_error_in_the_middle_is_told_in_words_after_all_that_came_befor
         said(start(input_tokens=7), text("Hello"), last(output_tokens=9)),
         answer(200, "text/event-stream", "event: message_start\ndata: {not json}\n\n"),
         answer(200, "text/event-stream", 'event: message_start\ndata: {"message": 7}\n\n'),
+        said(start(input_tokens=7), text("Hel?")).replace(b"?", b"\xff"),
         said(start(input_tokens=-7)),
         said(start(input_tokens=99_999_999), last(output_tokens=99_999_999), STOP),
         said({"type": "error", "error": {"type": "api_error", "message": "oh"}}),
@@ -506,6 +507,52 @@ async def test_an_answer_that_is_not_whole_is_a_failure_in_words_whatever_is_mis
     problem = (await failure_of(answered)).problem
     assert problem.document["status"] == 502
     assert "try again" in problem.document["detail"]
+
+
+async def test_what_came_before_bytes_that_are_no_text_is_passed_on() -> None:
+    broken = await failure_of(said(start(input_tokens=7), text("Hel"), text("lo?")).replace(b"?", b"\xff"))
+    assert broken.steps[1:] == [Text("Hel")]
+    assert broken.told == (502, "Claude's answer makes no sense")
+
+
+@pytest.mark.parametrize("framing", [b"zz\r\n", b"<html>502 Bad gateway</html>", b"fffffffffffffffffffff\r\n"])
+async def test_an_answer_whose_framing_makes_no_sense_is_given_up_when_nothing_comes_any_more(framing: bytes) -> None:
+    begun = asyncio.Event()
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head, _, body = said(start(input_tokens=7)).partition(b"\r\n\r\n")
+        writer.write(head + b"\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(body), body))
+        await begun.wait()
+        writer.write(framing)
+        writer.close()
+
+    server = await asyncio.start_server(respond, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    claude = Claude(api_key="any", base_url=f"http://127.0.0.1:{port}", idle_s=0.3)
+
+    async def read_on() -> None:
+        async for _ in claude.stream(PROMPT).steps():
+            begun.set()
+
+    with pytest.raises(ProviderError) as failure:
+        await asyncio.wait_for(read_on(), 20)
+    assert failure.value.problem.status in (502, 504)
+    await claude.close()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_the_log_says_why_claude_cannot_be_reached_and_of_what_is_not_the_network_only_the_kind() -> None:
+    unreachable = Claude(api_key="any", base_url="http://127.0.0.1:9")
+    with pytest.raises(ProviderError, match="Claude cannot be reached") as failure:
+        await read(unreachable.stream(PROMPT), [])
+    await unreachable.close()
+    assert "127.0.0.1" in failure.value.reason
+    async with provider(answer(200, "text/event-stream", 'event: message_start\ndata: {"message": 7}\n\n')) as claude:
+        with pytest.raises(ProviderError) as nonsense:
+            await read(claude.stream(PROMPT), [])
+    assert nonsense.value.reason == "ValidationError"
 
 
 async def test_a_provider_that_cannot_be_reached_is_told_in_words_and_costs_nothing() -> None:

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from services.chat.adjustments import Adjustments
 from services.chat.deadline import Deadline
@@ -21,6 +21,12 @@ def _not_zero(tokens: int) -> int:
     if tokens == 0:
         raise ValueError("must not be 0: negative is a credit, positive a charge")
     return tokens
+
+
+def _as_text(moment: object) -> object:
+    if isinstance(moment, str | None):
+        return moment
+    raise ValueError("must be a time such as 2026-11-30T18:00:00Z")
 
 
 class AdjustmentRequest(Body):
@@ -48,7 +54,7 @@ class AdjustmentRequest(Body):
     tokens_used: Annotated[SignedTokens, AfterValidator(_not_zero)] | None = None
     top_up_tokens: Annotated[Tokens, Field(ge=1)] | None = None
     outlives_period: Annotated[bool, Field(strict=True)] = False
-    effective_at: Moment | None = None
+    effective_at: Annotated[Moment | None, BeforeValidator(_as_text)] = None
 
     @model_validator(mode="after")
     def _one_amount(self) -> "AdjustmentRequest":

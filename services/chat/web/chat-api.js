@@ -2,7 +2,7 @@ import { serverEvents } from "./event-stream.js";
 
 const USAGE_TIMEOUT_MS = 10_000;
 const LIMIT_TITLE = "Token limit exceeded";
-const CALLERS_FAULTS = [400, 401, 403, 422];
+const CALLERS_FAULTS = [400, 401, 403, 413, 422];
 
 /** An answer that is a refusal (RFC 9457), in words for the person who chats. Anything else that fails is the network. */
 export class Problem extends Error {
