@@ -278,8 +278,22 @@ async def main() -> None:
             await _create_when_ready(nc.jetstream(), settings)
     except TimeoutError as error:
         raise Misconfigured(f"The broker at {settings.nats_url} has no JetStream that answers.") from error
+    else:
+        await _wait_for_a_trim(nc.jetstream(), settings)
     finally:
         await nc.close()
+
+
+async def _wait_for_a_trim(js: JetStreamContext, settings: StreamSettings) -> None:
+    """Before its time is over nobody knows whether it was cut off; then what it left is put back."""
+    told = False
+    while is_being_trimmed((await js.stream_info(STREAM)).config):
+        if not told:
+            sys.stderr.write("The stream is being trimmed; waiting until that is over, a minute at most.\n")
+        told = True
+        await asyncio.sleep(0.5)
+    if told:
+        await _create_when_ready(js, settings)
 
 
 async def _create_when_ready(js: JetStreamContext, settings: StreamSettings) -> None:

@@ -52,6 +52,11 @@ KINDS = {
         "Somebody emptied or cut the file, or it could not be written: keep it, and compare it with its copies. "
         "Once it is moved away, the ledger writes it anew, from the first seal on.",
     ),
+    "unsigned": (
+        "without the signature that CHATRAIL_SEAL_KEY_FILE asks for",
+        "Where they were signed once, somebody took the signatures away. Where they never were: start ChatRail with "
+        "the key, and the next seal is signed.",
+    ),
     "archive": (
         "not as it was archived",
         "Restore the file from a copy. While the stream has its messages: take it away, with its manifest and what "

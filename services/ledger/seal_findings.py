@@ -32,6 +32,7 @@ class Kind(StrEnum):
     OUTSIDE = "seal of the file outside that does not fit"
     OUTSIDE_LACKS = "seals that the file outside lacks"
     SIGNATURE = "seal whose signature is not right"
+    UNSIGNED = "seals of which none is signed"
 
 
 class Difference(NamedTuple):

@@ -175,7 +175,7 @@ class SealTree:
     def end(self) -> None:
         self._resolve(Kind.SEAL_EDITED)
         if self._keys and self.seals and self._last_signature is None:
-            self._found.add(Kind.SIGNATURE, self._last_sealed, None, "a signature by a key that is believed", "none")
+            self._found.add(Kind.UNSIGNED, self._last_sealed, None, "a signature by a key that is believed", "none")
         while (head := self._next_outside) is not None:
             self.outside += 1
             if not isinstance(head, str):

@@ -68,6 +68,11 @@ async def trim(
     archive = await asyncio.to_thread(Archive.at, folder)
     check_origin(archive, info.created)
     begins = max(1, info.state.first_seq)
+    if archive.last < begins - 1:
+        raise Misconfigured(
+            f"Messages {archive.last + 1} to {begins - 1} are neither on the stream nor in the archive {folder}: "
+            "restore the archive from a copy, or name its folder with CHATRAIL_ARCHIVE."
+        )
     if archive.last < begins:
         return Trimmed(0, 0, begins)
     await _verify(nc, rows, archive, keys)

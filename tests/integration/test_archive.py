@@ -622,7 +622,7 @@ async def test_what_is_neither_archived_nor_on_the_stream_is_named(system: Archi
             path.rename(path.with_name(f"away-{path.name}"))
 
     takes_away(second)
-    for asked in (system.replay, system.audit):
+    for asked in (system.replay, system.audit, system.trim):
         with pytest.raises(Misconfigured, match=f"Messages 7 to {begins - 1} are neither on the stream nor in"):
             await asked()
     with pytest.raises(Misconfigured, match=f"Messages 7 to {begins - 1} are neither on the stream nor in"):
@@ -833,6 +833,25 @@ async def test_a_trim_that_was_killed_is_put_back_by_the_next_start_of_the_bus(
     await streams.check(js, streams.LEDGER)
     config = (await js.stream_info(streams.STREAM)).config
     assert (config.max_age, streams.TRIMMING_UNTIL in (config.metadata or {})) == (0, False)
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+async def test_who_puts_back_what_a_killed_trim_left_waits_until_its_time_is_over(
+    system: Archiving, own_nats_server: str
+) -> None:
+    js = system.nats.jetstream()
+    await system.happened(*some_events())
+    await grown_old(system)
+    await system.happened(*some_events())
+    await system.archive()
+    await command(
+        system, own_nats_server, "trim", "--overlap-s", "2", crash_at="before services.ledger.trim:_begins_behind"
+    )
+    assert streams.is_being_trimmed((await js.stream_info(streams.STREAM)).config)
+    ended = await forked.run("shared.streams", env=environment(CHATRAIL_NATS_URL=own_nats_server))
+    assert ended.status == 0
+    assert "waiting until that is over" in ended.out
+    assert (await js.stream_info(streams.STREAM)).config.max_age == 0
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
