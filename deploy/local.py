@@ -118,9 +118,21 @@ def run(settings: Settings, patience: Patience) -> NoReturn:
 def check_services() -> None:
     """Raises Misconfigured where a part would not start. Told by itself it would be known only once others run."""
     Plans.load(ChatSettings.read().plans)
-    signing_keys(LedgerSettings.read().seal_key_file)
+    ledger = LedgerSettings.read()
+    signing_keys(ledger.seal_key_file)
+    if ledger.seals_file:
+        check_writable(ledger.seals_file)
     QuotaSettings.read()
     StreamSettings.read()
+
+
+def check_writable(seals_file: Path) -> None:
+    """Raises Misconfigured. The file is there afterwards, as it is once the ledger has begun."""
+    try:
+        with seals_file.open("ab"):
+            pass
+    except OSError as error:
+        raise Misconfigured(f"CHATRAIL_SEALS_FILE {seals_file} cannot be written: {error.strerror}.") from error
 
 
 def tend(

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from shared.settings import Environment
+from shared.settings import Environment, HeaderSecret, HttpUrl, NatsUrl
 
 LOOPBACK = "127.0.0.1"
 
@@ -18,18 +18,31 @@ class Settings(Environment):
     data: Path = Path("data")
     plans: Path | None = None
     archive: Path | None = None
-    nats_url: str | None = Field(default=None, repr=False)
+    nats_url: NatsUrl | None = Field(default=None, repr=False)
     # Three nodes with replicated streams, instead of one.
     nats_cluster: bool = False
+    stream_replicas: int = Field(default=1, ge=1, le=5)
     # Before each delta of the stand-in's: about the pace of a provider.
     stand_in_delay_ms: float = Field(default=15.0, ge=0)
-    anthropic_api_key: str | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY", repr=False)
-    anthropic_base_url: str | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL")
+    anthropic_api_key: HeaderSecret | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY")
+    anthropic_base_url: HttpUrl | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL", repr=False)
 
     @model_validator(mode="after")
     def _one_broker(self) -> Self:
         if self.nats_url and self.nats_cluster:
             raise ValueError("CHATRAIL_NATS_URL names a broker of your own, which make run-cluster does not start")
+        return self
+
+    @model_validator(mode="after")
+    def _a_replica_a_node(self) -> Self:
+        if self.nodes and self.stream_replicas > self.nodes:
+            way_out = "Name a cluster of your own (CHATRAIL_NATS_URL)"
+            if self.nodes == 1:
+                way_out += ", or start one: make run-cluster"
+            raise ValueError(
+                f"CHATRAIL_STREAM_REPLICAS={self.stream_replicas} needs as many nodes, and the broker that is "
+                f"started here has {self.nodes}. {way_out}"
+            )
         return self
 
     @property

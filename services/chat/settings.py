@@ -1,20 +1,27 @@
+import re
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from services.chat.loopback import is_loopback
 from shared.events import OnDisconnect
-from shared.settings import ServiceSettings
+from shared.settings import INT64_MAX, HeaderSecret, HttpUrl, ServiceSettings
 
 CLAUDE_URL = "https://api.anthropic.com"
+_ORIGIN = re.compile(
+    r"(?!http://[^/]*:80$|https://[^/]*:443$)"
+    r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?"
+)
 
 
 class Settings(ServiceSettings):
     identity: Literal["open"] = Field(default="open", description="open: the caller's userId is believed")
     operator_key: SecretStr | None = Field(default=None, description="what back ends and operators present")
-    anthropic_api_key: SecretStr | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY")
-    anthropic_base_url: str | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL")
-    stand_in_url: str | None = Field(default=None, description="answers where there is neither key nor base URL")
+    anthropic_api_key: HeaderSecret | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY")
+    anthropic_base_url: HttpUrl | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL", repr=False)
+    stand_in_url: HttpUrl | None = Field(
+        default=None, repr=False, description="answers where there is neither key nor base URL"
+    )
     model: str = Field(default="claude-haiku-4-5", description="for callers that name none")
     tokens_max: int = Field(default=4096, ge=1, le=128_000, description="output of callers that name no maxTokens")
     on_disconnect: OnDisconnect = Field(default="stop", description="what a closed browser does to Claude")
@@ -22,8 +29,22 @@ class Settings(ServiceSettings):
     # Shorter than quota's holds live (15 minutes): no generation outlives its hold.
     claude_total_s: float = Field(default=600, gt=0, le=840, description="how long Claude may take for an answer")
     grace_s: float = Field(default=5, ge=0, le=10, description="for answers under way when told to stop")
-    outbox_events_max: int = Field(default=20_000, ge=1, description="beyond which what is new is refused")
+    outbox_events_max: int = Field(
+        default=20_000, ge=1, le=INT64_MAX, description="beyond which what is new is refused"
+    )
     cors_origins: str = Field(default="", description="origins, comma-separated, that may embed the rail")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _as_browsers_send_them(cls, origins: str) -> str:
+        # Compared with the header Origin, byte by byte. Not "*": any page would spend anybody's tokens.
+        for origin in origins.split(","):
+            if origin.strip() and not _ORIGIN.fullmatch(origin.strip()):
+                raise ValueError(
+                    "each origin is scheme://host or scheme://host:port, in small letters, without a path and "
+                    "without the scheme's own port"
+                )
+        return origins
 
     @model_validator(mode="after")
     def _open_mode_is_for_this_machine(self) -> Self:

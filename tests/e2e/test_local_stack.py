@@ -164,17 +164,29 @@ def test_a_port_that_is_none_is_refused(tmp_path: Path, port: str) -> None:
             "CHATRAIL_IDENTITY=open believes every caller, so chat does not listen on 0.0.0.0.",
         ),
         ("CHATRAIL_GRACE_S", "soon", "CHATRAIL_GRACE_S is 'soon': Input should be a valid number"),
+        ("CHATRAIL_CLAUDE_IDLE_S", "inf", "CHATRAIL_CLAUDE_IDLE_S is 'inf': Input should be a finite number."),
+        ("CHATRAIL_CORS_ORIGINS", "notanorigin", "CHATRAIL_CORS_ORIGINS is 'notanorigin': each origin is scheme://"),
+        ("CHATRAIL_NATS_URL", "nats://a:secret@127.0.0.1:port", "CHATRAIL_NATS_URL: a broker is at nats://"),
+        ("ANTHROPIC_BASE_URL", "http://a:secret@host", "ANTHROPIC_BASE_URL: it cannot have a user or a password"),
+        ("ANTHROPIC_API_KEY", "sk-secret\n", "ANTHROPIC_API_KEY: it must be printable ASCII"),
         ("CHATRAIL_SEAL_EVERY_S", "0", "CHATRAIL_SEAL_EVERY_S is '0': Input should be greater than 0."),
         ("CHATRAIL_SEAL_KEY_FILE", "/no/such.pem", "CHATRAIL_SEAL_KEY_FILE /no/such.pem cannot be read: "),
+        (
+            "CHATRAIL_SEALS_FILE",
+            "/nope/x",
+            "CHATRAIL_SEALS_FILE /nope/x cannot be written: No such file or directory.",
+        ),
+        ("CHATRAIL_STREAM_BYTES_MAX", "9" * 20, f"CHATRAIL_STREAM_BYTES_MAX is '{'9' * 20}': Input should be less"),
+        ("CHATRAIL_STREAM_REPLICAS", "3", "CHATRAIL_STREAM_REPLICAS=3 needs as many nodes"),
         ("CHATRAIL_STREAM_REPLICAS", "many", "CHATRAIL_STREAM_REPLICAS is 'many': Input should be a valid integer"),
         *(
             (
                 f"CHATRAIL_{service}_DATABASE_URL",
                 url,
-                f"CHATRAIL_{service}_DATABASE_URL: a database is at postgresql://…",
+                f"CHATRAIL_{service}_DATABASE_URL: a database is at postgresql://",
             )
             for service in ("LEDGER", "QUOTA")
-            for url in ("mysql://user:secret@host/name", "nonsense")
+            for url in ("mysql://user:secret@host/name", "sqlite://relative")
         ),
     ],
 )
