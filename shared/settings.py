@@ -46,17 +46,24 @@ def _parts(url: str) -> SplitResult | None:
     """None where no program could connect to it. The parser's own words are not told: they repeat passwords."""
     try:
         parts = urlsplit(url)
-        usable = url.isprintable() and " " not in url and parts.port != 0 and _is_host(parts.hostname or "")
+        place = _PLACE.fullmatch(parts.netloc.rpartition("@")[2])
+        usable = url.isprintable() and " " not in url and place and parts.port != 0 and _is_host(parts.hostname or "")
     except ValueError:
         return None
     return parts if usable else None
+
+
+# Of [::1]host:port the parser says that it is ::1.
+_PLACE = re.compile(r"(\[[^][]+\]|[^][:]+)(:[0-9]*)?")
+# In other letters a name is written xn--…: not all programs agree on how to write it for you.
+_NAME = re.compile(r"(\w([\w-]*\w)?(\.|$))+", re.ASCII)
 
 
 def _is_host(host: str) -> bool:
     """A name or an address; raises ValueError or says False where it is neither."""
     if ":" in host or host.rpartition(".")[2].isdecimal():
         return bool(ipaddress.ip_address(host))
-    return bool(re.fullmatch(r"[\w.-]+", host) and host.encode("idna"))
+    return bool(_NAME.fullmatch(host) and host.encode("idna").decode("idna"))
 
 
 def _brokers(urls: str) -> str:
@@ -100,9 +107,9 @@ def _database(url: str) -> str:
 _SQLITE = re.compile(r"sqlite(\+pysqlite)?:///(?!:memory:)[^?\0-\x1f][^\0-\x1f]*")
 _POSTGRES = re.compile(
     r"""postgres(ql)?(\+psycopg)?://
-        ([^:/@\0-\x1f]*(:[^@\0-\x1f]*)?@)?
-        (\[[\w:.%]+\]|[^][:/?@\s]+)?(:(?P<port>[0-9]{0,5}))?
-        (/[^?\s]*)?(\?\S*)?""",
+        (?>([^:/@\0-\x1f]*(:[^@\0-\x1f]*)?@)?)
+        (\[[\w:.%]+\]|[^][:/?@\s]+)?(:(?P<port>[0-9]{1,5}))?
+        (/[^?\s]*(\?\S*)?|\?[^@\s]*)?""",
     re.VERBOSE,
 )
 
