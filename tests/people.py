@@ -3,6 +3,8 @@
 import asyncio
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,11 @@ def totalled(stack: Stack) -> int:
 
 def open_holds(stack: Stack) -> int:
     return int(rows(stack.data / "quota.db", "SELECT count(*) FROM holds")[0][0])
+
+
+def contents(folder: Path) -> Iterator[bytes]:
+    """Of all files, but for those that go while they are looked at: the broker writes beside, and renames."""
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            if file.is_file():
+                yield file.read_bytes()

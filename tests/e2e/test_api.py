@@ -6,10 +6,9 @@ import io
 import json
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
@@ -21,7 +20,7 @@ from shared import streams
 from shared.broker import connect
 from tests import forked
 from tests.fixtures import eventually
-from tests.people import client_of, given, open_holds
+from tests.people import client_of, contents, given, open_holds
 from tests.stack import Stack, environment
 
 OPERATOR_KEY = "operator-key-that-must-stay-secret"
@@ -973,14 +972,6 @@ async def test_the_process_says_that_it_lives_that_it_is_ready_and_what_it_has_c
     metrics = (await http.get("/metrics")).text
     assert 'chatrail_generations_total{outcome="completed"}' in metrics
     assert "chatrail_generations_running 0.0" in metrics
-
-
-def contents(folder: Path) -> Iterator[bytes]:
-    """Of all files, but for those that go while they are looked at: the broker writes beside, and renames."""
-    for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            if file.is_file():
-                yield file.read_bytes()
 
 
 async def test_no_prompt_answer_or_key_is_in_a_file_an_event_or_a_metric(guarded_stack: Stack) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests import forked
 from tests.fixtures import eventually
-from tests.people import recorded, totalled
+from tests.people import contents, recorded, totalled
 from tests.stack import COMMAND, PROJECT, ExecutedStack, Stack, alive, environment, free_port
 
 
@@ -102,8 +102,7 @@ def test_a_key_is_never_written_down_and_a_named_claude_is_used(tmp_path: Path) 
     with Stack(tmp_path / "data", **variables) as running:
         assert running.endpoints["claude"] == variables["ANTHROPIC_BASE_URL"]
         assert "claude" not in running.parts()
-        files = [file for file in running.data.rglob("*") if file.is_file()]
-        assert not [file for file in files if b"sk-ant-secret" in file.read_bytes()]
+        assert not [text for text in contents(running.data) if b"sk-ant-secret" in text]
         processes = running.processes()
         assert running.stop(signal.SIGINT) == 0  # as Ctrl-C does
         assert not alive(processes)
