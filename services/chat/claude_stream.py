@@ -187,16 +187,17 @@ class Stream:
             raise ProviderError(self._broke_off()) from error
 
     async def _in_time(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Raises TimeoutError where nothing comes for too long: of an answer whose framing makes no sense aiohttp
-        says nothing any more, not even that it was closed."""
-        idle_s = self._http.timeout.read
-        while True:
-            try:
-                async with asyncio.timeout(idle_s):
-                    chunk = await anext(chunks)
-            except StopAsyncIteration:
-                return
-            yield chunk
+        """Raises TimeoutError where nothing comes for twice as long as it may: of an answer whose framing makes no
+        sense the HTTP client, which looks after silence, says nothing any more, not even that it was closed."""
+        idle_s, loop = self._http.timeout.read or 0.0, asyncio.get_running_loop()
+        # Put off once in a while: to do so for each chunk would take longer than to read it.
+        put_off_at = loop.time() + idle_s
+        async with asyncio.timeout(2 * idle_s) as limit:
+            async for chunk in chunks:
+                if (heard_at := loop.time()) > put_off_at:
+                    put_off_at = heard_at + idle_s
+                    limit.reschedule(put_off_at + idle_s)
+                yield chunk
 
     async def _answer(self) -> httpx2.Response:
         try:
