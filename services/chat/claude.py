@@ -51,6 +51,8 @@ KNOWN = frozenset(
 LIST_AGAIN_S = 60.0
 
 CONNECT_TIMEOUT_S = 5.0
+# The SDK hands on whatever was answered.
+_NO_ANSWER = (APIError, AttributeError, TypeError, ValueError, RecursionError)
 
 # Framing that the provider adds to a message, far above what was ever seen.
 MESSAGE_OVERHEAD_TOKENS = 16
@@ -130,13 +132,7 @@ class Claude:
         try:
             page = await self._client.models.list(limit=1000, timeout=5)
             return frozenset(model.id for model in page.data)
-        except (
-            APIError,
-            AttributeError,
-            TypeError,
-            ValueError,
-            RecursionError,
-        ):  # the SDK hands on whatever was answered
+        except _NO_ANSWER:
             return self._listed  # a list that cannot be had now is no reason to refuse the known ones
 
     async def count_input_tokens(self, prompt: Prompt) -> int:
@@ -144,7 +140,7 @@ class Claude:
         try:
             count = await self._client.messages.count_tokens(**_arguments(prompt), timeout=5)
             tokens: int = msgspec.convert(count.input_tokens, Annotated[int, msgspec.Meta(ge=0)])
-        except (APIError, AttributeError, ValueError, RecursionError):  # the SDK hands on whatever was answered
+        except _NO_ANSWER:
             return prompt.input_tokens_max
         return min(prompt.input_tokens_max, tokens + tokens // 50 + MESSAGE_OVERHEAD_TOKENS)
 

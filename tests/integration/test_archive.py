@@ -803,19 +803,23 @@ async def test_an_archive_that_was_killed_leaves_nothing_that_looks_whole_and_th
     assert (await system.audit()).agrees
 
 
-@pytest.mark.parametrize("backend", ["sqlite"])
-async def test_a_trim_that_was_killed_is_put_back_by_the_next_start_of_the_bus(
-    system: Archiving, own_nats_server: str
-) -> None:
-    js = system.nats.jetstream()
+async def killed_trim(system: Archiving, nats_url: str, *, overlap_s: int) -> None:
+    """It dies while the stream deletes what is old."""
     await system.happened(*some_events())
     await grown_old(system)
     await system.happened(*some_events())
     await system.archive()
     step = "before services.ledger.trim:_begins_behind"
-    status, _ = await command(system, own_nats_server, "trim", "--overlap-s", "1", crash_at=step)
+    status, _ = await command(system, nats_url, "trim", "--overlap-s", str(overlap_s), crash_at=step)
     assert status == -signal.SIGKILL
 
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+async def test_a_trim_that_was_killed_is_put_back_by_the_next_start_of_the_bus(
+    system: Archiving, own_nats_server: str
+) -> None:
+    js = system.nats.jetstream()
+    await killed_trim(system, own_nats_server, overlap_s=1)
     left = (await js.stream_info(streams.STREAM)).config
     assert left.max_age
     # For as long as a trim may take, services bear it, and nobody else trims.
@@ -840,13 +844,7 @@ async def test_who_puts_back_what_a_killed_trim_left_waits_until_its_time_is_ove
     system: Archiving, own_nats_server: str
 ) -> None:
     js = system.nats.jetstream()
-    await system.happened(*some_events())
-    await grown_old(system)
-    await system.happened(*some_events())
-    await system.archive()
-    await command(
-        system, own_nats_server, "trim", "--overlap-s", "2", crash_at="before services.ledger.trim:_begins_behind"
-    )
+    await killed_trim(system, own_nats_server, overlap_s=2)
     assert streams.is_being_trimmed((await js.stream_info(streams.STREAM)).config)
     ended = await forked.run("shared.streams", env=environment(CHATRAIL_NATS_URL=own_nats_server))
     assert ended.status == 0
