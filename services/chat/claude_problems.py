@@ -109,6 +109,11 @@ def nonsense(so_far: str) -> Problem:
     return Problem(502, "Claude's answer makes no sense", f"{so_far}; try again.")
 
 
+def not_claude() -> Problem:
+    detail = "Whoever answered is not Claude. Nothing was spent; an operator must check ANTHROPIC_BASE_URL."
+    return Problem(502, "Claude's answer makes no sense", detail)
+
+
 def busy(title: str, retry_after: str | None) -> Problem:
     # In seconds, as Claude says it; what is no such figure says nothing.
     told = int(retry_after) if retry_after and re.fullmatch("[0-9]{1,9}", retry_after) else RETRY_AFTER_S

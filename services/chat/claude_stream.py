@@ -1,7 +1,7 @@
 """Claude's answer to one question: sent, read as it arrives, and understood."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +99,12 @@ class _Error(Struct):
     error: _ErrorBody
 
 
+class _Counted(Struct):
+    """Of an answer that did not come as a stream."""
+
+    usage: dict[str, Any]
+
+
 # What is no event of Claude's, nested too deep included.
 _NONSENSE = (msgspec.MsgspecError, ValidationError, RecursionError, UnicodeDecodeError)
 _message_start = msgspec.json.Decoder(_MessageStart)
@@ -106,6 +112,7 @@ _block_start = msgspec.json.Decoder(_BlockStart)
 _block_delta = msgspec.json.Decoder(_BlockDelta)
 _message_delta = msgspec.json.Decoder(_MessageDelta)
 _error = msgspec.json.Decoder(_Error)
+_counted = msgspec.json.Decoder(_Counted)
 _model_name: TypeAdapter[str] = TypeAdapter(Name)
 
 
@@ -133,12 +140,20 @@ class Stream:
         self._parser = SseParser()
         self._counts, self._has_begun, self._is_complete = TokenCounts(), False, False
         self._is_refused = False
+        # Whether it says that it is a stream of events, or one of Claude's was in it all the same.
+        self._is_stream = True
         self._failure: ProviderError | None = None
 
     @property
     def gave_nothing(self) -> bool:
-        """Whether it is certain that no token was given, however this ended: Claude refused, or was sent nothing."""
-        return self._is_refused or not self._question.may_be_heard
+        """Whether it is certain that no token was given, however this ended: Claude refused, was sent nothing, or
+        was not who answered."""
+        return self._is_refused or self._is_somebody_elses or not self._question.may_be_heard
+
+    @property
+    def _is_somebody_elses(self) -> bool:
+        """A login page, say: no stream, no event of Claude's, and no document that names what it used."""
+        return not (self._is_stream or _names_usage(self._parser.waiting))
 
     @property
     def so_far(self) -> str:
@@ -151,8 +166,7 @@ class Stream:
 
     def too_long(self) -> Problem:
         """What it means to the reader that the time for the whole answer is over."""
-        was_sent = self._question.may_be_heard
-        return claude_problems.too_long(self.so_far) if was_sent else claude_problems.cannot_be_reached(504)
+        return self._problem(claude_problems.too_long, unsent_status=504)
 
     async def steps(self) -> AsyncGenerator[list[Step], None]:
         """What has arrived, as it arrives. Ends after Claude's last word.
@@ -165,6 +179,7 @@ class Stream:
                 self.request_id = _name_of(response.headers.get("request-id"))
                 if not response.is_success:
                     await self._refuse(response)
+                self._is_stream = _is_event_stream(response)
                 # Asked for as it is; but a proxy on the way may pack it all the same.
                 is_packed = "content-encoding" in response.headers
                 chunks = response.aiter_bytes() if is_packed else response.aiter_raw()
@@ -176,15 +191,15 @@ class Stream:
                     if self._is_complete:
                         await _read_on(chunks)
                         return
-                raise ProviderError(self._broke_off())
+                raise ProviderError(self._problem(claude_problems.broke_off, unsent_status=502))
             finally:
                 await response.aclose()
         except (httpx2.TimeoutException, TimeoutError) as error:
-            raise ProviderError(self._timed_out()) from error
+            raise ProviderError(self._problem(claude_problems.silent, unsent_status=504)) from error
         except httpx2.DecodingError as error:
-            raise ProviderError(claude_problems.nonsense(self.so_far)) from error
+            raise ProviderError(self._nonsense()) from error
         except (httpx2.HTTPError, aiohttp.ClientError, OSError) as error:
-            raise ProviderError(self._broke_off()) from error
+            raise ProviderError(self._problem(claude_problems.broke_off, unsent_status=502)) from error
 
     async def _in_time(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Raises TimeoutError where nothing comes for twice as long as it may: of an answer whose framing makes no
@@ -228,15 +243,15 @@ class Stream:
             if self._is_complete and not self._has_begun:
                 steps += self._begun_with(None)
         except _NONSENSE as error:
-            self._failure = ProviderError(claude_problems.nonsense(self.so_far))
+            self._failure = ProviderError(self._nonsense())
             self._failure.__cause__ = error
-        if self._parser.waiting_bytes > EVENT_BYTES_MAX:
-            self._failure = self._failure or ProviderError(claude_problems.nonsense(self.so_far))
+        if len(self._parser.waiting) > EVENT_BYTES_MAX:
+            self._failure = self._failure or ProviderError(self._nonsense())
         return steps
 
     def _begun_with(self, first: Step | None) -> list[Step]:
         """What is to be said before it: where the provider does not name the model, it is the one that was asked."""
-        self._has_begun = True
+        self._has_begun = self._is_stream = True
         return [] if isinstance(first, Started) else [Started(self._model, None)]
 
     def _step(self, event: bytes, data: bytes) -> Step | None:
@@ -256,6 +271,7 @@ class Stream:
             is_counted = last.usage is not None and last.usage.output_tokens is not None
             return Finished(self._counts if is_counted else None, last.delta.stop_reason)
         if event == b"ping":
+            self._is_stream = True
             return Ping()
         if event == b"error":
             self._is_refused = not self._has_begun
@@ -275,13 +291,26 @@ class Stream:
     def _failed(self, kind: str) -> Problem:
         return claude_problems.failed(kind, self.so_far, is_begun=self._has_begun)
 
-    def _timed_out(self) -> Problem:
-        was_sent = self._question.may_be_heard
-        return claude_problems.silent(self.so_far) if was_sent else claude_problems.cannot_be_reached(504)
+    def _nonsense(self) -> Problem:
+        return self._problem(claude_problems.nonsense, unsent_status=502)
 
-    def _broke_off(self) -> Problem:
-        was_sent = self._question.may_be_heard
-        return claude_problems.broke_off(self.so_far) if was_sent else claude_problems.cannot_be_reached(502)
+    def _problem(self, told: Callable[[str], Problem], *, unsent_status: int) -> Problem:
+        """As it is told of an answer that went wrong; but perhaps there was none, or not of Claude's."""
+        if not self._question.may_be_heard:
+            return claude_problems.cannot_be_reached(unsent_status)
+        return claude_problems.not_claude() if self._is_somebody_elses else told(self.so_far)
+
+
+def _is_event_stream(response: httpx2.Response) -> bool:
+    kind: str = response.headers.get("content-type", "")
+    return kind.partition(";")[0].strip().lower() == "text/event-stream"
+
+
+def _names_usage(body: bytes) -> bool:
+    try:
+        return bool(_counted.decode(body).usage)
+    except _NONSENSE:
+        return False
 
 
 async def _beginning_of(response: httpx2.Response) -> bytes:

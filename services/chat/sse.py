@@ -25,9 +25,9 @@ class SseParser:
         self._has_begun = False
 
     @property
-    def waiting_bytes(self) -> int:
+    def waiting(self) -> bytes:
         """Of an event whose end has not come."""
-        return len(self._rest)
+        return self._rest
 
     def feed(self, chunk: bytes) -> Iterator[tuple[bytes, bytes]]:
         """(event, data) of each event that is complete now."""

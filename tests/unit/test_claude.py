@@ -497,7 +497,8 @@ async def test_an_error_in_the_middle_is_told_in_words_after_all_that_came_befor
         said(start(input_tokens=-7)),
         said(start(input_tokens=99_999_999), last(output_tokens=99_999_999), STOP),
         said({"type": "error", "error": {"type": "api_error", "message": "oh"}}),
-        answer(200, "text/html", "<h1>A proxy's page</h1>"),
+        answer(200, "application/json", '{"type": "message", "usage": {"input_tokens": 7, "output_tokens": 9}}'),
+        answer(200, "text/event-stream", ""),
         answer(200, "text/event-stream", "half", "content-length: 100"),
         b"HTTP/1.1 200",
         b"",
@@ -507,6 +508,40 @@ async def test_an_answer_that_is_not_whole_is_a_failure_in_words_whatever_is_mis
     problem = (await failure_of(answered)).problem
     assert problem.document["status"] == 502
     assert "try again" in problem.document["detail"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "headers"),
+    [
+        ("text/html", "<h1>Log in</h1>\n\n<script>\ndata: {}\n\n</script>", []),
+        ("text/html", "<h1>Log in</h1>", ["content-length: 100"]),
+        ("text/html", "x" * (1024 * 1024 + 1), []),
+        ("text/html", "no gzip", ["content-encoding: gzip"]),
+        ("application/json", '{"ok": true}', []),
+        ("application/json", '{"usage": null}', []),
+        ("text/plain", "event: message_start\ndata: nothing of Claude's\n\n", []),
+        ("", "", []),
+    ],
+)
+async def test_what_is_no_stream_is_not_claudes_and_costs_nothing(kind: str, body: str, headers: list[str]) -> None:
+    failed = await failure_of(answer(200, kind, body, *headers))
+    assert failed.told == (502, "Claude's answer makes no sense")
+    assert "Nothing was spent; an operator must check ANTHROPIC_BASE_URL" in failed.problem.document["detail"]
+    assert failed.stream.gave_nothing
+    assert failed.stream.so_far == "Nothing was spent"
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        answer(200, "Text/Event-Stream; charset=utf-8", ""),
+        said(PING).replace(b"text/event-stream", b"text/plain"),
+        said(start(input_tokens=7)).replace(b"text/event-stream", b""),
+        answer(200, "application/json", '{"usage": {"input_tokens": 7}}'),
+    ],
+)
+async def test_a_stream_an_event_and_a_count_are_claudes_whatever_they_are_called(answered: bytes) -> None:
+    assert not (await failure_of(answered)).stream.gave_nothing
 
 
 async def test_what_came_before_bytes_that_are_no_text_is_passed_on() -> None:
