@@ -87,6 +87,7 @@ class Claude:
     """`idle_s`: how long the provider may be silent, before its first byte and between any two."""
 
     def __init__(self, *, api_key: str, base_url: str, idle_s: float = 60.0) -> None:
+        self._idle_s = idle_s
         self._http = DefaultAioHttpClient(
             timeout=httpx2.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),
             # Servers close idle connections after 5 s and more: one that is closing must not be asked, because
@@ -157,7 +158,7 @@ class Claude:
             stream=question,
             extensions=self._extensions,
         )
-        return Stream(self._http, request, question, model=prompt.model)
+        return Stream(self._http, request, question, model=prompt.model, idle_s=self._idle_s)
 
 
 def _arguments(prompt: Prompt) -> dict[str, Any]:

@@ -132,10 +132,13 @@ class Question(httpx2.AsyncByteStream):
 
 
 class Stream:
-    """One question and its answer. Nothing is sent before `steps` is read."""
+    """One question and its answer. Nothing is sent before `steps` is read. Claude may be silent for `idle_s`."""
 
-    def __init__(self, http: httpx2.AsyncClient, request: httpx2.Request, question: Question, *, model: str) -> None:
-        self._http, self._request, self._question, self._model = http, request, question, model
+    def __init__(
+        self, http: httpx2.AsyncClient, request: httpx2.Request, question: Question, *, model: str, idle_s: float
+    ) -> None:
+        self._http, self._request, self._question = http, request, question
+        self._model, self._idle_s = model, idle_s
         self.request_id: str | None = None
         self._parser = SseParser()
         self._counts, self._has_begun, self._is_complete = TokenCounts(), False, False
@@ -204,7 +207,7 @@ class Stream:
     async def _in_time(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Raises TimeoutError where nothing comes for twice as long as it may: of an answer whose framing makes no
         sense the HTTP client, which looks after silence, says nothing any more, not even that it was closed."""
-        idle_s, loop = self._http.timeout.read or 0.0, asyncio.get_running_loop()
+        idle_s, loop = self._idle_s, asyncio.get_running_loop()
         # Put off once in a while: to do so for each chunk would take longer than to read it.
         put_off_at = loop.time() + idle_s
         async with asyncio.timeout(2 * idle_s) as limit:
