@@ -202,7 +202,14 @@ class Generation:
         return {"model": self.model, "text": "".join(self._text), **self._done, "usage": self._usage}
 
     async def _read_from_claude(self) -> Outcome:
-        self._stream = stream = self._parts.claude.stream(self._prompt)
+        try:
+            self._stream = stream = self._parts.claude.stream(self._prompt)
+        except Exception:
+            # Headers that an operator adds to every request, say. The hold stands, and is let go by the settlement.
+            log.exception("claude_not_asked", generation_id=self.id)
+            self.problem = broken("Nothing was spent")
+            self._meter.gave_nothing()
+            return "provider_error"
         try:
             outcome = await self._pass_all_on(stream)
         except TimeoutError:

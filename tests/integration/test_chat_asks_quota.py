@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 from nats.aio.client import Client
@@ -10,17 +11,21 @@ from sqlalchemy.exc import OperationalError
 
 from services.chat.claude import Claude, Prompt
 from services.chat.deadline import Deadline
-from services.chat.generation import is_doubtful
+from services.chat.generation import Generation, Parts, Policies, is_doubtful
 from services.chat.metering import Held
+from services.chat.outbox import Outbox
 from services.chat.problems import Problem
+from services.chat.publisher import Publisher
 from services.chat.quota import Quota
 from shared import calls
 from shared.answering import Answering, Call
 from shared.calls import Authorization, Authorize, Granted, Refused, UsageAnswer, UsageQuery
 from shared.database import CommitUnknown
 from shared.errors import Unanswered, Unavailable
+from shared.events import GenerationCompleted, decode, new_id
 from tests.builders import NOON, usage_reported
 from tests.fixtures import eventually
+from tests.people import rows
 from tests.unit.test_quota_domain import account
 
 PROMPT = Prompt("claude-haiku-4-5", [{"role": "user", "content": "Hello"}], None, 1_000)
@@ -133,3 +138,27 @@ async def test_the_newest_is_in_every_answer_however_much_came_before_it(nats: C
     (asked,) = heard
     assert [usage.id for usage in asked.pending] == [event.id for event in events[-len(asked.pending) :]]
     assert len(asked.pending) >= 100
+
+
+async def test_a_question_that_cannot_be_put_to_claude_is_settled_with_nothing(
+    nats: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_CUSTOM_HEADERS", "x-team: Köln")
+    claude, quota, outbox = (
+        Claude(api_key="any", base_url="http://127.0.0.1:9"),
+        Quota(nats),
+        Outbox(tmp_path / "o.db"),
+    )
+    await answering(nats, GRANTED)
+    parts = Parts(claude, quota, outbox, Publisher(nats, outbox, on_sent=quota.published), Policies())
+    generation = Generation(parts, PROMPT, generation_id=new_id(), user_id="user_1", metadata={})
+    await generation.authorize(nobody_left)
+    await generation.run()
+    with pytest.raises(Problem, match="Nothing was spent"):
+        await generation.begun()
+    await claude.close()
+    outbox.close()
+    [(body,)] = rows(tmp_path / "o.db", "SELECT event FROM outbox WHERE settled")
+    event = decode(body)
+    assert isinstance(event, GenerationCompleted)
+    assert (event.id, event.data.outcome, event.data.tokens_used) == (generation.id, "provider_error", 0)
