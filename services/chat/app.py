@@ -9,11 +9,11 @@ import structlog
 from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi  # type: ignore[import-untyped]
 from prometheus_client import Gauge
-from starlette.middleware.cors import CORSMiddleware
 
 from services.chat import identity, loopback, problems
 from services.chat.adjustments import Adjustments
 from services.chat.claude import Claude
+from services.chat.cors import Cors
 from services.chat.deadline import Deadline
 from services.chat.generation import Parts, Policies
 from services.chat.generations import Generations
@@ -63,11 +63,13 @@ def create_app(settings: Settings) -> FastAPI:
     app.mount("/web", page.web_files)
     app.add_middleware(BodyLimit)
     app.add_middleware(
-        CORSMiddleware,
+        Cors,
         allow_origins=[origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()],
         allow_origin_regex=loopback.ORIGIN if settings.identity == "open" else None,
-        allow_methods=["GET", "POST"],
-        allow_headers=["Content-Type"],
+        allow_methods=["GET", "HEAD", "POST", "PUT"],
+        allow_headers=["Authorization", "Idempotency-Key"],
+        # A page of another network whose origin is named may ask as one of this network may.
+        allow_private_network=True,
         expose_headers=["Retry-After", "X-Next-Cursor", "RateLimit", "RateLimit-Policy"],
     )
     if settings.identity == "open":

@@ -14,6 +14,7 @@ from starlette.routing import Match, Mount
 from shared.errors import BadCall, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
+NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 # For the description of every route, in place of the framework's own form of errors.
 _SCHEMA = {
     "type": "object",
@@ -58,7 +59,8 @@ class Problem(Exception):
         return json.dumps(self.document, ensure_ascii=False).encode()
 
     def response(self) -> Response:
-        return Response(self.body, self.status, {"Cache-Control": "no-store", **self.headers}, MEDIA_TYPE)
+        headers = {"Cache-Control": "no-store", **NOSNIFF, **self.headers}
+        return Response(self.body, self.status, headers, MEDIA_TYPE)
 
 
 def unavailable(error: Unavailable) -> Problem:

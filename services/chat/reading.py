@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
-from services.chat.problems import MALFORMED, Problem, is_json
+from services.chat.problems import MALFORMED, NOSNIFF, Problem, is_json
 
 
 class Body(BaseModel):
@@ -21,7 +21,7 @@ class Body(BaseModel):
 
 class OneReading(APIRoute):
     """Raises Problem 422 for what is there twice, of which others take the first, and for what is no UTF-8, of which
-    different bytes would become the same user."""
+    different bytes would become the same user. The answer is read in one way, too: as what it says that it is."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -31,7 +31,9 @@ class OneReading(APIRoute):
             body = _JsonRequest(request.scope, request.receive)
             if is_json(body) and await body.body():
                 await body.json()
-            return await handle(body)
+            answer = await handle(body)
+            answer.headers.update(NOSNIFF)
+            return answer
 
         return read
 

@@ -119,6 +119,7 @@ def problem_of(answer: httpx2.Response, status: int) -> dict[str, Any]:
     """A problem document, whole and in words."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.headers["x-content-type-options"] == "nosniff"
     document: dict[str, Any] = answer.json()
     assert document["status"] == status
     assert document["type"].startswith("urn:chatrail:problem:")
@@ -905,11 +906,21 @@ async def test_pages_of_this_machine_may_call_and_others_may_not(http: httpx2.As
     for origin in (*allowed, *foreign):
         expected = origin if origin in allowed else None
         answer = await http.get("/api/usage", params={"userId": user}, headers={"Origin": origin})
+        assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers.get("access-control-allow-origin") == expected
-        preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
-        answer = await http.options("/api/chat", headers={"Origin": origin, **preflight})
-        assert answer.headers.get("access-control-allow-origin") == expected
-        assert (answer.status_code == 200) == (expected is not None)
+        for method, fields in [
+            ("POST", "content-type, idempotency-key"),
+            ("PUT", "authorization"),
+            ("HEAD", "accept"),
+        ]:
+            preflight = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": fields}
+            preflight["Access-Control-Request-Private-Network"] = "true"
+            answer = await http.options("/api/usage", headers={"Origin": origin, **preflight})
+            assert answer.headers.get("access-control-allow-origin") == expected
+            if expected is None:
+                assert "CHATRAIL_CORS_ORIGINS" in problem_of(answer, 400)["detail"]
+            else:
+                assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("host", ["example.com", "example.com:8000", "127.0.0.1.example.com", "169.254.1.1", ""])
