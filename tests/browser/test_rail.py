@@ -74,6 +74,7 @@ async def unreachable(route: Route) -> None:
         (90_000, "18K monthly tokens remaining", "16.7", "yellow"),
         (102_600, "5.4K monthly tokens remaining", "5", "red"),
         (107_001, "999 monthly tokens remaining", "0.9", "red"),
+        (107_999, "1 monthly token remaining", "0", "red"),
     ],
 )
 async def test_the_rail_shows_what_is_left(
@@ -346,19 +347,25 @@ async def test_an_answer_that_is_not_whole_has_a_note(
 
 
 @pytest.mark.parametrize(
-    ("stop_reason", "words", "can_retry"),
+    ("done", "words", "can_retry"),
     [
-        ("end_turn", "The answer was empty.", True),
-        ("refusal", "Claude declined to answer.", False),
-        ("model_context_window_exceeded", "The conversation is as long as Claude can read.", False),
+        ({"stopReason": "end_turn"}, "The answer was empty.", True),
+        ({"stopReason": "refusal"}, "Claude declined to answer.", False),
+        ({"stopReason": "model_context_window_exceeded"}, "The conversation is as long as Claude can read.", False),
+        ({"stopReason": "max_tokens"}, "its token limit before its first word: ask for less at a time.", False),
+        (
+            {"stopReason": "max_tokens", "limitReached": True},
+            "There were no more tokens left for an answer.",
+            False,
+        ),
     ],
 )
 async def test_an_empty_answer_is_asked_for_again_only_where_that_can_help(
-    page: Page, stack: Stack, user_id: str, *, stop_reason: str, words: str, can_retry: bool
+    page: Page, stack: Stack, user_id: str, *, done: dict[str, Any], words: str, can_retry: bool
 ) -> None:
     await open_rail(page, stack, user_id)
     started = ("start", {"generationId": "g", "model": "claude-haiku-4-5"})
-    empty = server_events(started, ("done", {"stopReason": stop_reason}))
+    empty = server_events(started, ("done", done))
     await page.route(CHAT_CALLS, lambda route: route.fulfill(content_type="text/event-stream", body=empty))
 
     await send(page, "Hello")

@@ -53,7 +53,9 @@ const STOP_REASON_NOTES = {
   refusal: "Claude declined to go on.",
 };
 // Asking for these again costs tokens, and cannot help.
+const LIMIT_EMPTY = "There were no more tokens left for an answer.";
 const EMPTY_FOR_GOOD = {
+  max_tokens: "The answer reached its token limit before its first word: ask for less at a time.",
   model_context_window_exceeded: "The conversation is as long as Claude can read.",
   refusal: "Claude declined to answer.",
 };
@@ -303,11 +305,10 @@ export class ChatRail extends HTMLElement {
     else if (fault && isKept) show(bubble.note, brokeOffText(fault, { isAccepted }));
     else if (fault) this.#showProblem(fault, { isAccepted, canRetry: !fault.isCallersFault });
     else show(bubble.note, isLimitReached ? LIMIT_NOTE : (STOP_REASON_NOTES[stopReason] ?? ""));
-    if (!fault && !isKept) this.#showEmpty(stopReason);
+    if (!fault && !isKept) this.#showEmpty(isLimitReached ? LIMIT_EMPTY : EMPTY_FOR_GOOD[stopReason]);
   }
 
-  #showEmpty(stopReason) {
-    const reason = EMPTY_FOR_GOOD[stopReason];
+  #showEmpty(reason) {
     this.#showProblem(new Problem({ title: reason ?? "The answer was empty." }), { canRetry: !reason });
   }
 

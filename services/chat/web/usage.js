@@ -46,7 +46,8 @@ export function levelOf(percent) {
 
 export function remainingText(usage) {
   if (isUnlimited(usage)) return "∞";
-  return `${tokensText(tokensLeft(usage))} ${PERIOD_WORDS[usage.period] ?? ""}tokens remaining`;
+  const left = tokensLeft(usage);
+  return `${tokensText(left)} ${PERIOD_WORDS[usage.period] ?? ""}${left === 1 ? "token" : "tokens"} remaining`;
 }
 
 export function planName(tier) {
