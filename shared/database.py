@@ -15,7 +15,7 @@ import msgspec
 import psycopg
 from alembic import command
 from alembic.config import Config
-from psycopg import errors
+from psycopg import conninfo, errors
 from psycopg.abc import PQGen
 from sqlalchemy import (
     URL,
@@ -132,8 +132,7 @@ class Database:
             self._reader = _sqlite_engine(parsed.set(drivername="sqlite"), begin="BEGIN", connections=READERS)
             self._write_threads = ThreadPoolExecutor(1, "writer")
         else:
-            parsed = parsed.set(drivername="postgresql+psycopg")
-            self._writer = _postgres_engine(parsed, connections=WRITERS + READERS)
+            self._writer = _postgres_engine(by_psycopg(parsed), connections=WRITERS + READERS)
             # One snapshot for all statements of a read, as SQLite gives it.
             self._reader = self._writer.execution_options(isolation_level="REPEATABLE READ")
             self._write_threads = ThreadPoolExecutor(WRITERS, "writer")
@@ -180,8 +179,24 @@ def usable(url: URL) -> Iterator[None]:
         if is_damaged(error.orig):
             raise damaged(url.database) from error
         if isinstance(error, OperationalError):
-            raise Misconfigured(f"The database {url} cannot be used: {error.orig}") from error
+            raise Misconfigured(f"The database {shown(url)} cannot be used: {error.orig}") from error
         raise
+
+
+def by_psycopg(url: URL) -> URL:
+    """Raises Misconfigured where it has an option that no connection has. Whether the value of one makes sense libpq
+    itself says, when it connects."""
+    options = {name: str(value) for name, value in url.query.items()}
+    try:
+        conninfo.timeout_from_conninfo(conninfo.conninfo_to_dict(conninfo.make_conninfo(**options)))
+    except psycopg.ProgrammingError as error:
+        raise Misconfigured(f"The database {shown(url)} cannot be used: {str(error).strip()}.") from error
+    return url.set(drivername="postgresql+psycopg")
+
+
+def shown(url: URL) -> str:
+    """Without what may be secret: among the options there can be a password, too."""
+    return str(url.set(query={}))
 
 
 def is_damaged(error: BaseException | None) -> bool:
@@ -212,7 +227,7 @@ def snapshot(url: str, *tables: Table) -> Iterator[Connection]:
         engine = create_engine(read_only, poolclass=NullPool, connect_args={"isolation_level": None})
         begin = ["BEGIN"]
     else:
-        parsed = parsed.set(drivername="postgresql+psycopg")
+        parsed = by_psycopg(parsed)
         engine = create_engine(parsed, poolclass=NullPool, connect_args={**_LINK, **parsed.query})
         begin = ["SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"]
         # Before the first SELECT, at which the snapshot begins: a table that takes the place later has no row in it.
@@ -225,7 +240,7 @@ def snapshot(url: str, *tables: Table) -> Iterator[Connection]:
     except DBAPIError as error:
         if is_damaged(error.orig):
             raise damaged(parsed.database) from error
-        raise Misconfigured(f"The database {parsed} cannot be read: {error.orig}") from error
+        raise Misconfigured(f"The database {shown(parsed)} cannot be read: {error.orig}") from error
 
 
 async def _in_thread(threads: Executor, engine: Engine, work: Callable[[Connection], Result]) -> Result:
@@ -317,7 +332,7 @@ def patient_engine(url: str, *, begin: str = "BEGIN IMMEDIATE") -> Engine:
     if parsed.get_backend_name() == "sqlite":
         _make_folder(parsed.database)
         return _sqlite_engine(parsed.set(drivername="sqlite"), begin=begin, connections=2, timeout_s=PATIENCE_S)
-    return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_reset_on_return=None)
+    return create_engine(by_psycopg(parsed), pool_reset_on_return=None)
 
 
 def _sqlite_engine(url: URL, *, begin: str, connections: int, timeout_s: float = BUSY_TIMEOUT_S) -> Engine:

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from sqlalchemy import Connection, Table, make_url, select
 from sqlalchemy.exc import OperationalError
 
-from shared.database import Database, patient_engine, usable
+from shared.database import Database, patient_engine, shown, usable
 from shared.differences import Difference, Pair, in_schema, key_of
 from shared.errors import Misconfigured, Unavailable
 from shared.events import Event
@@ -215,7 +215,7 @@ def _prepare(url: str, migrations: Path) -> None:
     if found is None:
         Database(url).migrate(migrations)
     elif found != head:
-        raise Misconfigured(f"The database {make_url(url)!r} is of another release: migrate it first.")
+        raise Misconfigured(f"The database {shown(make_url(url))} is of another release: migrate it first.")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pydantic_core import to_json
 from sqlalchemy import make_url
 
 from services.ledger.scope import Scope
-from shared.database import damaged, is_damaged, iso
+from shared.database import damaged, is_damaged, iso, shown
 from shared.errors import Misconfigured
 
 Row = tuple[Any, ...]
@@ -100,7 +100,7 @@ def snapshot(service: str, url: str, tables: Sequence[str]) -> Iterator[Snapshot
                 postgres.execute("SELECT 1")
                 yield Snapshot(postgres, is_sqlite=False)
     except (psycopg.OperationalError, psycopg.ProgrammingError, sqlite3.OperationalError) as error:
-        raise Misconfigured(f"{service}'s database {parsed} cannot be read: {str(error).strip()}") from error
+        raise Misconfigured(f"{service}'s database {shown(parsed)} cannot be read: {str(error).strip()}") from error
     except sqlite3.DatabaseError as error:
         if not is_damaged(error):
             raise

@@ -13,7 +13,8 @@ from sqlalchemy import Connection, make_url, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from shared import database as settings
-from shared.database import CommitUnknown, Database
+from shared.database import CommitUnknown, Database, snapshot
+from shared.errors import Misconfigured
 from shared.settings import sqlite_url
 from tests.fixtures import Postgres, eventually
 from tests.proxy import Mode, Proxy
@@ -30,6 +31,21 @@ class Behind:
 
 def one(db: Connection) -> int:
     return int(db.execute(select(1)).scalar_one())
+
+
+@pytest.mark.parametrize("option", ["foo=bar", "sslmod=require", "connect_timeout=soon"])
+def test_an_option_that_no_connection_has_is_told_before_anybody_connects(option: str) -> None:
+    name = option.partition("=")[0]
+    with pytest.raises(Misconfigured, match=rf"u:\*\*\*@host/x cannot be used: .*{name}"):
+        Database(f"postgresql://u:secret@host/x?{option}")
+
+
+def test_a_password_among_the_options_is_not_told() -> None:
+    with (
+        pytest.raises(Misconfigured, match=r"The database postgresql\+psycopg://u@127.0.0.1:1/x cannot be read"),
+        snapshot("postgresql://u@127.0.0.1:1/x?password=secret"),
+    ):
+        pass
 
 
 async def test_connections_that_the_server_closed_cost_nobody_an_error(postgres: Postgres) -> None:
