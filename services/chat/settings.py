@@ -1,7 +1,7 @@
 import re
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from services.chat.loopback import is_loopback
 from shared.events import OnDisconnect
@@ -16,13 +16,15 @@ _ORIGIN = re.compile(
 
 class Settings(ServiceSettings):
     identity: Literal["open"] = Field(default="open", description="open: the caller's userId is believed")
-    operator_key: SecretStr | None = Field(default=None, description="what back ends and operators present")
+    operator_key: SecretStr | None = Field(
+        default=None, repr=False, description="what back ends and operators present"
+    )
     anthropic_api_key: HeaderSecret | None = Field(default=None, validation_alias="ANTHROPIC_API_KEY")
     anthropic_base_url: HttpUrl | None = Field(default=None, validation_alias="ANTHROPIC_BASE_URL", repr=False)
     stand_in_url: HttpUrl | None = Field(
         default=None, repr=False, description="answers where there is neither key nor base URL"
     )
-    model: str = Field(default="claude-haiku-4-5", description="for callers that name none")
+    model: str = Field(default="claude-haiku-4-5", max_length=128, description="for callers that name none")
     tokens_max: int = Field(default=4096, ge=1, le=128_000, description="output of callers that name no maxTokens")
     on_disconnect: OnDisconnect = Field(default="stop", description="what a closed browser does to Claude")
     claude_idle_s: float = Field(default=60, gt=0, description="how long Claude may be silent")
@@ -33,6 +35,25 @@ class Settings(ServiceSettings):
         default=20_000, ge=1, le=INT64_MAX, description="beyond which what is new is refused"
     )
     cors_origins: str = Field(default="", description="origins, comma-separated, that may embed the rail")
+
+    @field_validator("operator_key")
+    @classmethod
+    def _can_be_presented(cls, key: SecretStr | None) -> SecretStr | None:
+        value = key.get_secret_value() if key else ""
+        if not value.isprintable() or value != value.strip():
+            raise ValueError(
+                "it must be printable, with no line breaks and no spaces around it, because it is sent in a header"
+            )
+        return key
+
+    @field_validator("model")
+    @classmethod
+    def _can_be_asked(cls, model: str, read: ValidationInfo) -> str:
+        # Whether there is such a model only the provider knows; another than Claude's own may name them as it likes.
+        is_at_claudes_own = read.data.get("anthropic_base_url", "") is None
+        if not model.isprintable() or (is_at_claudes_own and not model.startswith("claude-")):
+            raise ValueError("Claude's models have names such as claude-haiku-4-5")
+        return model
 
     @field_validator("cors_origins")
     @classmethod

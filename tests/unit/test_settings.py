@@ -90,10 +90,30 @@ def test_a_password_in_the_address_of_the_provider_is_told(read: Read, url: str)
     assert "cannot have a user or a password" in read.told(StackSettings, ANTHROPIC_BASE_URL=url)
 
 
+def test_a_model_that_claude_cannot_have_is_told(read: Read) -> None:
+    for model in ("nope", "claude-\n"):
+        assert "have names such as claude-haiku-4-5" in read.told(ChatSettings, CHATRAIL_MODEL=model)
+    assert "at most 128" in read.told(ChatSettings, CHATRAIL_MODEL="claude-" * 20)
+    assert read(ChatSettings, CHATRAIL_MODEL="claude-next-1").model_dump()["model"] == "claude-next-1"
+    elsewhere = read(ChatSettings, CHATRAIL_MODEL="eu.anthropic/one", ANTHROPIC_BASE_URL="http://gateway")
+    assert elsewhere.model_dump()["model"] == "eu.anthropic/one"
+
+
 @pytest.mark.parametrize("settings", [ChatSettings, StackSettings])
 @pytest.mark.parametrize("key", ["sk-secret\n", "sk-\r\nsecret", "sk-secret-ü", "sk-secret\x7f"])
 def test_a_key_that_no_header_can_carry_is_told(read: Read, settings: type[Environment], key: str) -> None:
     assert "must be printable ASCII" in read.told(settings, ANTHROPIC_API_KEY=key)
+
+
+@pytest.mark.parametrize("key", ["secret\n", "\nsecret", "sec\x01ret", "secret ", "secret\x7f", "secret\x85"])
+def test_an_operator_key_that_nobody_can_present_is_told(read: Read, key: str) -> None:
+    told = read.told(ChatSettings, CHATRAIL_OPERATOR_KEY=key)
+    assert told.startswith("CHATRAIL_OPERATOR_KEY: it must be printable")
+
+
+@pytest.mark.parametrize("key", ["a key", "schlüssel", "~" * 500])
+def test_an_operator_key_may_be_any_text(read: Read, key: str) -> None:
+    assert read(ChatSettings, CHATRAIL_OPERATOR_KEY=key).model_dump()["operator_key"].get_secret_value() == key
 
 
 @pytest.mark.parametrize(
