@@ -12,6 +12,7 @@ import uvicorn
 
 from shared.errors import Misconfigured
 from shared.guards import beating, readiness_logged
+from shared.protocol import Protocol
 from shared.settings import ServiceSettings
 from shared.telemetry import configure_logging
 
@@ -58,7 +59,7 @@ def serve(service: str, read: Callable[[], Settings], create_app: Callable[[Sett
             host=settings.host,
             port=settings.port,
             loop="uvloop" if sys.platform != "win32" else "asyncio",
-            http="httptools",
+            http=Protocol,
             lifespan="off",
             access_log=False,
             log_config=None,

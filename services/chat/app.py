@@ -50,6 +50,8 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        # To where a proxy in front would not be: the address is made of what it sends on.
+        redirect_slashes=False,
         responses=problems.RESPONSES,
     )
     app.state.settings = settings

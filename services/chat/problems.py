@@ -171,6 +171,8 @@ def _words(item: Mapping[str, Any]) -> str:
     return {
         "extra_forbidden": "is not a known field",
         "missing": "is required",
+        "model_attributes_type": "must be a JSON object",
+        "string_unicode": "must be text in valid Unicode",
         "string_pattern_mismatch": "must not contain control characters",
         "date_from_datetime_inexact": "must be a day, such as 2026-11-01",
         "date_from_datetime_parsing": "must be a day, such as 2026-11-01",

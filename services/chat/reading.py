@@ -28,6 +28,7 @@ class OneReading(APIRoute):
 
         async def read(request: Request) -> Response:
             _check_address(request)
+            _check_headers(request)
             body = _JsonRequest(request.scope, request.receive)
             if is_json(body) and await body.body():
                 await body.json()
@@ -74,6 +75,23 @@ def _check_address(request: Request) -> None:
     named = [name for name, _ in request.query_params.multi_items()]
     if twice := {name for name in named if named.count(name) > 1}:
         raise _invalid(f"{', '.join(sorted(twice))}: name it once.")
+
+
+# A proxy in front may go by another of two than we do.
+_ONCE = frozenset({b"host", b"authorization", b"content-type", b"content-encoding", b"idempotency-key"})
+
+
+def _check_headers(request: Request) -> None:
+    named = [name for name, _ in request.scope["headers"] if name in _ONCE]
+    if twice := {name.decode() for name in named if named.count(name) > 1}:
+        raise _invalid(f"{', '.join(sorted(twice))}: send this header once.")
+    if b"content-encoding" in named and request.headers["content-encoding"].strip().lower() != "identity":
+        raise Problem(
+            415,
+            "Packed body",
+            "Send the body as it is, without Content-Encoding.",
+            headers={"Accept-Encoding": "identity"},
+        )
 
 
 def _invalid(detail: str) -> Problem:

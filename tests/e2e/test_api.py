@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
@@ -345,6 +345,43 @@ async def test_an_address_that_can_be_read_in_two_ways_is_refused(
         assert word in problem_of(refused, 422)["detail"]
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("Idempotency-Key", "a"), ("Idempotency-Key", "b")], 422),
+        ([("Authorization", "Bearer a"), ("Authorization", "Bearer b")], 422),
+        ([("Content-Type", "application/json")], 422),
+        ([("Content-Encoding", "gzip")], 415),
+    ],
+)
+async def test_headers_by_which_others_may_read_another_request_are_refused(
+    stack: Stack, http: httpx2.AsyncClient, headers: list[tuple[str, str]], status: int
+) -> None:
+    said = [("Content-Type", "application/json"), *headers]
+    async with nothing_recorded(stack):
+        refused = await http.post("/api/usage", content=as_json(report("any")), headers=said)
+    assert headers[0][0].lower() in problem_of(refused, status)["detail"].lower()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "word"),
+    [
+        ("GET /api/usage?userId=ü HTTP/1.1\r\n\r\n", 400, "encode it by %"),
+        ("FOO / HTTP/1.1\r\n\r\n", 400, "no HTTP/1.1 request"),
+        ("hello\r\n\r\n", 400, "no HTTP/1.1 request"),
+        ("GET / HTTP/1.1\r\nx: ".ljust(256 * 1024 + 1, "x"), 431, "256 KiB"),
+    ],
+)
+def test_what_is_no_request_is_refused_in_words(stack: Stack, sent: str, status: int, word: str) -> None:
+    place = urlsplit(stack.url)
+    with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+        connection.sendall(sent.encode())
+        answer = HTTPResponse(connection)
+        answer.begin()
+        assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
+        assert word in json.loads(answer.read())["detail"]
+
+
 @cases(BAD_QUESTIONS)
 async def test_a_question_that_makes_no_sense_is_refused_and_nothing_is_sent_or_recorded(
     stack: Stack, http: httpx2.AsyncClient, user: str, fault: dict[str, Any]
@@ -473,7 +510,8 @@ async def test_a_subscription_that_makes_no_sense_is_refused(
 
 
 async def test_addresses_and_methods_that_do_not_exist_point_to_the_description(http: httpx2.AsyncClient) -> None:
-    assert "/docs" in problem_of(await http.get("/api/nothing"), 404)["detail"]
+    for nothing in ("/api/nothing", "/api/plans/"):
+        assert "/docs" in problem_of(await http.get(nothing), 404)["detail"]
     assert "/docs" in problem_of(await http.delete("/api/usage"), 405)["detail"]
 
 
