@@ -20,6 +20,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
+    # One process less, and what it would be told: a third of the time.
+    "--in-process-gpu",
 ]
 
 expect.set_options(timeout=15_000)

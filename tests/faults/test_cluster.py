@@ -22,6 +22,8 @@ from tests.stack import Stack
 
 NODES = ("broker-1", "broker-2", "broker-3")
 PEOPLE = 6
+# Between two questions: what is to be seen is who gets an answer, and not how many.
+PAUSE_S = 0.1
 TOLD_WITHIN_S = 2.5  # two seconds, and a half for a busy machine
 WINDOW_MAX_S = 10.0  # in which the nodes that are left agree on leaders
 REPORT_TOKENS = 10
@@ -62,6 +64,7 @@ async def load(cluster: Stack) -> AsyncIterator[Seen]:
                     seen.other.append(answer.last)
             except httpx2.HTTPStatusError as refused:
                 await _refused(refused.response, begun)
+            await asyncio.sleep(PAUSE_S)
 
     async def report(client: httpx2.AsyncClient) -> None:
         body = {
@@ -78,6 +81,7 @@ async def load(cluster: Stack) -> AsyncIterator[Seen]:
             else:
                 seen.refused_reports += 1
                 await _refused(answer, begun)
+            await asyncio.sleep(PAUSE_S)
 
     def _done() -> None:
         now = time.monotonic()
@@ -88,7 +92,6 @@ async def load(cluster: Stack) -> AsyncIterator[Seen]:
         seen.slowest_refusal_s = max(seen.slowest_refusal_s, time.monotonic() - begun)
         if answer.status_code != 503 or "retry-after" not in answer.headers:
             seen.other.append(f"{answer.status_code} {answer.text}")
-        await asyncio.sleep(0.1)
 
     async with client_of(cluster) as client, asyncio.TaskGroup() as tasks:
         for person in range(PEOPLE):

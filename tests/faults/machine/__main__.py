@@ -24,8 +24,7 @@ from tests.faults.machine.system import System, can_mount
 
 SEED_MAX = 1_000_000
 STOPPED = 130
-# A mistake is found with the load that exposes it soonest.
-MUTANT_PAUSE_S, PAUSE_S = 0.05, 0.15
+MUTANT_PAUSE_S, PAUSE_S = 0.5, 0.15
 
 
 def main() -> int:
@@ -47,6 +46,7 @@ def _arguments() -> Namespace:
     parser = ArgumentParser(prog="python -m tests.faults.machine", description="Faults under load, and a count.")
     parser.add_argument("--seed", type=int, help="decides parts, faults and their times; by default a new one")
     parser.add_argument("--minutes", type=float, default=3.0, help="how long faults happen")
+    parser.add_argument("--pause-s", type=float, default=PAUSE_S, help="what each of the load waits, on average")
     parser.add_argument("--only", choices=KINDS, action="append", help="a kind of fault; repeatable; by default all")
     parser.add_argument("--ledger", choices=["sqlite", "postgresql"], help="instead of what the seed chooses")
     parser.add_argument("--quota", choices=["sqlite", "postgresql"])
@@ -69,7 +69,7 @@ async def _prove(seed: int, told: Namespace, folder: Path) -> int:
     faults = schedule(seed, told.minutes * 60, shape, kinds)
     log = OperationLog(folder / "operations.ndjson")
     async with System(shape, folder, log) as system:
-        await Run(system, seed=seed, pause_s=PAUSE_S).carry_out(faults)
+        await Run(system, seed=seed, pause_s=told.pause_s).carry_out(faults)
         found = await system.audit(), await _checked(system)
         return int(any(found))
 

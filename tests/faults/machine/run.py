@@ -24,7 +24,7 @@ READY_WITHIN_S = 30.0
 QUIET_WITHIN_S = 60.0
 # A little more load once all are ready: a service that says so must also work.
 AFTERWARDS_S = 3.0
-WATCH_EVERY_S = 0.5
+WATCH_EVERY_S = 1.0
 OPERATOR_PATIENCE_S = 40.0
 
 
