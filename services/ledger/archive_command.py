@@ -16,7 +16,7 @@ from services.ledger.archive import archive as archive_before
 from services.ledger.checkpoint import load_keys
 from services.ledger.settings import Settings
 from services.ledger.snapshots import snapshot
-from services.ledger.trim import Trimmed
+from services.ledger.trim import TRIM_WITHIN, Trimmed
 from services.ledger.trim import trim as trim_archived
 from shared.archive import Archive, Manifest
 from shared.bus_of_folder import bus_of_folder
@@ -27,6 +27,10 @@ from shared.streams import LEDGER
 
 TABLES = ("leaves", "seals")
 DAY_S = 24 * 3600
+# A trim that was killed goes on for the minute that services bear it; then they notice within 15 s, start again,
+# and put it back, or somebody has to. Whatever is not archived by then must be younger than what it deletes.
+OVERLAP_S_MIN = 10 * TRIM_WITHIN.total_seconds()
+OVERLAP_S_MAX = 36_500 * DAY_S
 
 Folder = Annotated[
     Path | None,
@@ -85,13 +89,27 @@ def trim(
     *,
     out: Folder = None,
     overlap_s: Annotated[
-        float, typer.Option(min=1, help="So much of the archive's end stays on the stream, too; less is a risk.")
+        float,
+        typer.Option(
+            max=OVERLAP_S_MAX, help="So much of the archive's end stays on the stream, too; less is a risk."
+        ),
     ] = DAY_S,
 ) -> None:
     """Take off the stream what is archived, once both are compared with what was sealed. Services may run."""
+    overlap = _overlap(overlap_s)
     with command():
         settings = Settings.read()
-        run(_trim(settings, out or settings.archive_folder, timedelta(seconds=overlap_s)))
+        run(_trim(settings, out or settings.archive_folder, overlap))
+
+
+def _overlap(seconds: float) -> timedelta:
+    if not seconds >= OVERLAP_S_MIN:  # nor what is no number
+        raise typer.BadParameter(
+            f"it is {OVERLAP_S_MIN:g} seconds at least: a trim that is killed goes on deleting until that is put "
+            "right, and must not come to what is not archived",
+            param_hint="'--overlap-s'",
+        )
+    return timedelta(seconds=seconds)
 
 
 async def _trim(settings: Settings, folder: Path, overlap: timedelta) -> None:

@@ -31,6 +31,13 @@ async def command(data: Path, *arguments: str, service: str = "ledger") -> str:
     return ended.out
 
 
+async def short_trim(data: Path) -> str:
+    arguments = ("services.ledger", "trim", "--overlap-s", str(OVERLAP.total_seconds()))
+    ended = await forked.run("tests.short_overlap", *arguments, env=environment(CHATRAIL_DATA=str(data)))
+    assert ended.status == 0, ended.out
+    return ended.out
+
+
 async def begins(data: Path) -> int:
     async with bus_of_folder(ServiceSettings(data=data), name="test") as nc:
         return (await bounds(nc))[0]
@@ -63,7 +70,7 @@ async def test_archived_and_trimmed_beside_people_and_rebuilt_from_both(tmp_path
             await ask(client, "user_1", "[usage input=40 output=7]")
             await eventually(partial(is_archived, stack), deadline_s=60)
             parts = stack.parts()
-            said = await command(stack.data, "trim", "--overlap-s", str(OVERLAP.total_seconds()))
+            said = await short_trim(stack.data)
             assert "messages left the stream" in said
             assert await begins(stack.data) > 5
 
@@ -125,7 +132,7 @@ async def test_on_three_nodes_what_is_trimmed_is_gone_from_each(tmp_path: Path) 
         await eventually(partial(has_grown_old, stack))
         await stack.report("user_1", 1)
         await eventually(partial(is_archived, stack), deadline_s=60)
-        await command(stack.data, "trim", "--overlap-s", str(OVERLAP.total_seconds()))
+        await short_trim(stack.data)
         begun = await begins(stack.data)
         assert begun > 20
 

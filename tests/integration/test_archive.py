@@ -760,12 +760,21 @@ def variables(system: Archiving, nats_url: str) -> dict[str, str]:
     }
 
 
-async def command(system: Archiving, nats_url: str, *arguments: str, crash_at: str | None = None) -> tuple[int, str]:
+async def command(
+    system: Archiving,
+    nats_url: str,
+    *arguments: str,
+    crash_at: str | None = None,
+    started_by: str = "tests.faults.failpoints",
+) -> tuple[int, str]:
     """How `python -m services.ledger …` ends, and what it says."""
     step = {"CHATRAIL_CRASH_AT": crash_at} if crash_at else {}
     told = environment(**variables(system, nats_url), **step)
-    ended = await forked.run("tests.faults.failpoints", "services.ledger", *arguments, env=told)
+    ended = await forked.run(started_by, "services.ledger", *arguments, env=told)
     return ended.status, ended.out
+
+
+short_trim = partial(command, started_by="tests.short_overlap")
 
 
 @pytest.mark.parametrize(
@@ -810,7 +819,7 @@ async def killed_trim(system: Archiving, nats_url: str, *, overlap_s: int) -> No
     await system.happened(*some_events())
     await system.archive()
     step = "before services.ledger.trim:_begins_behind"
-    status, _ = await command(system, nats_url, "trim", "--overlap-s", str(overlap_s), crash_at=step)
+    status, _ = await short_trim(system, nats_url, "trim", "--overlap-s", str(overlap_s), crash_at=step)
     assert status == -signal.SIGKILL
 
 
@@ -873,7 +882,7 @@ async def test_the_commands_say_what_they_did_and_what_to_do(system: Archiving, 
 
     status, said = await command(system, own_nats_server, "trim")
     assert (status, said.startswith("Nothing was trimmed")) == (0, True), said
-    status, said = await command(system, own_nats_server, "trim", "--overlap-s", "1")
+    status, said = await short_trim(system, own_nats_server, "trim", "--overlap-s", "1")
     assert (status, "messages left the stream, which begins at message " in said) == (0, True), said
     with alone_in(system.folder):
         status, said = await command(system, own_nats_server, "trim")

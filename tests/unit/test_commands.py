@@ -101,6 +101,13 @@ def test_nobody_is_looked_at_by_mistake(
     refused(ledger, [command, *options], told, monkeypatch)
 
 
+@pytest.mark.parametrize("seconds", ["-1", "0", "599.9", "nan"])
+def test_no_trim_leaves_so_little_that_a_killed_one_might_come_to_what_is_not_archived(
+    seconds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(ledger, ["trim", "--overlap-s", seconds], "it is 600 seconds at least", monkeypatch)
+
+
 @pytest.mark.parametrize("text", NO_TIME)
 def test_what_is_archived_is_before_a_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(ledger, ["archive", "--before", text], "is not a time", monkeypatch)
