@@ -118,6 +118,9 @@ async def audit(
         signed=evident.signed,
         keys=keys.believed_ids,
         outside=evident.outside if outside else None,
+        sealed_up_to=evident.sealed_up_to,
+        outside_up_to=evident.outside_up_to if outside else None,
+        is_outside_torn=evident.is_outside_torn,
         archives=len(archived.manifests) if archived else 0,
         archives_signed=sum(is_signed(each, keys) for each in archived.manifests) if archived else 0,
     )
@@ -135,7 +138,8 @@ async def _made_again(record: Record, databases: Databases, progress: Progress) 
 
 
 async def _written_down_up_to(ledger_url: str, seals_file: Path) -> int:
-    """Seals of so many messages, or of fewer, must be in the file. The newest may be on its way there."""
+    """Seals of so many messages, or of fewer, must be in the file. The newest may be on its way there, or its process
+    may have died before it was: that is no difference. A file that is empty was emptied."""
     with snapshot(LEDGER, ledger_url, ("seals",)) as ledger:
         sizes = [int(size) for (size,) in ledger.rows("SELECT tree_size FROM seals ORDER BY tree_size DESC LIMIT 2")]
     newest, before = [*sizes, 0, 0][:2]
@@ -143,7 +147,8 @@ async def _written_down_up_to(ledger_url: str, seals_file: Path) -> int:
     while before <= written < newest and monotonic() < begun + WRITTEN_WITHIN_S:
         await asyncio.sleep(LOOK_EVERY_S)
         written = await asyncio.to_thread(_newest_written, seals_file)
-    return newest if written in (0, newest) else max(before, min(written, newest))
+    is_empty = (await asyncio.to_thread(seals_file.stat)).st_size == 0
+    return newest if is_empty else max(before, min(written, newest))
 
 
 def _newest_written(seals_file: Path) -> int:

@@ -110,13 +110,18 @@ class Read:
 class Proven:
     """How far the evidence goes: seals, those whose signature is right, by keys of which ids; what was outside.
 
-    `archives` are files of the archive, whose manifests may be signed. `outside` is None where no file was named.
+    So many messages are sealed, and by what is `outside` up to its newest head; its end may be torn, as a process
+    leaves it that dies. Of what is outside all is None where no file was named. `archives` are files of the archive,
+    whose manifests may be signed.
     """
 
     seals: int
     signed: int
     keys: Sequence[str]
     outside: int | None
+    sealed_up_to: int
+    outside_up_to: int | None
+    is_outside_torn: bool = False
     archives: int = 0
     archives_signed: int = 0
 
@@ -183,12 +188,24 @@ def _proven_in_words(proven: Proven) -> Iterator[str]:
     if proven.outside is None:
         yield "  No file outside was compared: CHATRAIL_SEALS_FILE names none"
     else:
-        yield f"  In the file outside: {_number(proven.outside, 'head')}"
-
+        yield f"  In the file outside: {_number(proven.outside, 'head')}{_reach_of(proven)}"
+    if proven.is_outside_torn:
+        yield "  Its last line is torn, as a process leaves it that dies while it writes: a ledger that runs mends it"
     if proven.archives and proven.keys:
         yield f"  Of the archive's manifests rightly signed: {proven.archives_signed:,} of {proven.archives:,}"
     elif proven.archives:
         yield "  Of what is archived the bodies are proven; the rest only where manifests are signed"
+
+
+def _reach_of(proven: Proven) -> str:
+    if proven.outside_up_to is None or not proven.sealed_up_to:
+        return ""
+    if proven.outside_up_to >= proven.sealed_up_to:
+        return f", up to message {proven.sealed_up_to:,}"
+    return (
+        f", up to message {proven.outside_up_to:,}; what is sealed behind it, up to {proven.sealed_up_to:,}, is not "
+        "there yet: a ledger that runs writes it down"
+    )
 
 
 def as_json(report: Report) -> Iterator[str]:

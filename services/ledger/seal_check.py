@@ -112,7 +112,17 @@ class SealCheck:
             found.add(Kind.LEAF_STRAY, stray.sequence, stray.event_id, "-", in_hex(stray.hash))
         tree.end()
         differences = found.differences(cut_after=last_leaf)
-        return Result(tree.size, tree.seals, tree.signed, tree.outside, differences, found.more)
+        return Result(
+            leaves=tree.size,
+            seals=tree.seals,
+            signed=tree.signed,
+            outside=tree.outside,
+            sealed_up_to=tree.sealed_up_to,
+            outside_up_to=tree.outside_up_to,
+            is_outside_torn=tree.is_outside_torn,
+            differences=differences,
+            more=found.more,
+        )
 
     def _pass_over(self, sequence: int) -> None:
         """The leaves of the numbers that the stream leaves out before this one."""

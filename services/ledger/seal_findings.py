@@ -48,13 +48,17 @@ class Difference(NamedTuple):
 class Result(NamedTuple):
     """What was compared: leaves, seals, those with a right signature, heads of the file outside.
 
-    Beyond the differences that are listed there are `more`.
+    So many messages are sealed, and by what is `outside` up to its newest head; its end may be torn, as a crash
+    leaves it. Beyond the differences that are listed there are `more`.
     """
 
     leaves: int
     seals: int
     signed: int
     outside: int
+    sealed_up_to: int
+    outside_up_to: int
+    is_outside_torn: bool
     differences: list[Difference]
     more: int
 

@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Iterator
 
-from services.ledger.checkpoint import Keys, Signature
+from services.ledger.checkpoint import Keys, Signature, checkpoint
 from services.ledger.merkle import Frontier, Head
 from services.ledger.seal_findings import Findings, Kind, in_hex
-from services.ledger.seals import Sealed, event_id, signature_of
+from services.ledger.seals import Sealed, Torn, event_id, signature_of
 from services.ledger.verify_record import Checkpoint
 from shared.database import iso
 from shared.errors import PoisonMessage
@@ -36,12 +36,16 @@ class SealTree:
         """Each seal of so many messages, or of fewer, must be `outside`."""
         self.size = self.seals = self.signed = self.outside = 0
         self._seals, self._next = seals, next(seals, None)
-        self._outside, self._next_outside = outside, next(outside, None)
+        # The end of the file outside, until a seal is met whose beginning it is.
+        self._torn: str | None = None
+        self.is_outside_torn = False
+        self._outside = outside
+        self._next_outside = self._following_outside()
         self._keys, self._found = keys, found
         self._as_leaves: Frontier | None = Frontier()
         self._as_messages: Frontier | None = None
         self._as_sealed: Frontier | None = None
-        self._fitting = self._last_sealed = 0
+        self._fitting = self.sealed_up_to = self.outside_up_to = 0
         # A seal that does not fit, until it is known whether it or what is below it was changed.
         self._doubted: Sealed | None = None
         self._last_signature: Signature | None = None
@@ -89,8 +93,10 @@ class SealTree:
         self.seals += 1
         self.unannounced[seal.head.size] = seal
         self._check_signature(seal)
+        if self._torn and checkpoint(seal.head, seal.signature).startswith(self._torn.rstrip("\ufffd")):
+            self._torn, self.is_outside_torn = None, True
         root = seal.head.root
-        below = range(self._last_sealed + 1, seal.head.size + 1)
+        below = range(self.sealed_up_to + 1, seal.head.size + 1)
         is_known = self._as_leaves is not None
         if self._as_leaves and self._as_leaves.root == root:
             self._resolve(Kind.SEAL_EDITED)
@@ -105,11 +111,11 @@ class SealTree:
             self._as_leaves = self._as_sealed
         else:
             self._doubt(seal, is_known=is_known)
-            self._last_sealed = seal.head.size
+            self.sealed_up_to = seal.head.size
             self._as_messages = None
             return
         self._as_messages = self._as_sealed = None
-        self._fitting = self._last_sealed = seal.head.size
+        self._fitting = self.sealed_up_to = seal.head.size
 
     def _doubt(self, seal: Sealed, *, is_known: bool) -> None:
         if not is_known:
@@ -142,14 +148,23 @@ class SealTree:
     def _bad_signature(self, head: Head, found: str) -> None:
         self._found.add(Kind.SIGNATURE, head.size, None, "a signature by a key that is believed", found)
 
+    def _following_outside(self) -> Checkpoint | str | None:
+        following = next(self._outside, None)
+        if isinstance(following, Torn):
+            self._torn, following = following, None
+        return following
+
     def _meet_outside(self) -> None:
         while (head := self._next_outside) is not None and (isinstance(head, str) or head.tree_size <= self.size):
             self.outside += 1
             if isinstance(head, str):
-                self._found.add(Kind.OUTSIDE, self.size, None, "a checkpoint", "something else")
+                self._no_head_outside()
             else:
                 self._compare_outside(head)
-            self._next_outside = next(self._outside, None)
+            self._next_outside = self._following_outside()
+
+    def _no_head_outside(self) -> None:
+        self._found.add(Kind.OUTSIDE, self.size, None, "a checkpoint", "something else")
 
     def _compare_outside(self, head: Checkpoint) -> None:
         self._last_outside = max(self._last_outside, head.tree_size)
@@ -159,6 +174,7 @@ class SealTree:
         told = (head.tree_size, head.root_hash)
         if head.tree_size == self.size and any(way.root == head.root_hash for way in ways):
             self._fitted_outside.append(told)
+            self.outside_up_to = head.tree_size
         elif told not in self._fitted_outside:  # else it was written down a second time
             self._misfit_outside(head, in_hex(ways[0].root) if head.tree_size == self.size else "a later place")
         for key_id, made in head.signatures:
@@ -175,12 +191,16 @@ class SealTree:
     def end(self) -> None:
         self._resolve(Kind.SEAL_EDITED)
         if self._keys and self.seals and self._last_signature is None:
-            self._found.add(Kind.UNSIGNED, self._last_sealed, None, "a signature by a key that is believed", "none")
+            self._found.add(Kind.UNSIGNED, self.sealed_up_to, None, "a signature by a key that is believed", "none")
         while (head := self._next_outside) is not None:
             self.outside += 1
-            if not isinstance(head, str):
+            if isinstance(head, str):
+                self._no_head_outside()
+            else:
                 self._misfit_outside(head, f"only {self.size} leaves")
-            self._next_outside = next(self._outside, None)
+            self._next_outside = self._following_outside()
+        if self._torn:
+            self._no_head_outside()
         if self._first_lacking and not self._misfits_outside:
             first = self._first_lacking
             told = f"{self._lacking} of them, the first {in_hex(first.root)}"

@@ -38,6 +38,10 @@ class Leaf(NamedTuple):
     hash: bytes | None
 
 
+class Torn(str):
+    """The end of the file outside, where it is no head: what a process leaves that dies while it writes one."""
+
+
 class Sealed(NamedTuple):
     """A seal as the ledger keeps it."""
 
@@ -125,6 +129,7 @@ def split(subtrees: bytes) -> tuple[bytes, ...]:
 
 def read_outside(seals_file: Path, *, up_to: int | None = None) -> Iterator[Checkpoint | str]:
     """The file's heads in order, or the text that is none. What a crash cut off, and what follows whole, is one.
+    Where nothing follows it is Torn.
 
     What is behind so many bytes came later.
     """
@@ -136,7 +141,7 @@ def read_outside(seals_file: Path, *, up_to: int | None = None) -> Iterator[Chec
                 try:
                     yield read_checkpoint(note)
                 except ValueError:
-                    yield note
+                    yield note if following else Torn(note)
     except OSError as error:
         raise Misconfigured(f"CHATRAIL_SEALS_FILE {seals_file} cannot be read: {error.strerror}.") from error
 

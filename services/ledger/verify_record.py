@@ -25,6 +25,8 @@ ORIGIN = "chatrail/usage"
 FORMAT = "chatrail-proof/1"
 # What precedes the 32 bytes of an Ed25519 public key in PEM (RFC 8410).
 _ED25519 = bytes.fromhex("302a300506032b6570032100")
+# The id of a key, and its signature.
+_SIGNED = 4 + 64
 
 
 def leaf_hash(entry: bytes) -> bytes:
@@ -84,7 +86,8 @@ def read_checkpoint(note: str) -> Checkpoint:
     size, root = int(lines[1]), base64.b64decode(lines[2], validate=True)
     signatures = [base64.b64decode(line.rpartition(" ")[2], validate=True) for line in below.splitlines()]
     found = Checkpoint(size, root, tuple((made[:4].hex(), made[4:]) for made in signatures))
-    if text.rstrip("\n") + "\n" != found.text or len(root) != hashlib.sha256().digest_size:
+    is_whole = len(root) == hashlib.sha256().digest_size and all(len(made) == _SIGNED for made in signatures)
+    if text.rstrip("\n") + "\n" != found.text or not is_whole:
         raise ValueError("this is no checkpoint of ours")
     return found
 
@@ -148,12 +151,21 @@ def check_records(proof: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
 
 
 def check_listed(checkpoint: Checkpoint, seals: Iterable[str]) -> None:
-    """Raises Unproven unless the file of checkpoints has this one, and no other of its size."""
-    roots = {
-        known.root_hash for known in map(read_checkpoint, notes_in(seals)) if known.tree_size == checkpoint.tree_size
-    }
+    """Raises Unproven unless the file of checkpoints has this one, and no other of its size.
+
+    What is none in it, such as a line that a crash cut off, says nothing of any.
+    """
+    known = (found for note in notes_in(seals) if (found := _as_checkpoint(note)))
+    roots = {each.root_hash for each in known if each.tree_size == checkpoint.tree_size}
     if roots != {checkpoint.root_hash}:
         raise Unproven("the checkpoint IS NOT the one of this size that the file of checkpoints has")
+
+
+def _as_checkpoint(note: str) -> Checkpoint | None:
+    try:
+        return read_checkpoint(note)
+    except ValueError:
+        return None
 
 
 def check_signature(checkpoint: Checkpoint, key_file: str) -> str | None:
@@ -190,7 +202,7 @@ def check(arguments: argparse.Namespace) -> int:
     told = check_records(proof, checkpoint)
     compared, to_do = [], None
     if arguments.seals:
-        with open(arguments.seals, encoding="utf-8") as file:
+        with open(arguments.seals, encoding="utf-8", errors="replace") as file:
             check_listed(checkpoint, file)
         compared.append("the file of checkpoints has it")
     if arguments.key:

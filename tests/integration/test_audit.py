@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from nats.aio.client import Client
 from sqlalchemy import Connection, Table, text, update
 
+from services.ledger import audit as auditing
 from services.ledger import store as ledger_store
 from services.ledger.audit import Databases, Evidence, audit
 from services.ledger.checkpoint import Keys
@@ -723,7 +724,7 @@ async def test_without_its_tables_the_audit_says_so(system: System) -> None:
 
 
 async def test_a_file_outside_that_was_cut_is_named_and_how_far_the_evidence_goes_is_told(
-    system: System, tmp_path: Path
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, seals_file = Ed25519PrivateKey.generate(), tmp_path / "seals.txt"
     name = key_id(key.public_key().public_bytes_raw())
@@ -742,12 +743,15 @@ async def test_a_file_outside_that_was_cut_is_named_and_how_far_the_evidence_goe
     found = await audited(Evidence(keys, seals_file))
     assert found.differences == []
     assert f"Of 3 seals, 3 are rightly signed, by the keys believed: {name}" in found.words
-    assert "In the file outside: 3 heads" in found.words
+    assert "In the file outside: 3 heads, up to message 5\n" in found.words
     assert found.document["evidence"] == {
         "seals": 3,
         "signed": 3,
         "keys": [name],
         "outside": 3,
+        "sealed_up_to": 5,
+        "outside_up_to": 5,
+        "is_outside_torn": False,
         "archives": 0,
         "archives_signed": 0,
     }
@@ -760,6 +764,15 @@ async def test_a_file_outside_that_was_cut_is_named_and_how_far_the_evidence_goe
         seals_file.write_text(cut)
         (difference,) = (await audited(Evidence(keys, seals_file))).differences
         assert (difference.where, difference.kind) == ("evidence, seals that the file outside lacks", "outside")
+
+    # A process that dies leaves its newest head unwritten, or only begun.
+    monkeypatch.setattr(auditing, "WRITTEN_WITHIN_S", 0.0)
+    for begun in ("", notes[2][:40]):
+        seals_file.write_text("".join([*notes[:2], begun]))
+        found = await audited(Evidence(keys, seals_file))
+        assert found.differences == []
+        assert "2 heads, up to message 3; what is sealed behind it, up to 5, is not there yet" in found.words
+        assert ("Its last line is torn" in found.words) == bool(begun)
 
     seals_file.unlink()
     await sealer.seal()

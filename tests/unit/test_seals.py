@@ -400,7 +400,29 @@ def test_the_file_outside_is_read_as_it_was_written_also_behind_what_a_crash_cut
     assert "A" not in notes[0] or any(isinstance(each, str) for each in broken)
 
 
-def outside_of(text: str) -> list[Checkpoint | str]:
+@given(st.data())
+def test_what_a_crash_left_of_the_newest_head_is_told_as_that_and_nothing_else_is(data: st.DataObject) -> None:
+    record = Record(data.draw(st.integers(8, 60)), keys=KEYS)
+    *whole, newest = (checkpoint(seal.head, seal.signature) for seal in record.seals)
+    before = [0, *(seal.head.size for seal in record.seals)][-2]
+    written = "".join(f"{note}\n" for note in whole).encode()
+    torn = newest.encode()[: data.draw(st.integers(1, len(newest) - 1))]
+
+    def checked(end: bytes) -> Result:
+        return record.check(keys=KEYS, outside=outside_of(written + end), outside_up_to=before)
+
+    result = checked(torn)
+    assert result.differences == []
+    # Of a line's end nobody needs to know, and the head is there without its signature, too.
+    text = newest.partition("\n\n")[0]
+    is_there = torn.decode(errors="replace").strip("\n") in (text, newest.strip("\n"))
+    assert result.outside_up_to == (record.last_sealed if is_there else before)
+    assert result.is_outside_torn != is_there
+    # No seal is of so many messages.
+    assert named(checked(b"chatrail/usage\n0")) == [(Kind.OUTSIDE, len(record.messages))]
+
+
+def outside_of(content: str | bytes) -> list[Checkpoint | str]:
     with TemporaryDirectory() as folder:
-        (file := Path(folder) / "seals.txt").write_text(text)
+        (file := Path(folder) / "seals.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
         return list(read_outside(file))
