@@ -95,7 +95,7 @@ def _as_it_is(db: Connection, column: ColumnElement[Any], name: str | None = Non
 
 def _differs(db: Connection, found: Any, expected: Any) -> Any:
     is_another = found.is_distinct_from(expected)
-    if not isinstance(found.type, JSON) and found.name not in _JSON_AS_TEXT:
+    if not _is_json(found):
         return is_another
     given, found, expected = found, cast(found, Text), cast(expected, Text)
     is_another = found.is_distinct_from(expected)
@@ -104,6 +104,10 @@ def _differs(db: Connection, found: Any, expected: Any) -> Any:
         return case((~is_another, false()), (func.typeof(given) == "blob", true()), else_=says_another)
     says_another = cast(found, JSONB).is_distinct_from(cast(expected, JSONB))
     return case((~is_another, false()), (func.pg_input_is_valid(found, "jsonb"), says_another), else_=true())
+
+
+def _is_json(column: Any) -> bool:
+    return isinstance(column.type, JSON) or column.name in _JSON_AS_TEXT
 
 
 def canonical(text: str | None) -> str:
@@ -140,9 +144,14 @@ class _Listing:
         told = [
             f"{name} {_words(row[name])} becomes {_words(row[f'expected_{name}'])}"
             for name in others
-            if row[name] != row[f"expected_{name}"]
+            if not self._is_same(name, row[name], row[f"expected_{name}"])
         ]
         return f"{self._name(row)}: {', '.join(told)}"
+
+    def _is_same(self, name: str, found: Any, expected: Any) -> bool:
+        if _is_json(self._table.c[name]) and isinstance(found, str) and isinstance(expected, str):
+            return canonical(found) == canonical(expected)
+        return bool(found == expected)
 
     def _name(self, row: Any) -> str:
         names = dict.fromkeys([*key_of(self._table), *(name for name in ("user_id",) if name in row)])
