@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -133,6 +133,7 @@ class Archive:
                 f"The archive's file {path} cannot be read ({error.strerror}): restore it from a copy."
             ) from error
         if (size_bytes, sha256) != (manifest.size_bytes, manifest.sha256):
+            self._check_name(manifest, sha256)
             raise Misconfigured(
                 f"The archive's file {path} is not what was archived: it had {manifest.size_bytes:,} bytes with the "
                 f"SHA-256 {manifest.sha256}, and has {size_bytes:,} with {sha256}. Restore it from a copy."
@@ -143,6 +144,19 @@ class Archive:
                 "Restore both from a copy."
             )
         self._checked.add(manifest.name)
+
+    def check_name(self, manifest: Manifest) -> None:
+        """Raises Misconfigured when its file is another one of this archive. Reads all of it."""
+        with suppress(OSError):
+            self._check_name(manifest, sha256_of(self.path(manifest)))
+
+    def _check_name(self, manifest: Manifest, sha256: str) -> None:
+        for other in self.manifests:
+            if other is not manifest and other.sha256 == sha256:
+                raise Misconfigured(
+                    f"The archive's file {self.path(manifest)} is what {other.name} was: give each its own name "
+                    "back, or restore it from a copy."
+                )
 
     def read(self, *, first: int, last: int, is_doubted: bool = False) -> Iterator[list[Recorded]]:
         """As they came from the stream, in batches.

@@ -72,22 +72,22 @@ class Record:
         if last < 1:
             return Archive(Path())
         archive = await asyncio.to_thread(Archive.at, self.archive) if self.archive else Archive(Path())
+        info = await self.nc.jetstream().stream_info(STREAM)
+        # Another stack's may be shorter, too: that it is another's says what to do.
+        check_origin(archive, info.created)
         if archive.last < last:
             raise Misconfigured(
                 f"Messages {archive.last + 1} to {last} are neither on the stream nor in "
                 + (f"the archive {self.archive}. " if self.archive else "an archive. ")
                 + "Put the archive's files there, or name their folder with CHATRAIL_ARCHIVE."
             )
-        await self._check_joint(archive)
+        joint = max(1, info.state.first_seq)
+        if not self.is_doubted and joint <= min(archive.last, info.state.last_seq):
+            await self._check_joint(archive, joint)
         return archive
 
-    async def _check_joint(self, archive: Archive) -> None:
-        """Whether both are of one stream: the last message of the archive that the stream has, too, is the same."""
-        info = await self.nc.jetstream().stream_info(STREAM)
-        check_origin(archive, info.created)
-        joint = max(1, info.state.first_seq)
-        if self.is_doubted or not joint <= min(archive.last, info.state.last_seq):
-            return
+    async def _check_joint(self, archive: Archive, joint: int) -> None:
+        """Whether both are of one stream: the first message of the stream that the archive has, too, is the same."""
         kept = await asyncio.to_thread(archive.find, [joint])
         there = await self.nc.jetstream().get_msg(STREAM, joint)
         if (there.subject, there.data or b"") != (kept[joint].subject, kept[joint].body):

@@ -166,8 +166,12 @@ async def _check_archive(nc: Client, folder: Path, ledger: Snapshot, keys: Keys 
     before: Sealed | None = None
     for manifest in archive.manifests:
         path = archive.path(manifest)
-        for found in await altered(path, manifest, ledger.rows, before=before, keys=keys):
-            expected = {"sequence": found.sequence, "was": found.expected}
+        differing = await altered(path, manifest, ledger.rows, before=before, keys=keys)
+        if differing:
+            await asyncio.to_thread(archive.check_name, manifest)
+        for found in differing:
+            place = {"sequence": found.sequence} if found.sequence else {}
+            expected = {**place, "was": found.expected}
             where = f"{ARCHIVE} {manifest.name}"
             scratch.add(Difference(where, "archive", found.event_id, None, expected, {"is": found.found}))
         before = next(sealed_after(ledger.rows, manifest.last - 1), None)

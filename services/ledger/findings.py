@@ -238,7 +238,8 @@ def _advice(group: Group, groups: list[Group]) -> str:
 
 
 def _lines(difference: Difference) -> Iterator[str]:
-    yield "  " + ", ".join(name for name in (difference.id, difference.user_id) if name)
+    if names := [name for name in (difference.id, difference.user_id) if name]:
+        yield "  " + ", ".join(names)
     for what, values in (("expected", difference.expected), ("found", difference.found)):
         # Of a whole record, what says something, and was not said yet.
         is_whole = difference.expected is None or difference.found is None

@@ -100,6 +100,7 @@ async def _verify(nc: Client, rows: Rows, archive: Archive, keys: Keys | None) -
     for manifest in archive.manifests:
         before = sealed_at(rows, manifest.first - 1)
         for found in await altered(archive.path(manifest), manifest, rows, before=before, keys=keys):
+            await asyncio.to_thread(archive.check_name, manifest)
             raise Misconfigured(
                 f"The archive's file {archive.path(manifest)} is not what was sealed"
                 + (f", from message {found.sequence} on" if found.sequence else "")

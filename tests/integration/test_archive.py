@@ -271,6 +271,17 @@ async def test_many_messages_are_kept_in_several_files_that_end_where_a_seal_doe
     assert await whole(system) == await stored(system.nats)
     assert (await system.audit()).agrees
 
+    first, second = (system.folder / each.name for each in written)
+    first.rename(away := system.folder / "away")
+    second.rename(first)
+    away.rename(second)
+    told = r"file .*\.parquet is what usage-.*\.parquet was: give each its own name back"
+    for asked in (system.audit, system.trim):
+        with pytest.raises(Misconfigured, match=told):
+            await asked()
+    with pytest.raises(Misconfigured, match=told):
+        Archive.at(system.folder).check(written[1])
+
 
 async def test_nothing_is_archived_that_nobody_has_handled_or_sealed(system: Archiving) -> None:
     await publish(system.nats, *some_events())
@@ -482,7 +493,9 @@ async def test_an_archive_that_was_changed_is_named_and_nothing_is_trimmed(
 
     assert {difference.kind for difference in found.differences} == {"archive"}
     assert file.path.name in found.words
-    sequences = {difference.expected["sequence"] for difference in found.differences if difference.expected}
+    assert "\n  \n" not in found.words
+    assert "null" not in found.words
+    sequences = {difference.expected.get("sequence") for difference in found.differences if difference.expected}
     if damage in (edited, edited_and_covered_up):
         assert 2 in sequences
     elif damage in (reordered, moved):
@@ -642,11 +655,12 @@ async def test_the_archive_of_another_stream_is_refused(system: Archiving) -> No
     await archived_and_trimmed(system)
     for path in system.folder.glob("*.json"):
         manifest = Manifest.model_validate_json(path.read_bytes())
-        other = manifest.model_copy(update={"stream_created": manifest.stream_created - timedelta(days=1)})
-        path.write_text(other.model_dump_json(by_alias=True))
-    for asked in (system.replay, system.archive, system.trim, system.audit):
-        with pytest.raises(Misconfigured, match="is of another stream"):
-            await asked()
+        for told in ({}, {"last": 5}):  # as it is, and too short for this stream
+            other = {"stream_created": manifest.stream_created - timedelta(days=1), **told}
+            path.write_text(manifest.model_copy(update=other).model_dump_json(by_alias=True))
+            for asked in (system.replay, system.archive, system.trim, system.audit):
+                with pytest.raises(Misconfigured, match="is of another stream"):
+                    await asked()
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
