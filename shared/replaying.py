@@ -121,7 +121,7 @@ async def replay(
     """
     record = Record(nc, archive)
     _, last = await record.bounds()
-    _prepare(url, rebuilt.migrations)
+    _prepare(url, rebuilt)
     told = Told()
     with open_shadow(url, rebuilt.tables, rebuilt.migrations) as shadow:
         with shadow.begin() as db:
@@ -163,7 +163,7 @@ async def dry_run(
     """What a replay would change, of what the service has had time to do; nothing is changed."""
     record = Record(nc, archive)
     await record.bounds()
-    _prepare(url, rebuilt.migrations)
+    _prepare(url, rebuilt)
     told = Told()
     # All of it is committed by now; of what comes after it, only what the database has can be compared.
     acknowledged = await _acknowledged(nc, rebuilt.durable)
@@ -207,15 +207,20 @@ def open_shadow(url: str, tables: Sequence[Table], migrations: Path) -> Iterator
         yield shadow
 
 
-def _prepare(url: str, migrations: Path) -> None:
+def _prepare(url: str, rebuilt: Rebuilt) -> None:
     """An empty database gets its tables. Raises Misconfigured when those of another release are there."""
     with _connection(url) as db:
         found = MigrationContext.configure(db).get_current_revision()
-    head = ScriptDirectory(str(migrations)).get_current_head()
+    newest, *before = [each.revision for each in ScriptDirectory(str(rebuilt.migrations)).walk_revisions()]
     if found is None:
-        Database(url).migrate(migrations)
-    elif found != head:
-        raise Misconfigured(f"The database {shown(make_url(url))} is of another release: migrate it first.")
+        Database(url).migrate(rebuilt.migrations)
+    elif found in before:
+        raise Misconfigured(
+            f"The database {shown(make_url(url))} is of an earlier release, and was not changed. Start ChatRail on it, "
+            f"or run python -m services.{rebuilt.service} migrate; then replay."
+        )
+    elif found != newest:
+        raise Misconfigured(f"The database {shown(make_url(url))} is of a later release: replay it with that one.")
 
 
 @contextmanager

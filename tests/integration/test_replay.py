@@ -351,6 +351,15 @@ async def test_what_makes_no_sense_is_named_and_put_right(nats: Client, service:
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+async def test_a_database_of_another_release_is_left_to_it(nats: Client, service: Service) -> None:
+    for revision, told in (("0001", rf"earlier .* services\.{service.rebuilt.service} migrate"), ("9999", "later")):
+        await service.does(f"UPDATE alembic_version SET version_num = '{revision}'")  # noqa: S608
+        for asked in (replay, dry_run):
+            with pytest.raises(Misconfigured, match=f"is of an? {told}"):
+                await asked(nats, service.url, service.rebuilt)
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 async def test_bytes_are_named_and_put_right_in_whichever_column_somebody_put_them(
     nats: Client, service: Service
 ) -> None:
