@@ -381,6 +381,14 @@ def is_sqlite(db: Connection) -> bool:
     return db.dialect.name == "sqlite"
 
 
+def text_or_bytes(raw: bytes) -> str | bytes:
+    """What SQLite has for a text, whatever somebody put there: a `text_factory` of its driver."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
+
+
 def now(db: Connection) -> datetime:
     """The database's clock, the one clock that all replicas share. SQLite's is the clock of this process."""
     if is_sqlite(db):

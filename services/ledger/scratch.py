@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from services.ledger.findings import KINDS, Difference, Group
+from shared.errors import Misconfigured
 from shared.plans import COUNTS
 
 SUMS = (*COUNTS, "top_up_tokens", "lasting_top_up_tokens")
@@ -239,12 +240,18 @@ class Scratch:
 
 @contextmanager
 def scratch() -> Iterator[Scratch]:
-    """Gone with the end of the context."""
+    """Gone with the end of the context. Raises Misconfigured where it cannot be kept."""
     with (
         tempfile.TemporaryDirectory(prefix="chatrail-audit-") as folder,
         closing(sqlite3.connect(f"{folder}/scratch.db", isolation_level=None)) as connection,
     ):
-        yield Scratch(connection)
+        try:
+            yield Scratch(connection)
+        except sqlite3.OperationalError as error:
+            raise Misconfigured(
+                f"What an audit keeps while it reads cannot be kept in {folder}: {error}. Make room there, or name "
+                "another folder with TMPDIR."
+            ) from error
 
 
 def as_text(value: Any) -> Any:

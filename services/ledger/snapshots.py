@@ -17,10 +17,10 @@ from urllib.parse import quote
 
 import psycopg
 from pydantic_core import to_json
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 
 from services.ledger.scope import Scope
-from shared.database import damaged, is_damaged, iso, shown
+from shared.database import damaged, is_damaged, iso, shown, text_or_bytes
 from shared.errors import Misconfigured
 
 Row = tuple[Any, ...]
@@ -44,14 +44,39 @@ class Layout(NamedTuple):
 class Snapshot:
     """A database at one moment. What was committed before it was opened is in it, and nothing that came later."""
 
-    def __init__(self, connection: Any, *, is_sqlite: bool) -> None:
-        self._connection, self.is_sqlite = connection, is_sqlite
+    def __init__(self, service: str, url: URL, connection: Any) -> None:
+        self._service, self._url, self._connection = service, url, connection
+        self.is_sqlite = url.get_backend_name() == "sqlite"
 
     def rows(self, statement: str, *values: Any) -> Iterator[Row]:
-        """A `?` in the statement stands for a value. Rows come as they are asked for: there may be very many."""
-        if self.is_sqlite:
-            return iter(self._connection.execute(statement, values))
-        return self._stream(statement.replace("?", "%s"), values)
+        """A `?` in the statement stands for a value. Rows come as they are asked for: there may be very many.
+
+        Raises Misconfigured where they cannot be read; `find` does, too.
+        """
+        with _readable(self._service, self._url):
+            if self.is_sqlite:
+                yield from self._rows(statement, values)
+            else:
+                yield from self._stream(statement.replace("?", "%s"), values)
+
+    def _rows(self, statement: str, values: Sequence[Any]) -> Iterator[Row]:
+        seen = 0
+        try:
+            for row in self._connection.execute(statement, values):
+                yield row
+                seen += 1
+        except sqlite3.OperationalError as error:
+            self._take_any_text(error)
+            yield from islice(self._connection.execute(statement, values), seen, None)
+
+    def _take_any_text(self, error: sqlite3.OperationalError) -> None:
+        """What is no UTF-8 comes as bytes from now on. To look at each text for itself would cost every audit.
+
+        Raises the error when it is another.
+        """
+        if not str(error).startswith("Could not decode to UTF-8") or self._connection.text_factory is not str:
+            raise error
+        self._connection.text_factory = text_or_bytes
 
     def _stream(self, statement: str, values: Sequence[Any]) -> Iterator[Row]:
         with self._connection.cursor("audit", binary=True) as cursor:
@@ -61,11 +86,10 @@ class Snapshot:
 
     def find(self, statement: str, keys: Sequence[str]) -> list[Row]:
         """What a statement finds that ends with `listed(key)`."""
-        if self.is_sqlite:
-            found: list[Row] = self._connection.execute(statement, (json.dumps(keys),)).fetchall()
-        else:
-            found = self._connection.execute(statement, (list(keys),), binary=True).fetchall()
-        return found
+        with _readable(self._service, self._url):
+            if self.is_sqlite:
+                return list(self._rows(statement, (json.dumps(keys),)))
+            return list(self._connection.execute(statement, (list(keys),), binary=True).fetchall())
 
     def listed(self, key: str) -> str:
         """A condition: `key` is one of those that are handed to `find`."""
@@ -84,21 +108,21 @@ class Snapshot:
 def snapshot(service: str, url: str, tables: Sequence[str]) -> Iterator[Snapshot]:
     """Raises Misconfigured where there is no such database, or not these tables in it."""
     parsed = make_url(url)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    with _readable(service, parsed):
+        connection: Any = _sqlite(service, Path(parsed.database or "")) if is_sqlite else _postgres(parsed)
+    # Of what goes wrong while somebody reads it, another database may be the cause.
+    with closing(connection):
+        with _readable(service, parsed):
+            (_begin_sqlite if is_sqlite else _begin_postgres)(connection, tables)
+        yield Snapshot(service, parsed, connection)
+
+
+@contextmanager
+def _readable(service: str, parsed: URL) -> Iterator[None]:
+    """Raises Misconfigured, naming this database, where it cannot be read."""
     try:
-        if parsed.get_backend_name() == "sqlite":
-            with closing(_open_sqlite(service, Path(parsed.database or ""))) as connection:
-                for table in tables:
-                    connection.execute(f'SELECT 1 FROM "{table}" LIMIT 1').fetchone()  # noqa: S608
-                yield Snapshot(connection, is_sqlite=True)
-        else:
-            plain = parsed.set(drivername="postgresql").render_as_string(hide_password=False)
-            with psycopg.connect(plain) as postgres:
-                postgres.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-                postgres.read_only = True
-                # Before the first SELECT, with which the snapshot begins: whoever exchanges tables waits for us.
-                postgres.execute(f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE")
-                postgres.execute("SELECT 1")
-                yield Snapshot(postgres, is_sqlite=False)
+        yield
     except (psycopg.OperationalError, psycopg.ProgrammingError, sqlite3.OperationalError) as error:
         raise Misconfigured(f"{service}'s database {shown(parsed)} cannot be read: {str(error).strip()}") from error
     except sqlite3.DatabaseError as error:
@@ -107,15 +131,31 @@ def snapshot(service: str, url: str, tables: Sequence[str]) -> Iterator[Snapshot
         raise damaged(parsed.database) from error
 
 
-def _open_sqlite(service: str, file: Path) -> sqlite3.Connection:
+def _sqlite(service: str, file: Path) -> sqlite3.Connection:
     if not file.exists():
         raise Misconfigured(
             f"{service} has no database at {file}. Start ChatRail on this data folder: it makes one, "
             "and make replay fills it from the stream."
         )
-    connection = sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, isolation_level=None)
+    return sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, isolation_level=None)
+
+
+def _begin_sqlite(connection: sqlite3.Connection, tables: Sequence[str]) -> None:
     connection.execute("BEGIN")
-    return connection
+    for table in tables:
+        connection.execute(f'SELECT 1 FROM "{table}" LIMIT 1').fetchone()  # noqa: S608
+
+
+def _postgres(url: URL) -> psycopg.Connection[Any]:
+    return psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+
+
+def _begin_postgres(connection: psycopg.Connection[Any], tables: Sequence[str]) -> None:
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    connection.read_only = True
+    # Before the first SELECT, with which the snapshot begins: whoever exchanges tables waits for us.
+    connection.execute(f"LOCK TABLE {', '.join(tables)} IN ACCESS SHARE MODE")
+    connection.execute("SELECT 1")
 
 
 class Copy:

@@ -1,7 +1,8 @@
 """The audit finds what does not agree, names it, and finds nothing where all agrees."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from services.ledger.checkpoint import Keys
 from services.ledger.findings import Difference, Report, as_json, in_words
 from services.ledger.handlers import Handlers as LedgerHandlers
 from services.ledger.scope import Scope
-from services.ledger.scratch import scratch
+from services.ledger.scratch import Scratch, scratch
 from services.ledger.sealer import Damaged, Sealer
 from services.ledger.snapshots import snapshot
 from services.ledger.verify_record import key_id
@@ -376,6 +377,44 @@ async def test_what_is_no_text_and_no_number_is_named_in_whichever_column_somebo
     assert (await system.audit()).differences == []
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+async def test_text_that_is_none_is_named_with_its_record(system: System) -> None:
+    """SQLite takes any bytes for text, where somebody says so."""
+    await publish(system.nats, *EVENTS)
+    await system.deliver()
+    await Sealer(system.nats, system.ledger, keys=Keys(None, {}), every_s=1e-9).seal()
+    no_text = "CAST(x'ff00' AS TEXT)"
+    for does, table, column in (
+        (system.ledger_does, "usage", "model"),
+        (system.ledger_does, "usage_daily", "model"),
+        (system.ledger_does, "subscription_changes", "actor"),
+        (system.ledger_does, "leaves", "event_id"),
+        (system.ledger_does, "seals", "key_id"),
+        (system.quota_does, "settlements", "event_id"),
+        (system.quota_does, "plan_changes", "time_zone"),
+        (system.quota_does, "subscriptions", "tier"),
+        (system.quota_does, "usage_totals", "models"),
+    ):
+        one = f"(SELECT max(rowid) FROM {table})"  # noqa: S608
+        await does(f"UPDATE {table} SET {column} = {no_text} WHERE rowid = {one}")  # noqa: S608
+
+    found = await system.audit()
+
+    assert {where for where, _ in found.kinds} == {
+        "ledger.usage",
+        "ledger.usage_daily",
+        "ledger.subscription_changes",
+        "evidence, leaf edited",
+        "evidence, seal on the stream that differs from the ledger's",
+        "quota.settlements",
+        "quota.plan_changes",
+        "quota.subscriptions",
+        "quota.usage_totals",
+    }
+    assert ("ledger.usage", "changed") in found.kinds
+    assert "model x'ff00'" in found.words
+
+
 async def test_a_record_is_named_where_it_should_be_and_where_somebody_put_it(system: System) -> None:
     """Another moment, or another user: whoever looks there sees that it is not as the stream has it."""
     moved, given = generation_completed("moved"), generation_completed("given")
@@ -721,6 +760,28 @@ async def test_without_its_tables_the_audit_says_so(system: System) -> None:
     system.urls = Databases(system.urls.ledger_url, system.urls.ledger_url)
     with pytest.raises(Misconfigured, match=r"quota's database .* cannot be read: .*settlements"):
         await system.audit()
+
+
+async def test_of_several_databases_the_one_that_cannot_be_read_is_named(system: System) -> None:
+    with (
+        pytest.raises(Misconfigured, match=r"ledger's database .* cannot be read: .*nothing"),
+        snapshot(streams.LEDGER, system.urls.ledger_url, ("usage",)) as ledger,
+        snapshot(streams.QUOTA, system.urls.quota_url, ("holds",)),
+    ):
+        list(ledger.rows("SELECT nothing FROM usage"))
+
+
+def test_an_audit_without_room_for_what_it_keeps_says_where() -> None:
+    difference = Difference("ledger.usage", "missing", "x" * 1_000_000, None, None, None)
+    with pytest.raises(Misconfigured, match=r"cannot be kept in .*is full.*TMPDIR"), _full_scratch() as kept:
+        kept.add(difference)
+
+
+@contextmanager
+def _full_scratch() -> Iterator[Scratch]:
+    with scratch() as kept:
+        kept._connection.execute("PRAGMA max_page_count = 50").fetchone()
+        yield kept
 
 
 async def test_a_file_outside_that_was_cut_is_named_and_how_far_the_evidence_goes_is_told(
