@@ -12,6 +12,7 @@ from sqlalchemy import (
     Connection,
     Date,
     FromClause,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -29,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import NullType
 
-from shared.database import UtcDateTime
+from shared.database import UtcDateTime, is_sqlite, text_or_bytes
 
 EXAMPLES_MAX = 20
 # Facts of the moment at which an event was settled.
@@ -74,6 +75,9 @@ class Pair:
 
     def difference(self) -> Difference:
         found, expected, key = self.found, self.expected, key_of(self._table)[0]
+        if is_sqlite(self._db):
+            driver: Any = self._db.connection.driver_connection
+            driver.text_factory = text_or_bytes
         there = [_as_it_is(self._db, column) for column in found.c]
         wanted = [_as_it_is(self._db, expected.c[name], f"expected_{name}") for name in self.others]
         changed = select(*there, *wanted).join(expected, self.same_key).where(self.differs)
@@ -100,7 +104,8 @@ def _differs(db: Connection, found: Any, expected: Any) -> Any:
     given, found, expected = found, cast(found, Text), cast(expected, Text)
     is_another = found.is_distinct_from(expected)
     if db.dialect.name == "sqlite":
-        says_another = func.canonical(found) != func.canonical(expected)
+        # As bytes: SQLite hands no text to a function that is no UTF-8.
+        says_another = func.canonical(cast(found, LargeBinary)) != func.canonical(cast(expected, LargeBinary))
         return case((~is_another, false()), (func.typeof(given) == "blob", true()), else_=says_another)
     says_another = cast(found, JSONB).is_distinct_from(cast(expected, JSONB))
     return case((~is_another, false()), (func.pg_input_is_valid(found, "jsonb"), says_another), else_=true())
@@ -110,12 +115,13 @@ def _is_json(column: Any) -> bool:
     return isinstance(column.type, JSON) or column.name in _JSON_AS_TEXT
 
 
-def canonical(text: str | None) -> str:
+def canonical(told: str | bytes | None) -> str | bytes:
     """JSON that is the same where it says the same; what is no JSON as it is."""
     try:
+        text = told.decode() if isinstance(told, bytes) else told
         return "" if text is None else json.dumps(json.loads(text), sort_keys=True)
     except ValueError:
-        return text or ""
+        return told or ""
 
 
 class _Listing:

@@ -14,7 +14,7 @@ from time import perf_counter
 
 from sqlalchemy import Connection, Engine, Table, make_url
 
-from shared.database import Database, patient_engine
+from shared.database import Database, patient_engine, text_or_bytes
 from shared.differences import canonical
 from shared.errors import Misconfigured
 from shared.shadows import AT_IT, Adopt, Result
@@ -103,6 +103,7 @@ class SqliteShadow:
         assert driver is not None  # noqa: S101 - it is open
         # What a crash leaves of this file is thrown away.
         driver.create_function("canonical", 1, canonical, deterministic=True)
+        driver.create_function("is_utf8", 1, lambda raw: isinstance(text_or_bytes(raw), str), deterministic=True)
         for pragma in ("journal_mode=MEMORY", "synchronous=OFF", f"cache_size=-{CACHE_KIB}"):
             driver.execute(f"PRAGMA {pragma}")
         if live is not None:

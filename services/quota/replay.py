@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     Connection,
+    LargeBinary,
     MetaData,
     Select,
     Table,
@@ -218,6 +219,7 @@ def _makes_sense(db: Connection, in_use: Table) -> Iterator[ColumnElement[bool]]
     moment, and PostgreSQL knows one that never comes."""
     if is_sqlite(db):
         yield func.typeof(in_use.c.user_id) == "text"
+        yield func.is_utf8(cast(in_use.c.user_id, LargeBinary)) == 1
     for column in in_use.c["period_start", "period_end"]:
         if not is_sqlite(db):
             yield func.isfinite(column)

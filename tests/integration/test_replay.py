@@ -240,6 +240,7 @@ NONSENSE = {
     "ledger": [
         "UPDATE usage SET metadata = '{', authorized = 'x'",
         "UPDATE usage SET metadata = x'ff00', authorized = x'fe'",
+        "UPDATE usage SET model = CAST(x'ff00' AS TEXT), metadata = CAST(x'ff00' AS TEXT)",
         "UPDATE usage SET created_at = 'never', usage_date = 'never'",
         "UPDATE usage SET created_at = 'infinity', usage_date = 'infinity', completed_at = '-infinity'",
         "UPDATE usage_daily SET usage_date = 'infinity'",
@@ -249,6 +250,7 @@ NONSENSE = {
     "quota": [
         "UPDATE usage_totals SET models = 'x'",
         "UPDATE usage_totals SET models = x'ff'",
+        "UPDATE usage_totals SET models = CAST(x'ff' AS TEXT), user_id = CAST(x'ff' AS TEXT)",
         "UPDATE usage_totals SET period_start = 'never'",
         "UPDATE usage_totals SET period_end = 'infinity'",
         "UPDATE settlements SET started_at = 'infinity'",
