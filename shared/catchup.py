@@ -17,11 +17,11 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from sqlalchemy import BigInteger, Connection, Text, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 from sqlmodel import Field, SQLModel
 
 from shared.broker import end_process
-from shared.database import Database, UtcDateTime, table_of, upsert
+from shared.database import Database, UtcDateTime, damaged, is_damaged, table_of, upsert
 from shared.errors import Unavailable
 from shared.record import Record
 from shared.recorded import Recorded
@@ -65,13 +65,15 @@ async def catch_up(
     """Returns once the database has all that the durable does not deliver any more. To be called before anything is
     answered.
 
-    What the stream has no more is read from the folder `archive`; raises Misconfigured where it is not there. Waits
-    for as long as the stream or the database cannot be had.
+    What the stream has no more is read from the folder `archive`; raises Misconfigured where it is not there, and
+    where the database is a file that is damaged. Waits for as long as the stream or the database cannot be had.
     """
     while True:
         try:
             return await _catch_up(Record(nc, archive), durable, database, apply)
         except (Unavailable, SQLAlchemyError, NatsError, OSError) as error:
+            if isinstance(error, DatabaseError) and is_damaged(error.orig):
+                raise damaged(database.name) from error
             log.warning("not_caught_up", durable=durable, error=repr(error))
             await asyncio.sleep(RETRY_S)
 

@@ -138,6 +138,11 @@ class Database:
             self._write_threads = ThreadPoolExecutor(WRITERS, "writer")
         self._read_threads = ThreadPoolExecutor(READERS, "reader")
 
+    @property
+    def name(self) -> str | None:
+        """Of SQLite the file."""
+        return self._writer.url.database
+
     async def write(
         self, work: Callable[Concatenate[Connection, P], Result], *args: P.args, **kw: P.kwargs
     ) -> Result:

@@ -19,6 +19,7 @@ from services.ledger.settings import Settings
 from shared import catchup, streams
 from shared.catchup import Position, keep_position
 from shared.database import Database, table_of
+from shared.errors import Misconfigured
 from shared.events import Event
 from tests.builders import generation_completed, publish, publish_raw
 from tests.fixtures import eventually
@@ -172,3 +173,13 @@ async def test_a_copy_that_is_put_in_place_under_a_running_service_ends_it(
     await asyncio.wait_for(keeping, 10)
     await database.close()
     assert ends == ["the database is an older copy: what it has not is read again"]
+
+
+@pytest.mark.parametrize("backend", ["sqlite"])
+@pytest.mark.usefixtures("nats")
+async def test_no_service_starts_on_a_file_that_is_damaged(settings: Settings) -> None:
+    file = Path(make_url(settings.database_url).database or "")
+    await asyncio.to_thread(file.write_bytes, b"no database " * 1_000)
+    with pytest.raises(Misconfigured, match=r"is damaged, or is none\. Move it away and start ChatRail"):
+        async with asyncio.timeout(10), ledger(settings):
+            pass
