@@ -80,7 +80,10 @@ async def _client(url: str, name: str) -> AsyncIterator[Client]:
         await nc.jetstream().stream_info(STREAM)
         yield nc
     except NotFoundError as error:
-        raise Misconfigured(f"The broker at {where} has no stream {STREAM}: start ChatRail there once.") from error
+        raise Misconfigured(
+            f"The broker at {where} has no stream {STREAM}. Start ChatRail there once, or try again in a moment "
+            "where it is starting."
+        ) from error
     finally:
         await close(nc)
 

@@ -83,7 +83,10 @@ async def acknowledged(nc: Client) -> dict[str, int]:
         try:
             floor = (await nc.jetstream().consumer_info(STREAM, durable)).ack_floor
         except NotFoundError as error:
-            raise Misconfigured(f"The stream has no consumer {durable}. Start ChatRail: it makes one.") from error
+            raise Misconfigured(
+                f"The stream has no consumer {durable}, which ChatRail makes when it starts. Start it, or try again "
+                "in a moment where it is starting."
+            ) from error
         floors[durable] = floor.stream_seq if floor else 0
     return floors
 

@@ -59,8 +59,8 @@ async def has_read_again(record: Record, service: str, url: str, progress: Progr
     if seen and not seen.has_some and await _took_longer(record, seen.position + 1, floor):
         raise Misconfigured(
             f"The {service}'s database lacks what the stream has from message {seen.position + 1:,} to {floor:,}, "
-            f"which the {service} had handled: it was lost, or is an older copy. Start ChatRail, which reads that "
-            "again, or make replay."
+            f"which the {service} had handled: it was lost, or is an older copy. ChatRail reads that again when it "
+            "starts. Start it, or try again in a moment where it is starting; or make replay."
         )
 
 

@@ -134,8 +134,8 @@ def _readable(service: str, parsed: URL) -> Iterator[None]:
 def _sqlite(service: str, file: Path) -> sqlite3.Connection:
     if not file.exists():
         raise Misconfigured(
-            f"{service} has no database at {file}. Start ChatRail on this data folder: it makes one, "
-            "and make replay fills it from the stream."
+            f"{service} has no database at {file}. ChatRail makes one when it starts on this data folder, and fills "
+            "it from the stream. Start it, or try again in a moment where it is starting."
         )
     return sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, isolation_level=None)
 

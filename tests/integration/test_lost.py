@@ -205,7 +205,7 @@ async def test_where_nobody_reads_a_lost_database_again_a_sentence_says_what_to_
 
     with pytest.raises(
         Misconfigured,
-        match=rf"The {service}'s database lacks .* from message 1 to 18, .* Start ChatRail, .* make replay",
+        match=rf"The {service}'s database lacks .* from message 1 to 18, .* Start it, or try again .* make replay",
     ):
         await system.audit()
 
