@@ -164,20 +164,22 @@ async def running(
     Raises Misconfigured when the bus is not ours, or what the database lacks is neither there nor in `archive`.
     """
     await nc.connect(pending_size=0, **connect_options(url, durable))
-    origin = await agree_on_bus(nc, durable)
-    await catch_up(nc, durable, database, partial(apply, handle), archive=archive)
-    answering = Answering(nc, calls)
-    await answering.start()
-    tasks = [
-        essential(asyncio.create_task(consume(nc, durable, handle), name="the consumer")),
-        essential(asyncio.create_task(watch_bus(nc, durable, origin), name="the guard of the bus")),
-        essential(asyncio.create_task(keep_position(nc, durable, database), name="the guard of the database")),
-    ]
     try:
-        yield
+        origin = await agree_on_bus(nc, durable)
+        await catch_up(nc, durable, database, partial(apply, handle), archive=archive)
+        answering = Answering(nc, calls)
+        await answering.start()
+        tasks = [
+            essential(asyncio.create_task(consume(nc, durable, handle), name="the consumer")),
+            essential(asyncio.create_task(watch_bus(nc, durable, origin), name="the guard of the bus")),
+            essential(asyncio.create_task(keep_position(nc, durable, database), name="the guard of the database")),
+        ]
+        try:
+            yield
+        finally:
+            await cancelled(*tasks)
+            await answering.stop()
     finally:
-        await cancelled(*tasks)
-        await answering.stop()
         await close(nc)
 
 
