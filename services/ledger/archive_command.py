@@ -103,7 +103,7 @@ def trim(
 
 
 def _overlap(seconds: float) -> timedelta:
-    if not seconds >= OVERLAP_S_MIN:  # nor what is no number
+    if seconds < OVERLAP_S_MIN:
         raise typer.BadParameter(
             f"it is {OVERLAP_S_MIN:g} seconds at least: a trim that is killed goes on deleting until that is put "
             "right, and must not come to what is not archived",
