@@ -35,10 +35,10 @@ class SseParser:
         rest = self._rest + chunk
         if not self._has_begun and not BOM_UTF8.startswith(rest):
             self._has_begun, rest = True, rest.removeprefix(BOM_UTF8)
-        *blocks, self._rest = _EVENT_END.split(rest)
+        *blocks, self._rest = _blocks(rest)
         for block in blocks:
             event, data = b"", []
-            for line in _LINE_END.split(block):
+            for line in _lines(block):
                 field, _, value = line.partition(b":")
                 value = value.removeprefix(b" ")
                 if field == b"event":
@@ -47,6 +47,15 @@ class SseParser:
                     data.append(value)
             if data:
                 yield event, b"\n".join(data)
+
+
+# Hardly anybody sends a CR: without one both patterns are an LF, or two, which bytes find in a tenth of the time.
+def _blocks(text: bytes) -> list[bytes]:
+    return _EVENT_END.split(text) if b"\r" in text else text.split(b"\n\n")
+
+
+def _lines(block: bytes) -> list[bytes]:
+    return _LINE_END.split(block) if b"\r" in block else block.split(b"\n")
 
 
 def frame(event: bytes, data: bytes) -> bytes:
