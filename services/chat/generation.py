@@ -23,6 +23,7 @@ from services.chat.outbox import Outbox
 from services.chat.problems import Problem, broken, not_counted_yet, restarting
 from services.chat.publisher import Publisher
 from services.chat.quota import Quota
+from services.chat.ratelimit import headers
 from services.chat.sse import KEEPALIVE, frame
 from services.chat.waiting import HasLeft
 from shared.calls import Granted, LimitState, Pending
@@ -178,7 +179,13 @@ class Generation:
                 self._deadline.reschedule(asyncio.get_running_loop().time())
 
     async def frames(self) -> AsyncIterator[bytes]:
-        """The answer as server-sent events. What arrives together leaves together."""
+        """The answer as server-sent events, from Claude's first word on. What arrives together leaves together.
+
+        Raises Problem when Claude refused before it.
+        """
+        await self._something_new.wait()
+        if self.problem and not self._has_begun:
+            raise self.problem
         while self._frames or not self._is_over:
             self._something_new.clear()
             if self._frames:
@@ -186,12 +193,6 @@ class Generation:
                 yield b"".join(frames)
             else:
                 await self._something_new.wait()
-
-    async def begun(self) -> None:
-        """Returns with Claude's first word. Raises Problem when Claude refused before it."""
-        await self._something_new.wait()
-        if self.problem and not self._has_begun:
-            raise self.problem
 
     async def answer(self) -> dict[str, object]:
         """The whole answer as one document. Raises Problem when it is not whole; what was generated is counted."""
@@ -329,6 +330,7 @@ class Generation:
             self._usage = msgspec.Raw(usage)
             self._frames.append(frame(b"usage", usage))
         if self.problem:
+            self.problem.headers |= headers(self.limits)
             self._frames.append(frame(b"error", self.problem.body))
         else:
             self._done = self._summary(event.data)

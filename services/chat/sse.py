@@ -4,7 +4,7 @@ import asyncio
 import re
 from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import contextmanager
 from types import MappingProxyType
 
 from starlette.responses import Response
@@ -64,7 +64,10 @@ def frame(event: bytes, data: bytes) -> bytes:
 
 
 class EventStream(Response):
-    """Sends frames as they come, without a middle layer, and tells when the reader has gone away."""
+    """Sends frames as they come, without a middle layer, and tells when the reader has gone away.
+
+    The status goes out with the first of them: what is raised in its place has a status of its own.
+    """
 
     media_type = "text/event-stream"
 
@@ -81,15 +84,17 @@ class EventStream(Response):
         self._on_disconnect = on_disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with watched(receive, self._on_disconnect):
+        with watched(receive, self._on_disconnect):
+            first = await anext(self._frames, b"")
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": first, "more_body": True})
             async for chunk in self._frames:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-@asynccontextmanager
-async def watched(receive: Receive, on_disconnect: Callable[[], None]) -> AsyncIterator[None]:
+@contextmanager
+def watched(receive: Receive, on_disconnect: Callable[[], None]) -> Iterator[None]:
     """While this lasts, a reader who goes away is noticed."""
 
     async def watch() -> None:

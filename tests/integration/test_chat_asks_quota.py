@@ -155,7 +155,7 @@ async def test_a_question_that_cannot_be_put_to_claude_is_settled_with_nothing(
     await generation.authorize(nobody_left)
     await generation.run()
     with pytest.raises(Problem, match="Nothing was spent"):
-        await generation.begun()
+        await generation.answer()
     await claude.close()
     outbox.close()
     [(body,)] = rows(tmp_path / "o.db", "SELECT event FROM outbox WHERE settled")

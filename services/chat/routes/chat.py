@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, field
 from services.chat.claude import Prompt
 from services.chat.deadline import Deadline
 from services.chat.generations import Generations
-from services.chat.problems import MEDIA_TYPE, Problem
+from services.chat.problems import MEDIA_TYPE
 from services.chat.ratelimit import headers
 from services.chat.reading import Body, OneReading
 from services.chat.settings import Settings
@@ -131,16 +131,11 @@ async def chat(request: Request, body: ChatRequest) -> Response:
             has_left=request.is_disconnected,
         )
     told = headers(generation.limits)
-    async with watched(request.receive, generation.leave):
-        try:
-            await generation.begun()
-            if _accepts_only_json(request.headers.get("accept", "")):
-                answer = msgspec.json.encode(await generation.answer())
-                return Response(answer, headers=told, media_type="application/json")
-        except Problem as problem:
-            problem.headers |= told
-            raise
-    return EventStream(generation.frames(), on_disconnect=generation.leave, headers=told)
+    if not _accepts_only_json(request.headers.get("accept", "")):
+        return EventStream(generation.frames(), on_disconnect=generation.leave, headers=told)
+    with watched(request.receive, generation.leave):
+        answer = msgspec.json.encode(await generation.answer())
+    return Response(answer, headers=told, media_type="application/json")
 
 
 def _accepts_only_json(accept: str) -> bool:
