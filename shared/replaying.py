@@ -216,8 +216,8 @@ def _prepare(url: str, rebuilt: Rebuilt) -> None:
         Database(url).migrate(rebuilt.migrations)
     elif found in before:
         raise Misconfigured(
-            f"The database {shown(make_url(url))} is of an earlier release, and was not changed. Start ChatRail on it, "
-            f"or run python -m services.{rebuilt.service} migrate; then replay."
+            f"The database {shown(make_url(url))} is of an earlier release, and was not changed. Start ChatRail on "
+            f"it, or run python -m services.{rebuilt.service} migrate; then replay."
         )
     elif found != newest:
         raise Misconfigured(f"The database {shown(make_url(url))} is of a later release: replay it with that one.")
