@@ -371,8 +371,8 @@ def _close_all_but(kept: set[int]) -> None:
 
 
 def _become_for_good(module: str, arguments: list[str], environment: Mapping[str, str], folder: Path) -> NoReturn:
-    """Nothing of what this process did before is gone back to; and it is not taken apart in the end, object by object,
-    which takes twelve times as long as to start one."""
+    """Nothing of what this process did before is gone back to; and in the end it is not taken apart, object by
+    object, which takes twelve times as long as to start one."""
     gc.freeze()
     atexit._clear()  # what it would tidy up in the end is its own
     status = 1

@@ -14,32 +14,22 @@ import pytest
 from tests import forked
 from tests.fixtures import eventually
 from tests.people import contents, recorded, totalled
-from tests.stack import COMMAND, PROJECT, ExecutedStack, Stack, alive, environment, free_port
+from tests.stack import PROJECT, ExecutedStack, Stack, alive, environment, free_port
 
 
 @pytest.fixture(scope="module")
-def spare_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def own_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Started as users do, in a folder whose name needs quoting everywhere; the last test that has it stops it."""
     with ExecutedStack(tmp_path_factory.mktemp("spare") / 'it\'s 100% "data" #1 ;') as running:
         yield running
 
 
-@pytest.fixture
-def own_stack(spare_stack: Stack) -> Stack:
-    """A stack that the test may stop, started as users do; in a folder whose name needs quoting everywhere."""
-    if not spare_stack.is_running:
-        spare_stack.start()
-    return spare_stack
-
-
-def refusal(**variables: str) -> str:
+async def refusal(**variables: str) -> str:
     """What a stack that must not start says, which is one line of words."""
-    ended = subprocess.run(
-        COMMAND, cwd=PROJECT, env=environment(**variables), capture_output=True, text=True, timeout=30, check=False
-    )
-    assert ended.returncode == 1
-    assert ended.stdout == ""
-    assert ended.stderr.count("\n") == 1
-    return ended.stderr
+    ended = await forked.run("deploy.local", env=environment(**variables), apart=True, timeout_s=30)
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.count("\n") == 1
+    return ended.err
 
 
 async def test_every_part_answers_where_the_endpoints_file_says(stack: Stack) -> None:
@@ -75,26 +65,24 @@ async def test_a_stop_leaves_no_process_and_the_next_run_goes_on_with_the_same_d
     assert own_stack.stop(signal.SIGTERM) == 0
     assert not alive(processes)
 
-    own_stack.start()
-    await own_stack.usage_reaches("user_1", 8094)
+    with Stack(own_stack.data) as again:
+        await again.usage_reaches("user_1", 8094)
 
 
-def test_a_killed_supervisor_ends_everything(own_stack: Stack) -> None:
-    _, supervisor, *programs = own_stack.processes()
-    supervisor.kill()
-    assert own_stack.wait() == 1
-    deadline = time.monotonic() + 10
-    while alive(programs):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_a_killed_stack_leaves_no_process_and_the_next_goes_on(tmp_path: Path) -> None:
+def test_a_killed_stack_or_supervisor_leaves_no_process_and_the_next_goes_on(tmp_path: Path) -> None:
     with Stack(tmp_path / "data") as running:
         left_behind = running.processes()
         running.stop(signal.SIGKILL)
         running.start()
         assert not alive(left_behind)
+
+        _, supervisor, *programs = running.processes()
+        supervisor.kill()
+        assert running.wait() == 1
+        deadline = time.monotonic() + 10
+        while alive(programs):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_a_key_is_never_written_down_and_a_named_claude_is_used(tmp_path: Path) -> None:
@@ -133,23 +121,23 @@ async def test_a_damaged_database_is_named_with_what_to_do_and_that_helps(tmp_pa
         await eventually(is_recorded)
 
 
-def test_a_second_stack_on_the_same_data_is_refused(stack: Stack) -> None:
-    said = refusal(CHATRAIL_DATA=str(stack.data), CHATRAIL_PORT=str(free_port()))
+async def test_a_second_stack_on_the_same_data_is_refused(stack: Stack) -> None:
+    said = await refusal(CHATRAIL_DATA=str(stack.data), CHATRAIL_PORT=str(free_port()))
     assert said.startswith(f"ChatRail is already running on the data folder {stack.data} (process ")
 
 
-def test_a_taken_port_is_named_with_a_way_out(tmp_path: Path) -> None:
+async def test_a_taken_port_is_named_with_a_way_out(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        said = refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=str(port))
+        said = await refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=str(port))
     assert said == (
         f"Port {port} on 127.0.0.1 is taken by another program. Choose another: CHATRAIL_PORT={port + 1} make run\n"
     )
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])
-def test_a_port_that_is_none_is_refused(tmp_path: Path, port: str) -> None:
-    assert refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=port).startswith(f"CHATRAIL_PORT is '{port}': ")
+async def test_a_port_that_is_none_is_refused(tmp_path: Path, port: str) -> None:
+    assert (await refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=port)).startswith(f"CHATRAIL_PORT is '{port}': ")
 
 
 @pytest.mark.parametrize(
@@ -189,44 +177,44 @@ def test_a_port_that_is_none_is_refused(tmp_path: Path, port: str) -> None:
         ),
     ],
 )
-def test_a_setting_of_any_part_that_makes_no_sense_is_told_before_anything_starts(
+async def test_a_setting_of_any_part_that_makes_no_sense_is_told_before_anything_starts(
     tmp_path: Path, name: str, value: str, told: str
 ) -> None:
-    said = refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=str(free_port()), **{name: value})
+    said = await refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=str(free_port()), **{name: value})
     assert said.startswith(told)
     assert "secret" not in said
     assert not (tmp_path / "supervisord.conf").exists()
 
 
-def test_a_data_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+async def test_a_data_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for data in (tmp_path / "file", tmp_path / "file" / "data", Path("/proc/data")):
-        assert refusal(CHATRAIL_DATA=str(data)).startswith(f"The data folder {data} cannot be written (")
+        assert (await refusal(CHATRAIL_DATA=str(data))).startswith(f"The data folder {data} cannot be written (")
 
 
 @pytest.mark.parametrize(
     ("store", "cluster", "target"), [("nats", "true", "make run,"), ("nats-1", "", "make run-cluster,")]
 )
-def test_the_store_of_another_kind_of_broker_is_left_alone(
+async def test_the_store_of_another_kind_of_broker_is_left_alone(
     tmp_path: Path, store: str, cluster: str, target: str
 ) -> None:
     (tmp_path / store).mkdir()
-    said = refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_NATS_CLUSTER=cluster, CHATRAIL_PORT=str(free_port()))
+    said = await refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_NATS_CLUSTER=cluster, CHATRAIL_PORT=str(free_port()))
     assert target in said
     assert "choose another: CHATRAIL_DATA=" in said
 
 
-def test_a_broker_of_ones_own_is_not_made_a_cluster(tmp_path: Path) -> None:
+async def test_a_broker_of_ones_own_is_not_made_a_cluster(tmp_path: Path) -> None:
     url = "nats://127.0.0.1:4222"
-    assert "CHATRAIL_NATS_URL" in refusal(
+    assert "CHATRAIL_NATS_URL" in await refusal(
         CHATRAIL_DATA=str(tmp_path), CHATRAIL_NATS_CLUSTER="1", CHATRAIL_NATS_URL=url
     )
 
 
-def test_a_plans_file_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+async def test_a_plans_file_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     plans = tmp_path / "plans.toml"
     plans.write_text("default = ")
-    said = refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=str(free_port()), CHATRAIL_PLANS=str(plans))
+    said = await refusal(CHATRAIL_DATA=str(tmp_path), CHATRAIL_PORT=str(free_port()), CHATRAIL_PLANS=str(plans))
     assert said.startswith(f"The plans file {plans} cannot be read: ")
 
 
