@@ -7,8 +7,8 @@ from tests.faults.machine.__main__ import SEED_MAX
 from tests.stack import environment
 
 MINUTES = 3
-# Other tests need the machine meanwhile. By itself it has a load four times as large.
-PAUSE_S = 0.7
+# Other tests need the machine meanwhile. By itself it has a load several times as large.
+PAUSE_S = 1.2
 # The parts start before the faults, and all comes right again after them.
 WITHIN_S = MINUTES * 60 + 300
 
