@@ -170,7 +170,7 @@ TOP_UPS = st.builds(topped_up, NAMES, effective_at=st.just(NOON))  # many at one
 
 
 @given(events=st.lists(GENERATIONS | REPORTS | ADJUSTMENTS | TOP_UPS, max_size=8))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_what_was_recorded_is_what_is_read_back_from_each_format_in_order(
     database: Database, ledger_url: str, events: list[Event]
 ) -> None:

@@ -154,7 +154,7 @@ def batches(draw: st.DrawFn) -> tuple[str, list[list[Event]]]:
 
 
 @given(happened=batches(), days=st.just(EVER) | st.tuples(DAYS, DAYS))
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_the_history_is_what_the_records_say_whatever_came_in_whatever_order(
     database: Database, plans: Plans, happened: tuple[str, list[list[Event]]], days: tuple[date, date]
 ) -> None:

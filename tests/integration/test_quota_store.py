@@ -1083,7 +1083,7 @@ def _parts(data: st.DataObject, tokens_max: int) -> tuple[int, int, int]:
 def test_whatever_happens_in_whatever_order_the_account_is_what_a_simple_model_says(
     quota: Quota, quota_url: str
 ) -> None:
-    examples = 60 if quota_url.startswith("sqlite") else 10
+    examples = 40 if quota_url.startswith("sqlite") else 10
     with asyncio.Runner() as run:
 
         class Days(AnyDay):

@@ -819,7 +819,7 @@ def happenings(draw: st.DrawFn) -> tuple[list[Event], list[list[Event]]]:
 
 
 @given(happened=happenings())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_whatever_happened_in_whatever_order_a_replay_comes_to_the_same(
     nats: Client, service: Service, happened: tuple[list[Event], list[list[Event]]]
 ) -> None:
@@ -844,7 +844,7 @@ async def test_whatever_happened_in_whatever_order_a_replay_comes_to_the_same(
 
 
 @given(happened=happenings())
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_everybody_stands_as_before_in_a_database_that_was_lost(
     nats: Client, quota: Service, plans: Plans, happened: tuple[list[Event], list[list[Event]]]
 ) -> None:

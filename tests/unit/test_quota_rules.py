@@ -164,4 +164,4 @@ def month(day: Day) -> int:
 
 
 TestAnyYear = AnyYear.TestCase
-TestAnyYear.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestAnyYear.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

@@ -24,7 +24,7 @@ from tests.faults.machine.system import System, can_mount
 
 SEED_MAX = 1_000_000
 STOPPED = 130
-MUTANT_PAUSE_S, PAUSE_S = 0.5, 0.15
+MUTANT_PAUSE_S, PAUSE_S = 0.8, 0.15
 
 
 def main() -> int:
