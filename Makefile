@@ -34,8 +34,11 @@ run-cluster: .venv/installed-run
 # Several processes, and a file's tests in one of them: they share what is slow to start. How many, and in which
 # order, says tests/conftest.py. What one has compiled is compiled, whatever the shell says.
 test: export PYTHONDONTWRITEBYTECODE =
+# In memory, where there is much of it: nothing of it outlives the run.
 test: .venv/installed-dev
-	@exec $(bin)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@room_kib=$$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $$4 }'); \
+	[ "$${room_kib:-0}" -lt 6000000 ] || export TMPDIR="$${TMPDIR:-/dev/shm}"; \
+	exec $(bin)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/installed-dev
 	$(bin)/ruff check .
