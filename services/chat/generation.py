@@ -185,6 +185,10 @@ class Generation:
         """
         await self._something_new.wait()
         if self.problem and not self._has_begun:
+            # A ping wakes us, too: what it is refused with is told once it is settled, with the limits.
+            while not self._is_over:
+                self._something_new.clear()
+                await self._something_new.wait()
             raise self.problem
         while self._frames or not self._is_over:
             self._something_new.clear()

@@ -211,6 +211,19 @@ async def test_a_reader_hears_of_the_start_first_also_where_the_provider_does_no
     assert (record["outcome"], record["usage_source"], record["output_tokens"]) == ("completed", "estimated", 5)
 
 
+async def test_a_failure_that_comes_together_with_a_ping_is_told_once_it_is_settled(
+    elsewhere: Stack, other_port: int, user: str
+) -> None:
+    fails = {"type": "error", "error": {"type": "overloaded_error"}}
+    async with saying(other_port, {"type": "ping"}, fails), client_of(elsewhere) as http:
+        body = {"userId": user, "messages": [{"role": "user", "content": "Hello"}]}
+        answer = await http.post("/api/chat", json=body)
+        usage = (await http.get("/api/usage", params={"userId": user})).json()
+    assert (answer.status_code, answer.json()["title"]) == (503, "Claude is overloaded")
+    assert answer.headers["RateLimit"].startswith('"monthly";r=108000;')
+    assert (usage["tokensUsed"], usage["tokensHeld"]) == (0, 0)
+
+
 @pytest.mark.parametrize(("patience_s", "outcome"), [(0.5, "disconnected"), (10, "interrupted")])
 async def test_a_question_that_was_never_sent_costs_nothing(
     elsewhere: Stack, other_port: int, user: str, *, patience_s: float, outcome: str
