@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Mount
 
 from shared.errors import BadCall, Unavailable
@@ -117,6 +118,10 @@ def install(app: FastAPI) -> None:
         headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else error.headers
         return Problem(error.status_code, title, detail, headers=headers).response()
 
+    async def left(_request: Request, _error: Exception) -> Response:
+        # In the middle of its question: nobody hears this, and it is no fault that an operator should look into.
+        return Problem(499, "The caller has left", "The request did not come whole, and nothing was done.").response()
+
     async def unexpected(_request: Request, error: Exception) -> Response:
         log.error("request_failed", error=type(error).__name__)
         return Problem(500, "Internal error", "Something went wrong on our side; it has been logged.").response()
@@ -126,6 +131,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(BadCall, bad_call)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientDisconnect, left)
     app.add_exception_handler(Exception, unexpected)
 
 
