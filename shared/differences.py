@@ -116,12 +116,22 @@ def _is_json(column: Any) -> bool:
 
 
 def canonical(told: str | bytes | None) -> str | bytes:
-    """JSON that is the same where it says the same; what is no JSON as it is."""
+    """JSON that is the same where it says the same; what is no JSON, too deep to be read, or names a member twice,
+    as it is. None is like nothing else as bytes."""
+    if told is None:
+        return ""
     try:
         text = told.decode() if isinstance(told, bytes) else told
-        return "" if text is None else json.dumps(json.loads(text), sort_keys=True)
-    except ValueError:
-        return told or ""
+        return json.dumps(json.loads(text, object_pairs_hook=_members), sort_keys=True)
+    except (ValueError, RecursionError):
+        return told
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    told = dict(pairs)
+    if len(told) != len(pairs):
+        raise ValueError("a member is named twice")
+    return told
 
 
 class _Listing:

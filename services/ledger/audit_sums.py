@@ -133,5 +133,5 @@ def _by_model(models: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 def _read_models(text: str) -> dict[str, Any]:
     try:
         return {model: [int(count) for count in counts] for model, counts in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return {"": [text]}

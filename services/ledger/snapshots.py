@@ -21,6 +21,7 @@ from sqlalchemy import URL, make_url
 
 from services.ledger.scope import Scope
 from shared.database import damaged, is_damaged, iso, shown, text_or_bytes
+from shared.differences import canonical
 from shared.errors import Misconfigured
 
 Row = tuple[Any, ...]
@@ -270,21 +271,24 @@ def finite(column: str) -> str:
 
 
 def _same_json(ours: str, theirs: str) -> bool:
-    """Releases write JSON with other spaces; it says the same."""
-    try:
-        return bool(json.loads(ours) == json.loads(theirs))
-    except (TypeError, ValueError):
-        return False
+    """Releases write JSON with other spaces; it says the same. To Python `true` and 1 are equal: to a reader not."""
+    return isinstance(ours, str) and isinstance(theirs, str) and canonical(ours) == canonical(theirs)
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _narrow_down(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     try:
         expected, found = json.loads(ours[name]), json.loads(theirs[name])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return
     if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
+        differing = [each for each in expected if _canonical(expected[each]) != _canonical(found[each])]
+        if not differing:
+            return
         del ours[name], theirs[name]
-        differing = [member for member in expected if expected[member] != found[member]]
         ours |= {f"{name}.{member}": expected[member] for member in differing}
         theirs |= {f"{name}.{member}": found[member] for member in differing}
 

@@ -243,6 +243,25 @@ async def test_of_what_was_granted_and_held_what_was_changed_is_named(system: Sy
     assert '"hold_tokens"' in (found[forgotten.id].expected or {})["authorized"]
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+async def test_json_that_says_something_else_is_named_however_alike_it_is(system: System) -> None:
+    """Python takes true for 1, forgets a member that is named again, and does not follow what is nested too deep."""
+    noted = generation_completed(metadata={"a": 1, "b": [2]})
+    await publish(system.nats, noted)
+    await system.deliver()
+    too_deep = "[" * 5_000 + "]" * 5_000
+    for told in ('{"a": true, "b": [2]}', '{"a": 7, "a": 1, "b": [2]}', '{"a": 1, "b": [2.0]}', too_deep):
+        escaped = told.replace(":", "\\:")
+        await system.ledger_does(f"UPDATE usage SET metadata = '{escaped}' WHERE id = '{noted.id}'")  # noqa: S608
+        (found,) = (await system.audit()).differences
+        assert (found.id, found.kind) == (noted.id, "changed")
+        assert json.dumps(found.expected) != json.dumps(found.found)
+    await system.ledger_does('UPDATE usage SET metadata = \'{"b"\\: [2], "a"\\: 1}\'')
+    assert (await system.audit()).differences == []
+    await system.quota_does(f"UPDATE usage_totals SET models = '{too_deep}'")  # noqa: S608
+    assert {found.where for found in (await system.audit()).differences} == {"quota.usage_totals"}
+
+
 @pytest.mark.parametrize(
     ("table", "key"),
     [("ledger.usage", "id"), ("quota.settlements", "event_id")],

@@ -235,11 +235,16 @@ DAMAGE = {
 }
 
 
+# JSON that Python's own parser does not follow to its end.
+TOO_DEEP = "[" * 5_000 + "]" * 5_000
+
 # What SQLite takes for JSON and for moments. PostgreSQL takes only what is text by agreement, and infinity.
 NONSENSE = {
     "ledger": [
         "UPDATE usage SET metadata = '{', authorized = 'x'",
         "UPDATE usage SET metadata = x'ff00', authorized = x'fe'",
+        "UPDATE usage SET authorized = '' WHERE authorized IS NULL",
+        f"UPDATE usage SET metadata = '{TOO_DEEP}'",  # noqa: S608
         "UPDATE usage SET model = CAST(x'ff00' AS TEXT), metadata = CAST(x'ff00' AS TEXT)",
         "UPDATE usage SET created_at = 'never', usage_date = 'never'",
         "UPDATE usage SET created_at = 'infinity', usage_date = 'infinity', completed_at = '-infinity'",
@@ -250,6 +255,7 @@ NONSENSE = {
     "quota": [
         "UPDATE usage_totals SET models = 'x'",
         "UPDATE usage_totals SET models = x'ff'",
+        f"UPDATE usage_totals SET models = '{TOO_DEEP}'",  # noqa: S608
         "UPDATE usage_totals SET models = CAST(x'ff' AS TEXT), user_id = CAST(x'ff' AS TEXT)",
         "UPDATE usage_totals SET period_start = 'never'",
         "UPDATE usage_totals SET period_end = 'infinity'",
