@@ -44,7 +44,16 @@ class Connection(Client):
 
     And whoever asks while the first attempts to connect fail is answered afterwards. By itself it then takes its
     inbox for subscribed, which it never will be.
+
+    And it calls nobody any more once it is closed. By itself it goes on for ever where it is closed in the moment in
+    which a node takes its call, and keeps its process from ending.
     """
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        calling = self._reconnection_task
+        if calling and calling is not asyncio.current_task():
+            await cancelled(calling)
+        await super()._close(status, do_cbs)
 
     async def _attempt_reconnect(self) -> None:
         self._abandon()

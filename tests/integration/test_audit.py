@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from nats.aio.client import Client
+from nats.js import JetStreamContext
 from sqlalchemy import Connection, Table, text, update
 
 from services.ledger import audit as auditing
@@ -66,6 +67,13 @@ class Found:
         return [(difference.where, difference.kind) for difference in self.differences]
 
 
+async def delivered(js: JetStreamContext, durable: str) -> int:
+    """The sequence of the last message that it was given."""
+    last = (await js.consumer_info(streams.STREAM, durable)).delivered
+    assert last is not None
+    return int(last.stream_seq)
+
+
 class System:
     """A stream and the two databases that are made of it, by the services' own handlers."""
 
@@ -83,9 +91,10 @@ class System:
         for service in services or (streams.LEDGER, streams.QUOTA):
             js = self.nats.jetstream()
             pulling = await js.pull_subscribe("", durable=service, stream=streams.STREAM)
-            # A fetch may come back with less than there is.
-            while waiting := (await js.consumer_info(streams.STREAM, service)).num_pending:
-                messages = await pulling.fetch(waiting, timeout=10)
+            newest = (await js.stream_info(streams.STREAM)).state.last_seq
+            # A fetch may come back with less than there is; and what waits for a durable it may not know at once.
+            while (handled := await delivered(js, service)) < newest:
+                messages = await pulling.fetch(newest - handled, timeout=10)
                 assert await apply(self._handlers[service], messages) == []
                 for message in messages if acknowledging else []:
                     await message.ack_sync()

@@ -72,6 +72,27 @@ async def test_a_node_that_takes_a_call_and_says_nothing_is_left_with_no_link_op
             writer.close()
 
 
+async def test_who_closes_in_the_moment_in_which_a_node_takes_the_call_calls_no_more(tmp_path: Path) -> None:
+    called, others = asyncio.Event(), asyncio.all_tasks()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        called.set()
+        await reader.read()
+        writer.close()
+
+    with broker_in(tmp_path) as url:
+        client = await connect(url, name="test")
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", urlsplit(url).port):
+        await called.wait()
+        await client.close()
+    left = asyncio.all_tasks() - others
+    try:
+        _, still_calling = await asyncio.wait(left, timeout=1)
+        assert not still_calling
+    finally:
+        await cancelled(*left)
+
+
 async def test_who_asks_while_the_first_attempts_to_connect_fail_is_answered_afterwards(nats_server: str) -> None:
     address = urlsplit(nats_server)
     async with Proxy("127.0.0.1", address.port or 0) as proxy:

@@ -48,6 +48,7 @@ from tests.builders import (
     usage_reported,
 )
 from tests.fixtures import eventually, new_database
+from tests.integration.test_audit import delivered
 from tests.stack import environment
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
@@ -445,8 +446,9 @@ async def test_what_a_service_handles_during_a_replay_makes_no_difference(nats: 
 async def acknowledge(nats: Client, service: Service) -> None:
     """As the service does, once it has committed."""
     js, durable = nats.jetstream(), service.rebuilt.durable
-    pulling = await js.pull_subscribe_bind(durable, "USAGE")
-    while (await js.consumer_info("USAGE", durable)).num_pending:
+    pulling = await js.pull_subscribe_bind(durable, STREAM)
+    newest = (await js.stream_info(STREAM)).state.last_seq
+    while await delivered(js, durable) < newest:
         for message in await pulling.fetch(100):
             await message.ack_sync()
     await pulling.unsubscribe()
