@@ -14,7 +14,7 @@ settings.load_profile("chatrail")
 pytest_plugins = ["tests.stack", "tests.fixtures"]
 
 # What takes longest begins first, and the rest fills all processes to the end. Whoever has one test left gets another
-# file at once, and keeps it until that test is over: after the machine it is the seventh, on two cores.
+# file at once, and keeps it until that test is over: after the machine it is the ninth, on two cores.
 LONGEST_FIRST = (
     "faults/test_machine.py",
     "integration/test_archive.py",
@@ -47,8 +47,8 @@ LONGEST_FIRST = (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Three a core: most of the time a test waits for what it has started or harmed."""
-    return 3 * (os.cpu_count() or 1)
+    """Four a core: most of the time a test waits for what it has started or harmed."""
+    return 4 * (os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
