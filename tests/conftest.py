@@ -26,6 +26,7 @@ LONGEST_FIRST = (
     "e2e/test_archive.py",
     "e2e/test_local_stack.py",
     "containers/test_story.py",
+    "integration/test_archive_damaged.py",
     "integration/test_lost.py",
     "integration/test_quota_store.py",
     "faults/test_failpoints.py",

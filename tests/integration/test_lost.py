@@ -33,12 +33,15 @@ from shared.recorded import BATCH_SIZE, Recorded, bounds, recorded
 from shared.replaying import Told, dry_run, replay
 from shared.streams import LEDGER, LEDGER_SEALED, QUOTA, STREAM, create
 from tests.builders import generation_completed, publish
-from tests.integration.test_audit import EVENTS, System, system  # noqa: F401 - a fixture
+from tests.integration import test_audit
+from tests.integration.test_audit import EVENTS, System
+
+system = test_audit.system  # a fixture here, too
 
 HISTORY: list[list[Event]] = [EVENTS[:5], EVENTS[5:], [generation_completed("user_9")]]
 
 
-async def happened(system: System) -> None:  # noqa: F811
+async def happened(system: System) -> None:
     """Three times something was published, handled and sealed; the last seal is handled, too."""
     for events in HISTORY:
         for event in events:
@@ -64,7 +67,7 @@ async def lose(database: Database, url: str) -> None:
     await database.close()
 
 
-async def replayed(system: System, *, despite_gaps: bool = False) -> Told:  # noqa: F811
+async def replayed(system: System, *, despite_gaps: bool = False) -> Told:
     told = await replay(system.nats, system.urls.ledger_url, RebuiltLedger(), despite_gaps=despite_gaps)
     await replay(system.nats, system.urls.quota_url, RebuiltQuota(system.plans), despite_gaps=despite_gaps)
     return told
@@ -82,7 +85,7 @@ async def stored(nats: Client) -> list[Recorded]:
     return [message async for batch in recorded(nats, first=first, last=last) for message in batch]
 
 
-async def test_what_a_replay_alone_rebuilt_agrees_with_the_stream_and_its_seals(system: System) -> None:  # noqa: F811
+async def test_what_a_replay_alone_rebuilt_agrees_with_the_stream_and_its_seals(system: System) -> None:
     await happened(system)
     assert (before := await system.audit()).differences == []
     await lose(system.ledger, system.urls.ledger_url)
@@ -97,7 +100,7 @@ async def test_what_a_replay_alone_rebuilt_agrees_with_the_stream_and_its_seals(
     assert (await replayed(system)).beside == []
 
 
-async def test_evidence_that_somebody_cut_off_is_named_before_a_replay_makes_it_anew(system: System) -> None:  # noqa: F811
+async def test_evidence_that_somebody_cut_off_is_named_before_a_replay_makes_it_anew(system: System) -> None:
     await happened(system)
     await system.ledger_does("DELETE FROM seals WHERE tree_size > 6")
     await system.ledger_does("DELETE FROM leaves WHERE stream_sequence > 8")
@@ -114,7 +117,7 @@ async def test_evidence_that_somebody_cut_off_is_named_before_a_replay_makes_it_
     assert (await system.audit()).differences == []
 
 
-async def test_evidence_that_was_changed_stays_as_it_is_and_is_named(system: System) -> None:  # noqa: F811
+async def test_evidence_that_was_changed_stays_as_it_is_and_is_named(system: System) -> None:
     await happened(system)
     await system.ledger_does("DELETE FROM seals")
     await system.ledger_does("UPDATE leaves SET leaf_hash = (SELECT leaf_hash FROM leaves WHERE stream_sequence = 1)")
@@ -130,7 +133,7 @@ async def test_evidence_that_was_changed_stays_as_it_is_and_is_named(system: Sys
     assert not (await system.audit()).agrees
 
 
-async def test_no_evidence_is_made_of_a_record_that_is_not_what_was_sealed(system: System) -> None:  # noqa: F811
+async def test_no_evidence_is_made_of_a_record_that_is_not_what_was_sealed(system: System) -> None:
     await happened(system)
     await lose(system.ledger, system.urls.ledger_url)
     js, messages = system.nats.jetstream(), await stored(system.nats)
@@ -155,14 +158,14 @@ async def test_no_evidence_is_made_of_a_record_that_is_not_what_was_sealed(syste
     assert [await number(system.urls.ledger_url, table) for table in (usage, leaves, seals)] == [11, 0, 0]
 
 
-async def lost_and_made_again(system: System) -> None:  # noqa: F811
+async def lost_and_made_again(system: System) -> None:
     """As a service finds it that starts without its database."""
     await lose(system.ledger, system.urls.ledger_url)
     system.ledger = Database(system.urls.ledger_url)
     system.ledger.migrate(MIGRATIONS)
 
 
-async def test_an_audit_waits_for_a_database_that_is_read_the_stream_again(system: System) -> None:  # noqa: F811
+async def test_an_audit_waits_for_a_database_that_is_read_the_stream_again(system: System) -> None:
     await publish(system.nats, *(generation_completed(f"user_{nth}") for nth in range(1_200)))
     await happened(system)
     await lost_and_made_again(system)
@@ -190,7 +193,7 @@ async def test_an_audit_waits_for_a_database_that_is_read_the_stream_again(syste
 
 @pytest.mark.parametrize("service", [LEDGER, QUOTA])
 async def test_where_nobody_reads_a_lost_database_again_a_sentence_says_what_to_do(
-    system: System,  # noqa: F811
+    system: System,
     monkeypatch: pytest.MonkeyPatch,
     service: str,
 ) -> None:
@@ -215,7 +218,7 @@ async def test_where_nobody_reads_a_lost_database_again_a_sentence_says_what_to_
 
 @pytest.mark.parametrize("is_noted", [True, False])
 async def test_what_somebody_cut_off_a_database_is_named_record_by_record(
-    system: System,  # noqa: F811
+    system: System,
     monkeypatch: pytest.MonkeyPatch,
     is_noted: bool,
 ) -> None:
@@ -232,7 +235,7 @@ async def test_what_somebody_cut_off_a_database_is_named_record_by_record(
 
 
 async def test_who_dies_while_reading_again_goes_on_from_there(
-    system: System,  # noqa: F811
+    system: System,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     await publish(system.nats, *(generation_completed(f"user_{nth}") for nth in range(BATCH_SIZE)))
