@@ -28,7 +28,7 @@ from shared import streams
 from shared.broker import connect
 from shared.database import Database
 from shared.settings import sqlite_url
-from tests import forked
+from tests import forked, worker
 
 Found = TypeVar("Found")
 MIB = 1024**2
@@ -43,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         opened = ExitStack()
         os.environ[forked.SOCKET] = opened.enter_context(forked.server())
         config.add_cleanup(opened.close)
+        config.option.tx = [worker.xdist_spec()] * len(config.option.tx)
 
 
 async def eventually(look: Callable[[], Awaitable[Found | None]], *, deadline_s: float = 30) -> Found:

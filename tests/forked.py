@@ -24,7 +24,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +48,15 @@ PRELOADED = (
     "tests.faults.machine.__main__",
     "tests.faults.machine.checker",
     "tests.faults.machine.mutants",
+    # What tests.worker runs has these, too.
+    "_hypothesis_pytestplugin",
+    "anyio.pytest_plugin",
+    "playwright.async_api",
+    "pyarrow.parquet",
+    "pytest_asyncio.plugin",
+    "schemathesis",
+    "testcontainers.compose",
+    "xdist.plugin",
 )
 # What the supervisor calls its program; a forked one has this as the kernel's name for it, and no environment to see.
 NAMED = "SUPERVISOR_PROCESS_NAME"
@@ -109,11 +118,17 @@ def start(
     module: str, *arguments: str, env: Mapping[str, str], output: IO[bytes], errors: IO[bytes] | None = None
 ) -> Forked:
     """`python -m module arguments` in a session of its own. It reads nothing; without `errors` all is `output`."""
+    with open(os.devnull, "rb") as nothing:
+        files = (nothing.fileno(), output.fileno(), (errors or output).fileno())
+        return start_with(files, module, *arguments, env=env)
+
+
+def start_with(files: Sequence[int], module: str, *arguments: str, env: Mapping[str, str]) -> Forked:
+    """As `start`, with these as its standard input, output and errors."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ.get(SOCKET) or _own_server())
     request = _Request(module, list(arguments), dict(env))
-    with open(os.devnull, "rb") as nothing:
-        socket.send_fds(connection, [b"\n"], [nothing.fileno(), output.fileno(), (errors or output).fileno()])
+    socket.send_fds(connection, [b"\n"], files)
     connection.sendall(json.dumps(asdict(request)).encode() + b"\n")
     return Forked(_number(connection), connection)
 
