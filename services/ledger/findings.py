@@ -153,7 +153,8 @@ def in_words(report: Report) -> Iterator[str]:
     )
     for name, number in report.compared.items():
         yield f"  {number:>12,}  {name}"
-    yield from _proven_in_words(report.proven)
+    groups = report.found.groups()
+    yield from _proven_in_words(report.proven, lacks=any(group.kind == "outside" for group in groups))
     for service, number in read.waiting.items():
         if number:
             yield f"  On their way to {service}, and not compared where they are not there yet: {number:,}"
@@ -162,7 +163,6 @@ def in_words(report: Report) -> Iterator[str]:
     if read.unreadable:
         yield f"  Cannot be read, and are in quarantine unless told below: {read.unreadable:,}"
     yield ""
-    groups = report.found.groups()
     if not groups:
         yield "All agree."
         return
@@ -178,8 +178,8 @@ def in_words(report: Report) -> Iterator[str]:
     yield f"{_number(sum(group.number for group in groups), 'difference')}."
 
 
-def _proven_in_words(proven: Proven) -> Iterator[str]:
-    """What an auditor must know who would take a seal for signed, or for written down."""
+def _proven_in_words(proven: Proven, *, lacks: bool) -> Iterator[str]:
+    """What an auditor must know who would take a seal for signed, or written down in a file that `lacks` some."""
     seals = _number(proven.seals, "seal")
     if proven.keys:
         yield f"  Of {seals}, {proven.signed:,} are rightly signed, by the keys believed: {', '.join(proven.keys)}"
@@ -188,7 +188,7 @@ def _proven_in_words(proven: Proven) -> Iterator[str]:
     if proven.outside is None:
         yield "  No file outside was compared: CHATRAIL_SEALS_FILE names none"
     else:
-        yield f"  In the file outside: {_number(proven.outside, 'head')}{_reach_of(proven)}"
+        yield f"  In the file outside: {_number(proven.outside, 'head')}{_reach_of(proven, lacks=lacks)}"
     if proven.is_outside_torn:
         yield "  Its last line is torn, as a process leaves it that dies while it writes: a ledger that runs mends it"
     if proven.archives and proven.keys:
@@ -197,15 +197,14 @@ def _proven_in_words(proven: Proven) -> Iterator[str]:
         yield "  Of what is archived the bodies are proven; the rest only where manifests are signed"
 
 
-def _reach_of(proven: Proven) -> str:
+def _reach_of(proven: Proven, *, lacks: bool) -> str:
     if proven.outside_up_to is None or not proven.sealed_up_to:
         return ""
     if proven.outside_up_to >= proven.sealed_up_to:
         return f", up to message {proven.sealed_up_to:,}"
-    return (
-        f", up to message {proven.outside_up_to:,}; what is sealed behind it, up to {proven.sealed_up_to:,}, is not "
-        "there yet: a ledger that runs writes it down"
-    )
+    behind = f"; what is sealed behind it, up to {proven.sealed_up_to:,}, is not there"
+    later = "" if lacks else " yet: a ledger that runs writes it down"
+    return f", up to message {proven.outside_up_to:,}{behind}{later}"
 
 
 def as_json(report: Report) -> Iterator[str]:

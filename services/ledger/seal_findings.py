@@ -30,7 +30,7 @@ class Kind(StrEnum):
     SEAL_OTHER = "seal on the stream that differs from the ledger's"
     SEAL_UNANNOUNCED = "seal that was taken off the stream"
     OUTSIDE = "seal of the file outside that does not fit"
-    OUTSIDE_LACKS = "seals that the file outside lacks"
+    OUTSIDE_LACKS = "seal that the file outside lacks"
     SIGNATURE = "seal whose signature is not right"
     UNSIGNED = "seals of which none is signed"
 

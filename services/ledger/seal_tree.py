@@ -52,8 +52,7 @@ class SealTree:
         self._misfits_outside = 0
         self._outside_up_to, self._last_outside = outside_up_to, 0
         # Seals that the file outside should have and does not.
-        self._lacking = 0
-        self._first_lacking: Head | None = None
+        self._lacking: list[Head] = []
         self._fitted_outside = deque[tuple[int, bytes]](maxlen=AGAIN_WITHIN)
         # Seals that the stream has not told of yet.
         self.unannounced: dict[int, Sealed] = {}
@@ -77,8 +76,7 @@ class SealTree:
         if self._next_outside is not None:
             self._meet_outside()
         if met and self.size <= self._outside_up_to and self._last_outside != self.size:
-            self._first_lacking = self._first_lacking or met.head
-            self._lacking += 1
+            self._lacking.append(met.head)
 
     def _grow_as_messages(self, message: bytes | None) -> None:
         if self._as_messages is None and self._as_leaves and self._as_leaves.size == self.size:
@@ -201,10 +199,8 @@ class SealTree:
             self._next_outside = self._following_outside()
         if self._torn:
             self._no_head_outside()
-        if self._first_lacking and not self._misfits_outside:
-            first = self._first_lacking
-            told = f"{self._lacking} of them, the first {in_hex(first.root)}"
-            self._found.add(Kind.OUTSIDE_LACKS, first.size, None, told, "-")
+        for lacking in self._lacking if not self._misfits_outside else []:
+            self._found.add(Kind.OUTSIDE_LACKS, lacking.size, None, in_hex(lacking.root), "-")
 
 
 class Announced:

@@ -849,10 +849,12 @@ async def test_a_file_outside_that_was_cut_is_named_and_how_far_the_evidence_goe
     assert "No file outside was compared: CHATRAIL_SEALS_FILE names none" in found.words
 
     notes = [f"chatrail/usage\n{note}" for note in whole.split("chatrail/usage\n")[1:]]
-    for cut in ("", "".join(notes[1:]), notes[0]):
+    for cut, lacking in (("", 3), ("".join(notes[1:]), 1), (notes[0], 1)):
         seals_file.write_text(cut)
-        (difference,) = (await audited(Evidence(keys, seals_file))).differences
-        assert (difference.where, difference.kind) == ("evidence, seals that the file outside lacks", "outside")
+        found = await audited(Evidence(keys, seals_file))
+        assert found.kinds == [("evidence, seal that the file outside lacks", "outside")] * lacking
+        assert f"{lacking} made, and not written down there" in found.words
+        assert "a ledger that runs writes it down" not in found.words
 
     # A process that dies leaves its newest head unwritten, or only begun.
     monkeypatch.setattr(auditing, "WRITTEN_WITHIN_S", 0.0)
