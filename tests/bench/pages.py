@@ -116,7 +116,7 @@ def newest(db: Connection, user_id: str, day: date) -> object:
 def far_back(db: Connection, user_id: str, day: date) -> object:
     """From the middle of a day, as somebody comes to it page by page."""
     noon = datetime(day.year, day.month, day.day, 12, tzinfo=UTC)
-    cursor = base64.urlsafe_b64encode(store._position.dump_json((noon, ""))).decode()
+    cursor = base64.urlsafe_b64encode(store._position.dump_json((noon, new_id()))).decode()
     return store.logs(db, LogsQuery(user_id=user_id, limit=PAGE, cursor=cursor))
 
 
