@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import psutil
@@ -31,7 +31,7 @@ from shared.calls import Authorize
 from shared.events import new_id
 from shared.settings import sqlite_url
 from tests.bench.limit import MAY_I, QUESTION
-from tests.bench.nats_caller import NatsCaller
+from tests.bench.nats_caller import Fault, NatsCaller
 from tests.bench.processes import Cores, Processes, answers, listens, python
 from tests.stack import free_port
 
@@ -74,8 +74,8 @@ class Bench:
 
     def _bare_calls(self, processes: Processes, nats_url: str, port: int) -> None:
         with self.cores.measuring():
-            allow = processes.start("allow", *python("tests.bench.limit", "allow", nats_url), ready=lambda: True)
-        sleep(1)  # it opens no port that could be asked
+            command = python("tests.bench.limit", "allow", nats_url)
+            allow = processes.start("allow", *command, ready=lambda: uvloop.run(is_allowed(port)))
         self._calls("bare request/reply", port, allow, lambda: (MAY_I, QUESTION))
 
     def _quota(self, database: str, database_url: str, nats_url: str, port: int) -> None:
@@ -159,6 +159,18 @@ async def asked(port: int, question: Question, callers: int, seconds: float) -> 
     await asyncio.gather(*(ask() for _ in range(callers)))
     caller.close()
     return latencies_s
+
+
+async def is_allowed(port: int) -> bool:
+    caller = await NatsCaller.connected(port)
+    try:
+        await caller.request(MAY_I, QUESTION)
+    except Fault:  # nobody is there yet who answers
+        return False
+    else:
+        return True
+    finally:
+        caller.close()
 
 
 @contextmanager
