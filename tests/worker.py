@@ -4,6 +4,7 @@ python -m tests.worker       what pytest-xdist starts in place of Python: has th
 """
 
 import os
+import shlex
 import sys
 
 from tests import forked
@@ -13,7 +14,7 @@ HERE = "here"
 
 def xdist_spec() -> str:
     """How pytest-xdist is told to start its processes."""
-    return f"popen//python={sys.executable} -m tests.worker"
+    return f"popen//python={shlex.quote(sys.executable)} -m tests.worker"
 
 
 def _run_tests() -> None:
