@@ -70,5 +70,29 @@ async def test_the_description_names_every_route_with_an_example_of_each_body(st
     assert "/openapi.json" in page.text
 
 
+async def test_each_example_is_what_its_schema_describes(stack: Stack) -> None:
+    from jsonschema_rs import validator_for  # noqa: PLC0415
+
+    async with client_of(stack) as http:
+        document = (await http.get("/openapi.json")).json()
+    answers = [
+        (content["schema"], content["example"])
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        for answer in operation["responses"].values()
+        for content in answer.get("content", {}).values()
+        if "schema" in content and "example" in content
+    ]
+    bodies = [
+        (schema, example)
+        for schema in document["components"]["schemas"].values()
+        for example in schema.get("examples", [])
+    ]
+    assert answers
+    for schema, example in [*answers, *bodies]:
+        wrong = validator_for({**schema, "components": document["components"]}).iter_errors(example)
+        assert [error.message for error in wrong] == []
+
+
 def test_the_description_is_valid_openapi(described: "BaseSchema") -> None:
     described.validate()

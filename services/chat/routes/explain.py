@@ -72,7 +72,7 @@ _EXAMPLE = {
             "treeSize": 9,
             "rootHash": "0f6b2a7c5e1d4f3a9b8c7d6e5f4a3b2c1d0e9f8a7b6c5d4e3f2a1b0c9d8e7f6a",
             "sealedAt": "2026-11-23T05:45:00Z",
-            "keyId": None,
+            "keyId": "033df7ae",
         },
     },
 }
