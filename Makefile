@@ -128,7 +128,10 @@ define install
 	[ -e .venv/installed-run ] || { rm -rf .venv && $(PYTHON) -m venv .venv; }
 	@echo "Installing $< into .venv; this takes a minute, once" >&2
 	@rm -f .venv/installed-*
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $< || { \
+	    echo "The packages of $< could not be installed, for the reason above. It takes the network, or an index" \
+	        "of your own in pip's settings: then make $(MAKECMDGOALS) again." >&2; exit 1; \
+	}
 endef
 
 # One resolution for all, so that every file names the same version of a package. Neither indexes nor paths are written.

@@ -243,3 +243,21 @@ def test_make_names_a_python_that_is_too_old(tmp_path: Path, python: str, found:
         f"ChatRail needs Python 3.11 or newer; python3 {found}. Name another: make run PYTHON=python3.12"
     )
     assert not (tmp_path / ".venv").exists()
+
+
+def test_make_says_what_it_takes_where_packages_cannot_be_had(tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements.lock"):
+        shutil.copy(PROJECT / name, tmp_path)
+    ended = subprocess.run(
+        ["make", "run"],
+        cwd=tmp_path,
+        env=environment(PIP_CONFIG_FILE=os.devnull, PIP_FIND_LINKS="", PIP_NO_INDEX="1"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert "The packages of requirements.lock could not be installed, for the reason above." in ended.stderr
+    assert "then make run again." in ended.stderr
+    assert not (tmp_path / ".venv/installed-run").exists()
