@@ -135,3 +135,9 @@ def test_only_its_owner_reaches_a_database(containers: Containers) -> None:
     connect = ["python", "-c", "import socket; socket.create_connection(('ledger-db', 5432), 2)"]
     statuses = {service: containers.running(service)[0].exec_run(connect)[0] for service in SERVICES}
     assert statuses == {"chat": 1, "ledger": 0, "quota": 1}
+
+
+@pytest.mark.parametrize("service", ["ledger", "quota"])
+def test_a_command_that_keeps_what_it_reads_has_room_for_it(containers: Containers, service: str) -> None:
+    replay = ["python", "-m", f"services.{service}", "replay", "--until", "2026-01-01"]
+    assert f"{service}: 0 messages read" in output(containers.running(service)[0], *replay)

@@ -10,6 +10,7 @@ from services.chat.settings import Settings as ChatSettings
 from services.ledger.settings import Settings as LedgerSettings
 from shared.errors import Misconfigured
 from shared.settings import Environment, ServiceSettings, StreamSettings
+from tests.stack import PROJECT
 
 
 class Read:
@@ -263,3 +264,11 @@ def test_a_replica_needs_a_node(read: Read) -> None:
 def test_a_cluster_has_no_more_replicas_than_nodes(read: Read) -> None:
     read(StackSettings, CHATRAIL_NATS_CLUSTER="1", CHATRAIL_STREAM_REPLICAS="3")
     assert "has 3. Name a cluster of your own" in read.told(StackSettings, CHATRAIL_STREAM_REPLICAS="5")
+
+
+def test_compose_passes_on_what_an_operator_may_set_of_chat() -> None:
+    of_compose = {"host", "port", "data", "nats_url", "plans", "archive", "identity", "stand_in_url"}
+    handed_on = (PROJECT / "deploy/compose.yml").read_text(encoding="utf-8").splitlines()
+    for name in ChatSettings.model_fields.keys() - of_compose:
+        variable = name.upper() if name.startswith("anthropic_") else f"CHATRAIL_{name.upper()}"
+        assert f"      {variable}:" in handed_on
