@@ -277,6 +277,19 @@ async def test_a_server_never_heard_is_said_to_be_assumed(page: Page, stack: Sta
     await expect(line(page)).to_have_text("108K monthly tokens remaining")
 
 
+async def test_what_is_assumed_is_the_plan_that_an_operator_made_the_default(
+    page: Page, stack: Stack, user_id: str
+) -> None:
+    basic = {"tier": "basic", "tokensLimit": 10_000, "period": "day", "upgradeTo": None, "alertPercents": [80, 100]}
+    plans = {"plans": [{**basic, "pricePer1kTokensUsd": "0"}], "default": "basic", "simulated": True}
+    await page.route("**/api/plans", lambda route: route.fulfill(json=plans))
+    await page.route(USAGE_CALLS, unreachable)
+    await open_rail(page, stack, user_id)
+
+    await expect(page.get_by_text(f"{LOCAL_NOTICE} Until it answers, the basic plan is assumed.")).to_be_visible()
+    await expect(line(page)).to_have_text("10K daily tokens remaining")
+
+
 async def test_a_busy_server_is_told_in_words_and_can_be_tried_again(page: Page, stack: Stack, user_id: str) -> None:
     await open_rail(page, stack, user_id)
     busy = {"title": "Usage cannot be checked", "status": 503, "detail": "Nothing was spent"}

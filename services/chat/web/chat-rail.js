@@ -228,13 +228,15 @@ export class ChatRail extends HTMLElement {
   }
 
   #showWhetherLocal(isLocal, isAssumed) {
-    const assumption = isAssumed ? " Until it answers, the free plan is assumed." : "";
+    const assumption = isAssumed ? ` Until it answers, the ${this.#usage.tier} plan is assumed.` : "";
     show(this.#parts.local, isLocal ? `Counting locally: the server cannot be reached.${assumption}` : "");
   }
 
   async #learnPlans(api) {
-    const { simulated, plans } = await api.plans().catch(() => ({}));
+    const { simulated, plans, default: tier } = await api.plans().catch(() => ({}));
     if (api !== this.#api) return;
+    const assumed = plans?.find((plan) => plan.tier === tier);
+    if (assumed) this.#feed?.assume(assumed);
     this.#parts.simulated.hidden = !simulated;
     this.#alertPercents = Object.fromEntries((plans ?? []).map((plan) => [plan.tier, plan.alertPercents]));
     if (this.#usage) this.#showUsage();

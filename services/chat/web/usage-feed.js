@@ -1,6 +1,6 @@
 import { Problem } from "./chat-api.js";
 import { keepUsage, keptUsage } from "./storage.js";
-import { afterReset, afterSpending, defaultPlanUsage } from "./usage.js";
+import { afterReset, afterSpending, untouched, USUAL_PLAN } from "./usage.js";
 
 const RETRY_MIN_MS = 1_000;
 const RETRY_MAX_MS = 30_000;
@@ -25,6 +25,7 @@ export class UsageFeed {
   #usage = null; // The server's last figure.
   #unsettledTokens = 0; // Counted here since that figure.
   #isAssumed = false;
+  #defaultPlan = USUAL_PLAN;
   #asked = 0; // Requests are numbered: an answer older than the figure we have is dropped.
   #answered = 0;
   #settled = null; // The figure that came with our own last answer, for a few seconds.
@@ -53,6 +54,14 @@ export class UsageFeed {
     this.#events?.close();
     this.#events = null;
     Object.values(this.#timers).forEach(clearTimeout);
+  }
+
+  /** What the server says that its default plan is. */
+  assume(plan) {
+    this.#defaultPlan = plan;
+    if (!this.#isAssumed) return;
+    this.#usage = untouched(plan, new Date());
+    this.#tell({ isLocal: true });
   }
 
   /** Ask the server now. Never raises: what fails is told through `onChange`. */
@@ -147,7 +156,7 @@ export class UsageFeed {
     const now = new Date();
     const kept = keptUsage(this.#userId);
     this.#isAssumed = !kept?.usage;
-    this.#usage = this.#isAssumed ? defaultPlanUsage(now) : afterReset(kept.usage, now);
+    this.#usage = this.#isAssumed ? untouched(this.#defaultPlan, now) : afterReset(kept.usage, now);
     if (this.#usage === kept?.usage) this.#unsettledTokens += kept.unsettledTokens;
   }
 

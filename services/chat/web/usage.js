@@ -117,20 +117,30 @@ export function afterReset(usage, now) {
   };
 }
 
-/** The default plan, untouched: where counting starts when no figure of the server's was ever seen. */
-export function defaultPlanUsage(now) {
-  const [year, month] = [now.getUTCFullYear(), now.getUTCMonth()];
+/** The default plan where no server was ever heard to name another. */
+export const USUAL_PLAN = { tier: "free", tokensLimit: 108_000, period: "month", upgradeTo: "pro" };
+
+/** A plan, untouched: where counting starts when no figure of the server's was ever seen. Its periods are UTC's. */
+export function untouched({ tier, tokensLimit, period, upgradeTo }, now) {
+  const [periodStart, resetsAt] = boundsOf(period, now).map((ms) => new Date(ms).toISOString());
   return {
-    tier: "free",
+    tier,
     tokensUsed: 0,
-    tokensLimit: 108_000,
-    tokensRemaining: 108_000,
+    tokensLimit,
+    tokensRemaining: tokensLimit,
     usagePercentage: 0,
     tokensHeld: 0,
-    period: "month",
-    periodStart: new Date(Date.UTC(year, month, 1)).toISOString(),
-    resetsAt: new Date(Date.UTC(year, month + 1, 1)).toISOString(),
-    upgradeTo: "pro",
+    period,
+    periodStart: periodStart ?? null,
+    resetsAt: resetsAt ?? null,
+    upgradeTo,
     costUsd: "0.00",
   };
+}
+
+function boundsOf(period, now) {
+  const [year, month, day] = [now.getUTCFullYear(), now.getUTCMonth(), now.getUTCDate()];
+  if (period === "month") return [Date.UTC(year, month, 1), Date.UTC(year, month + 1, 1)];
+  if (period === "day") return [Date.UTC(year, month, day), Date.UTC(year, month, day + 1)];
+  return [];
 }
