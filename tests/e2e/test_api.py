@@ -455,6 +455,15 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_sent(stack: Stack) -> 
         assert connection.recv(12) == b"HTTP/1.1 413"
 
 
+def test_whoever_sends_all_of_a_body_that_is_too_large_before_listening_is_told(stack: Stack) -> None:
+    place = urlsplit(stack.url)
+    with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+        head = "POST /api/usage HTTP/1.1", f"Host: {place.netloc}", "Content-Type: application/json"
+        closing = "Connection: close", f"Content-Length: {8 * MIB}"
+        connection.sendall("\r\n".join([*head, *closing, "", ""]).encode() + b"x" * 8 * MIB)
+        assert connection.recv(12) == b"HTTP/1.1 413"
+
+
 async def test_a_model_that_nobody_knows_is_refused_with_the_known_ones(
     stack: Stack, http: httpx2.AsyncClient, user: str
 ) -> None:
