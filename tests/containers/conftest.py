@@ -65,6 +65,11 @@ class Containers(DockerCompose):
         [database] = self.running(f"{service}-db")
         return int(output(database, "psql", "--username", service, "--tuples-only", "--command", query))
 
+    def run(self, service: str, *options: str) -> str:
+        """What a service that is started by hand says; it must end well."""
+        command = [*self.compose_command_property, "run", "--rm", service, *options]
+        return subprocess.run(command, check=True, capture_output=True, cwd=PROJECT, text=True, timeout=60).stdout
+
     def logs(self) -> str:
         return "".join(self.get_logs())
 

@@ -141,3 +141,9 @@ def test_only_its_owner_reaches_a_database(containers: Containers) -> None:
 def test_a_command_that_keeps_what_it_reads_has_room_for_it(containers: Containers, service: str) -> None:
     replay = ["python", "-m", f"services.{service}", "replay", "--until", "2026-01-01"]
     assert f"{service}: 0 messages read" in output(containers.running(service)[0], *replay)
+
+
+async def test_an_audit_reaches_both_databases(client: httpx2.AsyncClient, containers: Containers) -> None:
+    await ask(client, "audited", "Hello?")
+    await three_counts_agree(client, containers)
+    assert "All agree." in containers.run("audit")
