@@ -41,8 +41,8 @@ CONTENT_TYPE = "application/cloudevents+json"
 # One event reports at most this many tokens: far above any context window, far below what would overflow a sum.
 EVENT_TOKENS_MAX = 100_000_000
 METADATA_BYTES_MAX = 4096
-# As JSON escapes it; behind an escaped backslash the same six characters are plain text.
 _JSON = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
+# As JSON escapes it; behind an escaped backslash the same six characters are plain text.
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
