@@ -18,7 +18,7 @@ import structlog
 from nats.aio.client import Client
 from nats.js.errors import APIError, NotFoundError
 from prometheus_client import Counter, Gauge
-from sqlalchemy import Connection, Row, func, insert, select
+from sqlalchemy import Connection, Row, func, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from services.ledger.checkpoint import Keys, Signature, checkpoint
@@ -158,8 +158,7 @@ class Sealer:
             return Lost(0, 0, 0), [], base
         read = partial(self._record.read, first=base.sealed + 1, last=sequence)
         # A seal comes after what it covers: only a second reading knows at which sizes to look at the tree.
-        told = [seal async for batch in read() for message in batch if (seal := _seal_in(message))]
-        told = [seal for seal in told if seal.data.tree_size > base.sealed]
+        told = [seal async for batch in read() for seal in _seals_in(batch, above=base.sealed)]
         roots, sealed = {seal.data.tree_size: seal.data.root_hash for seal in told}, base.sealed
         frontier = (base.newest.frontier if base.newest else None) or Frontier()
         async for batch in read():
@@ -186,10 +185,10 @@ class Sealer:
 
         A database that is older than the stream's own seals, or new, gets them back.
         """
-        told, waiting = list[LedgerSealed](), list[Recorded]()
+        told, waiting = await self._told_before(base), list[Recorded]()
         async for batch in self._since(base, handled):
             waiting += batch
-            told += [seal for message in batch if (seal := _seal_in(message)) and seal.data.tree_size > base.sealed]
+            told += _seals_in(batch, above=base.sealed)
             is_due = is_due or any(message.subject != LEDGER_SEALED for message in batch)
             if is_due and len(waiting) >= LEAVES_AT_ONCE:
                 await self._append(base.frontier, waiting)
@@ -199,6 +198,15 @@ class Sealer:
         if is_due and told:
             await self._database.write(_restore, base.newest, told)
         return is_due and base.sealed < base.frontier.size <= handled
+
+    async def _told_before(self, base: _Base) -> list[LedgerSealed]:
+        """Seals among the messages of leaves that no seal of ours covers: whoever made those leaves anew has died, or
+        gave way to us, before it came to the seals."""
+        told = list[LedgerSealed]()
+        if base.sealed < base.frontier.size:
+            async for batch in self._record.read(first=base.sealed + 1, last=base.frontier.size):
+                told += _seals_in(batch, above=base.sealed)
+        return told
 
     async def _since(self, base: _Base, handled: int) -> AsyncGenerator[list[Recorded]]:
         """What comes behind the last leaf, whose message must still be what it was."""
@@ -308,6 +316,11 @@ def _seal_in(message: Recorded) -> LedgerSealed | None:
         return decode_seal(message.body)
     except PoisonMessage:
         return None
+
+
+def _seals_in(messages: Iterable[Recorded], *, above: int) -> list[LedgerSealed]:
+    """Of more messages than `above`."""
+    return [seal for message in messages if (seal := _seal_in(message)) and seal.data.tree_size > above]
 
 
 def _event(seal: Sealed) -> LedgerSealed:
@@ -434,6 +447,6 @@ def _restore(db: Connection, newest: Sealed | None, told: Iterable[LedgerSealed]
             rows.append(_row(Sealed(head, tuple(frontier.subtrees), iso(seal.sealed_at), signature_of(seal))))
         else:
             log.error("seal_not_restored", messages=sequence, to_do="make audit tells what was changed")
-    if rows:
-        db.execute(insert(seals), rows)
-        log.info("seals_restored", seals=len(rows))
+    # Another may restore them just now.
+    if rows and (restored := insert_new(db, seals, rows, returning="tree_size")):
+        log.info("seals_restored", seals=len(restored))

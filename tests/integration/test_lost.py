@@ -16,6 +16,7 @@ from services.ledger.__main__ import MIGRATIONS
 from services.ledger.audit import audit
 from services.ledger.checkpoint import Keys
 from services.ledger.handlers import Handlers as LedgerHandlers
+from services.ledger.merkle import Frontier
 from services.ledger.replay import CHANGED, RebuiltLedger
 from services.ledger.scope import Scope
 from services.ledger.scratch import scratch
@@ -163,6 +164,32 @@ async def lost_and_made_again(system: System) -> None:
     await lose(system.ledger, system.urls.ledger_url)
     system.ledger = Database(system.urls.ledger_url)
     system.ledger.migrate(MIGRATIONS)
+
+
+async def test_evidence_is_whole_also_where_who_made_it_anew_died_before_its_seals(
+    system: System,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await happened(system)
+    await lost_and_made_again(system)
+    append = Sealer._append
+
+    async def killed(self: Sealer, frontier: Frontier, messages: list[Recorded]) -> None:
+        await append(self, frontier, messages)
+        raise KeyError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sealer, "_append", killed)
+        with pytest.raises(KeyError):
+            await Sealer(system.nats, system.ledger, keys=Keys(None, {}), every_s=1e-9).seal()
+    assert [await number(system.urls.ledger_url, table) for table in (leaves, seals)] == [18, 0]
+
+    await Sealer(system.nats, system.ledger, keys=Keys(None, {}), every_s=1e-9).seal()
+    await replayed(system)
+
+    assert await number(system.urls.ledger_url, seals) == 4
+    await system.deliver()
+    assert (await system.audit()).differences == []
 
 
 async def test_an_audit_waits_for_a_database_that_is_read_the_stream_again(system: System) -> None:
