@@ -85,6 +85,7 @@ class PostgresShadow:
     def snapshot(self) -> Iterator[Connection]:
         with self.begin() as db:
             db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            db.exec_driver_sql("SELECT 1")  # with which the snapshot begins
             yield db
 
     def index(self, names: Sequence[str]) -> None:

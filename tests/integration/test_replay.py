@@ -31,7 +31,7 @@ from shared.plain import plain_generation
 from shared.plans import Plans
 from shared.quarantine import Quarantined
 from shared.record import Record
-from shared.recorded import BATCH_SIZE
+from shared.recorded import BATCH_SIZE, bounds
 from shared.replaying import Rebuilt, Told, dry_run, open_shadow, rebuild_into, replay
 from shared.streams import ALERTS, LEDGER_SEALED, STREAM
 from tests import forked
@@ -521,6 +521,25 @@ def schema_of(url: str) -> set[tuple[Any, ...]]:
             "SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_'",
         )
         return {row for query in queries for row in postgres.execute(query)}
+
+
+async def test_a_dry_run_forgives_what_is_handled_while_it_looks(
+    nats: Client, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, late = usage_reported(), usage_reported()
+    await publish(nats, known)
+    await service.handles(known)
+    await acknowledge(nats, service)
+
+    async def then_one_is_handled(nc: Client) -> tuple[int, int]:
+        ends = await bounds(nc)
+        await publish(nats, late)
+        await service.handles(late)
+        return ends
+
+    monkeypatch.setattr("shared.replaying.bounds", then_one_is_handled)
+    _, differences = await dry_run(nats, service.url, service.rebuilt)
+    assert [difference.rows for difference in differences] == [0] * len(service.rebuilt.tables)
 
 
 async def test_after_a_replay_the_schema_is_what_the_migrations_made(nats: Client, service: Service) -> None:
