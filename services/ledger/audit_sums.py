@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from services.ledger.findings import Difference
@@ -16,6 +16,11 @@ from shared.subscriptions import Change
 
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 EARLIEST, LATEST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+# In PostgreSQL: as text, for a day may be infinite, or of a year that Python has no word for.
+_DAY = (
+    "CASE WHEN extract(year FROM usage_date) BETWEEN 1 AND 9999 THEN to_char(usage_date, 'YYYY-MM-DD')"
+    " ELSE CAST(usage_date AS text) END"
+)
 TOTALS, DAYS = "quota.usage_totals", "ledger.usage_daily"
 
 
@@ -23,20 +28,23 @@ def compare_days(ledger: Snapshot, scope: Scope, scratch: Scratch) -> int:
     """How many there are. `scratch` has all events, and is told what differs."""
     first = (scope.first or EARLIEST).astimezone(UTC).date()
     last = (scope.last or LATEST).astimezone(UTC).date()
-    found = _days(ledger, scope.user_id, first, last)
+    found = _days(ledger, scope)
     kept = scratch.keep_days(found, first=first.isoformat(), last=last.isoformat())
     for day in scratch.differing_days():
         scratch.add(_differing_day(day))
     return kept
 
 
-def _days(ledger: Snapshot, user_id: str | None, first: date, last: date) -> Iterator[Row]:
-    """Whole days, those at the ends of what is looked at included."""
-    of_user, values = ("", ()) if user_id is None else ("user_id = ? AND ", (user_id,))
-    within = f"{of_user}usage_date >= ? AND usage_date <= ?"
-    columns = ", ".join(("user_id", "usage_date", "model", *DAILY))
-    statement = f"SELECT {columns} FROM usage_daily WHERE {within}"  # noqa: S608
-    for found, day, *counts in ledger.rows(statement, *values, ledger.day(first), ledger.day(last)):
+def _days(ledger: Snapshot, scope: Scope) -> Iterator[Row]:
+    """Whole days, those at the ends of what is looked at included; without an end whatever stands for a day."""
+    conditions = {
+        "user_id = ?": scope.user_id,
+        "usage_date >= ?": scope.first and ledger.day(scope.first.astimezone(UTC).date()),
+        "usage_date <= ?": scope.last and ledger.day(scope.last.astimezone(UTC).date()),
+    }
+    where, values = _where(conditions)
+    columns = ", ".join(("user_id", "usage_date" if ledger.is_sqlite else _DAY, "model", *DAILY))
+    for found, day, *counts in ledger.rows(f"SELECT {columns} FROM usage_daily{where}", *values):  # noqa: S608
         yield (found, str(day), *counts)
 
 
@@ -88,12 +96,17 @@ def _totals(quota: Snapshot, scope: Scope) -> Iterator[Row]:
         "period_end > ?": scope.first and quota.time(scope.first),
         "period_start <= ?": scope.last and quota.time(scope.last),
     }
-    asked = {condition: value for condition, value in conditions.items() if value is not None}
-    where = f" WHERE {' AND '.join(asked)}" if asked else ""
+    where, values = _where(conditions)
     period = [name if quota.is_sqlite else finite(name) for name in ("period_start", "period_end")]
     columns = ", ".join(("user_id", *period, *SUMS, "models"))
-    for user_id, start, end, *counts in quota.rows(f"SELECT {columns} FROM usage_totals{where}", *asked.values()):  # noqa: S608
+    for user_id, start, end, *counts in quota.rows(f"SELECT {columns} FROM usage_totals{where}", *values):  # noqa: S608
         yield (user_id, _text(start), _text(end), *counts)
+
+
+def _where(conditions: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """Those of which there is a value, and the values."""
+    asked = {condition: value for condition, value in conditions.items() if value is not None}
+    return (f" WHERE {' AND '.join(asked)}" if asked else ""), list(asked.values())
 
 
 def _text(moment: Any) -> str | None:

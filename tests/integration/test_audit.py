@@ -21,7 +21,7 @@ from services.ledger.checkpoint import Keys
 from services.ledger.findings import Difference, Report, as_json, in_words
 from services.ledger.handlers import Handlers as LedgerHandlers
 from services.ledger.scope import Scope
-from services.ledger.scratch import Scratch, scratch
+from services.ledger.scratch import DAILY, Scratch, scratch
 from services.ledger.sealer import Damaged, Sealer
 from services.ledger.snapshots import snapshot
 from services.ledger.verify_record import key_id
@@ -554,6 +554,18 @@ async def test_a_day_that_no_event_explains_is_named(system: System) -> None:
     assert (missing.kind, missing.user_id, missing.found) == ("missing", "counted", None)
     assert (unexplained.kind, unexplained.user_id, unexplained.expected) == ("unexplained", "other", None)
     assert unexplained.found == missing.expected
+
+
+@pytest.mark.parametrize("day", ["infinity", "-infinity", "20000-01-01"])
+async def test_what_stands_for_a_day_and_is_none_is_named(system: System, day: str) -> None:
+    await publish(system.nats, COUNTED)
+    await system.deliver()
+    counts = ", ".join(DAILY)
+    await system.ledger_does(f"INSERT INTO usage_daily SELECT user_id, '{day}', model, {counts} FROM usage_daily")  # noqa: S608
+    (difference,) = (await system.audit(Scope("counted"))).differences
+    assert (difference.where, difference.kind) == ("ledger.usage_daily", "unexplained")
+    assert difference.found is not None
+    assert difference.found["usage_date"] == day
 
 
 async def test_a_total_that_is_gone_is_named_by_user_and_period(system: System) -> None:
