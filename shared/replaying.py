@@ -178,7 +178,7 @@ async def dry_run(
                 )
             rebuilt.derive(db, shadow.live)
             differences = [Pair(db, shadow.live, table).difference() for table in rebuilt.tables]
-    told.beside = await rebuilt.lost(record, url)
+        told.beside = await rebuilt.lost(record, url)
     return told, differences
 
 
@@ -201,9 +201,14 @@ async def rebuild_into(
 
 @contextmanager
 def open_shadow(url: str, tables: Sequence[Table], migrations: Path) -> Iterator[Shadow]:
-    """Empty tables. Raises Misconfigured when somebody else replays the same database."""
-    is_sqlite = make_url(url).get_backend_name() == "sqlite"
-    with beside_sqlite(url, tables, migrations) if is_sqlite else in_postgresql(url, tables) as shadow:
+    """Empty tables. Raises Misconfigured when somebody else replays the same database, and within its context where
+    the database cannot be used."""
+    database = make_url(url)
+    is_sqlite = database.get_backend_name() == "sqlite"
+    with (
+        usable(database),
+        beside_sqlite(url, tables, migrations) if is_sqlite else in_postgresql(url, tables) as shadow,
+    ):
         yield shadow
 
 

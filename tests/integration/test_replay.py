@@ -359,6 +359,27 @@ async def test_what_makes_no_sense_is_named_and_put_right(nats: Client, service:
         assert await service.has(before), wrong
 
 
+def _damage_pages(file: Path) -> None:
+    """Its schema can be read: whoever only opens it finds nothing."""
+    with file.open("r+b") as opened:
+        half = opened.seek(0, 2) // 2
+        opened.seek(half)
+        opened.write(b"x" * half)
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+async def test_a_file_with_damaged_pages_is_named_with_what_to_do(nats: Client, service: Service) -> None:
+    events = [usage_reported() for _ in range(300)]
+    await publish(nats, *events)
+    await service.handles(*events)
+    await acknowledge(nats, service)
+    await service.database.close()
+    _damage_pages(Path(make_url(service.url).database or ""))
+    for asked in (replay, dry_run):
+        with pytest.raises(Misconfigured, match=r"is damaged, or is none\. Move it away and start ChatRail"):
+            await asked(nats, service.url, service.rebuilt)
+
+
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 async def test_a_database_of_another_release_is_left_to_it(nats: Client, service: Service) -> None:
     for revision, told in (("0001", rf"earlier .* services\.{service.rebuilt.service} migrate"), ("9999", "later")):
