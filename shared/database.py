@@ -183,7 +183,7 @@ def usable(url: URL) -> Iterator[None]:
     except DatabaseError as error:
         if is_damaged(error.orig):
             raise damaged(url.database) from error
-        if isinstance(error, OperationalError):
+        if isinstance(error, OperationalError) or isinstance(error.orig, errors.InsufficientPrivilege):
             raise Misconfigured(f"The database {shown(url)} cannot be used: {error.orig}") from error
         raise
 

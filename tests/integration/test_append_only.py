@@ -17,9 +17,10 @@ from services.quota import store as quota_store
 from services.quota import subscriptions as quota_subscriptions
 from services.quota import totals as quota_totals
 from shared.database import Database
+from shared.errors import Misconfigured
 from shared.events import Event
 from shared.plans import Plans
-from shared.replaying import replay
+from shared.replaying import open_shadow, replay
 from tests.builders import generation_completed, publish, subscription_changed
 from tests.fixtures import Postgres
 
@@ -174,3 +175,19 @@ async def test_quota_still_settles_without_these_rights(served_quota: Database) 
     settled = await served_quota.write(quota_store.settle, Plans.load(), [*EVENTS, *new])
     assert settled.events == 2
     await served_quota.write(do("UPDATE settlements SET is_late = true"))
+
+
+async def test_a_role_that_may_only_read_is_told_so_by_a_replay(
+    postgres: Postgres, served_ledger: Database, role_url: str
+) -> None:
+    role = f"auditor_{uuid4().hex}"
+    postgres.execute("CREATE ROLE {} LOGIN", role)
+    url = make_url(role_url).set(username=role).render_as_string(hide_password=False)
+    try:
+        with (
+            pytest.raises(Misconfigured, match="permission denied for database"),
+            open_shadow(url, RebuiltLedger.tables, RebuiltLedger.migrations),
+        ):
+            pass
+    finally:
+        postgres.execute("DROP ROLE {}", role)
