@@ -63,8 +63,7 @@ class Handlers:
 
     async def usage(self, queries: Sequence[UsageQuery]) -> list[UsageAnswer]:
         """What users have used and what is left, with the pending usage that the callers know of."""
-        standing, at = await self._database.read(store.look_up, self._plans, queries)
-        users = (standing[query.user_id] for query in queries)
+        users, at = await self._database.read(store.look_up, self._plans, queries)
         return [UsageAnswer(usage=user.usage, limits=user.limits(at)) for user in users]
 
     async def explain(self, queries: Sequence[ExplainQuery]) -> list[CountedStory]:

@@ -187,13 +187,17 @@ def _release_holds(db: Connection, events: Sequence[Event], at: datetime) -> Non
         db.execute(update(settlements).where(settlements.c.event_id.in_(late)).values(is_late=True))
 
 
-def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> tuple[dict[str, Account], datetime]:
-    """Users now, and when that is. Their `pending` usage that is not settled yet is counted in place of its holds."""
-    pending = _pending(queries)
-    rows, events = look(db, {query.user_id for query in queries}, pending, locked=False)
-    standing, at = _accounts(db, plans, rows)[0], rows[0].at
-    _include(standing, pending, events, at=at)
-    return standing, at
+def look_up(db: Connection, plans: Plans, queries: Sequence[UsageQuery]) -> tuple[list[Account], datetime]:
+    """For each query its user now, and when that is. Its own `pending` usage that is not settled yet is counted in
+    place of its holds; what only another query tells of may not be durable yet, and be gone from the next answer."""
+    rows, events = look(db, {query.user_id for query in queries}, _pending(queries), locked=False)
+    users, at = _accounts(db, plans, rows)[0], rows[0].at
+    answers: list[Account] = []
+    for query in queries:
+        standing = {query.user_id: users[query.user_id]}
+        _include(standing, _pending([query]), events, at=at)
+        answers += standing.values()
+    return answers, at
 
 
 def explain(db: Connection, plans: Plans, query: ExplainQuery) -> CountedStory:

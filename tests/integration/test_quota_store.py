@@ -117,7 +117,7 @@ class Quota:
 
     async def account(self, user_id: str = "user_1", *pending: Pending) -> Account:
         query = UsageQuery(user_id=user_id, pending=pending)
-        return (await self.database.read(store.look_up, self.plans, [query]))[0][user_id]
+        return (await self.database.read(store.look_up, self.plans, [query]))[0][0]
 
     async def account_at(self, moment: datetime, user_id: str = "user_1") -> Account:
         def work(db: Connection) -> Account:
@@ -556,6 +556,13 @@ async def test_pending_usage_is_in_the_way_of_the_next_generation_exactly_once(q
     assert await quota.authorize(asking(least=1_000, pending=known)) == [None]
     await quota.settle(event)
     assert await quota.authorize(asking(pending=known)) == [500]
+
+
+async def test_pending_usage_that_one_caller_knows_of_is_not_in_the_answer_of_another(quota: Quota) -> None:
+    """It may not be durable yet: shown to somebody else, it could be gone when they ask again."""
+    asked = [UsageQuery(user_id="user_1", pending=known) for known in ((), (pending_of(spent(100)),), ())]
+    accounts, _ = await quota.database.read(store.look_up, quota.plans, asked)
+    assert [account.usage.tokens_used for account in accounts] == [0, 100, 0]
 
 
 async def test_pending_usage_of_another_user_or_of_another_period_is_not_mine(quota: Quota) -> None:
