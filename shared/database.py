@@ -300,8 +300,13 @@ class PostgresConnection(psycopg.Connection[Any]):
                 self.execute(*last)
                 super().commit()
         except psycopg.Error:
-            if not self.closed:  # the COMMIT behind a statement that failed was not even tried
-                super().rollback()
+            # The COMMIT behind a statement that failed was not even tried. Where the server is about to end, or the
+            # pipeline stuck, nobody knows; a link that is closed says so.
+            try:
+                if not self.closed:
+                    super().rollback()
+            except psycopg.Error:
+                self.close()
             raise
 
     def rollback(self) -> None:

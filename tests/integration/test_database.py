@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from shared import database as settings
 from shared.database import CommitUnknown, Database, snapshot
 from shared.errors import Misconfigured
+from shared.prepared import execute_last
 from shared.settings import sqlite_url
 from tests.fixtures import Postgres, eventually
 from tests.proxy import Mode, Proxy
@@ -222,3 +223,15 @@ async def test_a_sqlite_file_that_another_process_keeps_locked_costs_two_seconds
     other.close()
     assert await database.write(one) == 1
     await database.close()
+
+
+async def test_a_link_that_is_stuck_in_the_middle_of_a_commit_leaves_it_unknown_whether_it_stands(
+    postgres: Postgres,
+) -> None:
+    """As a server leaves it that is ended by force and has not closed it yet; or a COPY, which no pipeline can do."""
+    with postgres.new_database() as url:
+        database = Database(url)
+        with pytest.raises(CommitUnknown):
+            await database.write(execute_last, "COPY (SELECT 1) TO STDOUT", None)
+        assert await database.write(one) == 1
+        await database.close()
