@@ -25,6 +25,9 @@ def away(stack: Stack, part: str) -> Iterator[None]:
     process = psutil.Process(stack.pid(part))
     process.send_signal(signal.SIGSTOP)
     try:
+        # On a machine with much to do it goes on until one of its threads has its turn.
+        while process.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
         yield
     finally:
         process.send_signal(signal.SIGCONT)
