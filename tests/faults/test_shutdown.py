@@ -76,7 +76,7 @@ async def test_what_ends_within_the_grace_is_whole_the_rest_is_cut_and_counted_a
                     await newcomer.get(f"http://127.0.0.1:{chat.port}/healthz")
             except httpx2.ConnectError:
                 return True
-            except httpx2.RemoteProtocolError:
+            except (httpx2.RemoteProtocolError, httpx2.ReadError):
                 return False  # let in just as the door was closed
             return False
 
