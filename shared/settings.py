@@ -140,7 +140,7 @@ class StreamSettings(Environment):
     """What the stream is made with."""
 
     nats_url: NatsUrl = Field(default="nats://127.0.0.1:4222", repr=False)
-    stream_bytes_max: int = Field(default=8 * 1024**3, ge=1, le=INT64_MAX)
+    stream_bytes_max: int = Field(default=8 * 1024**3, ge=16 * 1024, le=INT64_MAX)
     stream_replicas: int = Field(default=1, ge=1, le=5)
 
 

@@ -24,7 +24,7 @@ from services.chat.publisher import Publisher
 from services.chat.push import Watchers
 from services.chat.quota import Quota
 from services.chat.reports import Reports
-from services.chat.routes import adjustments, chat, explain, page, plans, usage
+from services.chat.routes import adjustments, chat, examples, explain, page, plans, usage
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
 from shared.broker import Connection, cancelled, close, connect_options
@@ -52,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         # To where a proxy in front would not be: the address is made of what it sends on.
         redirect_slashes=False,
-        responses=problems.RESPONSES,
+        responses=examples.PROBLEM,
     )
     app.state.settings = settings
     app.state.plans = Plans.load(settings.plans)

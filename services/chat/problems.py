@@ -17,7 +17,7 @@ from shared.errors import BadCall, Unavailable
 MEDIA_TYPE = "application/problem+json"
 NOSNIFF = {"X-Content-Type-Options": "nosniff"}
 # For the description of every route, in place of the framework's own form of errors.
-_SCHEMA = {
+SCHEMA = {
     "type": "object",
     "required": ["type", "title", "status", "detail"],
     "properties": {
@@ -26,9 +26,6 @@ _SCHEMA = {
         "status": {"type": "integer"},
         "detail": {"type": "string"},
     },
-}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    "default": {"description": "A problem, and what to do about it", "content": {MEDIA_TYPE: {"schema": _SCHEMA}}}
 }
 log = structlog.get_logger()
 

@@ -10,8 +10,13 @@ from shared.settings import INT64_MAX, HeaderSecret, HttpUrl, ServiceSettings
 CLAUDE_URL = "https://api.anthropic.com"
 _ORIGIN = re.compile(
     r"(?!http://[^/]*:80$|https://[^/]*:443$)"
-    r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?"
+    r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[1-9]\d{0,4}))?"
 )
+
+
+def _is_origin(text: str) -> bool:
+    origin = _ORIGIN.fullmatch(text)
+    return origin is not None and int(origin["port"] or 443) <= 65535
 
 
 class Settings(ServiceSettings):
@@ -60,7 +65,7 @@ class Settings(ServiceSettings):
     def _as_browsers_send_them(cls, origins: str) -> str:
         # Compared with the header Origin, byte by byte. Not "*": any page would spend anybody's tokens.
         for origin in origins.split(","):
-            if origin.strip() and not _ORIGIN.fullmatch(origin.strip()):
+            if origin.strip() and not _is_origin(origin.strip()):
                 raise ValueError(
                     "each origin is scheme://host or scheme://host:port, in small letters, without a path and "
                     "without the scheme's own port"

@@ -70,25 +70,23 @@ async def test_the_description_names_every_route_with_an_example_of_each_body(st
     assert "/openapi.json" in page.text
 
 
-async def test_each_example_is_what_its_schema_describes(stack: Stack) -> None:
+async def test_each_answer_has_an_example_which_is_what_its_schema_describes(stack: Stack) -> None:
     from jsonschema_rs import validator_for  # noqa: PLC0415
 
     async with client_of(stack) as http:
         document = (await http.get("/openapi.json")).json()
     answers = [
-        (content["schema"], content["example"])
+        (content.get("schema", {}), content["example"])
         for methods in document["paths"].values()
         for operation in methods.values()
         for answer in operation["responses"].values()
-        for content in answer.get("content", {}).values()
-        if "schema" in content and "example" in content
+        for content in answer["content"].values()
     ]
     bodies = [
         (schema, example)
         for schema in document["components"]["schemas"].values()
         for example in schema.get("examples", [])
     ]
-    assert answers
     for schema, example in [*answers, *bodies]:
         wrong = validator_for({**schema, "components": document["components"]}).iter_errors(example)
         assert [error.message for error in wrong] == []

@@ -240,6 +240,7 @@ def test_origins_are_named_as_browsers_send_them(read: Read, origins: str) -> No
         "http://shop.example:80",
         "https://user@shop.example",
         "https://shop.example,shop.example",
+        "https://shop.example:65536",
     ],
 )
 def test_an_origin_that_no_browser_sends_is_told(read: Read, origins: str) -> None:
@@ -253,6 +254,10 @@ def test_an_origin_that_no_browser_sends_is_told(read: Read, origins: str) -> No
 def test_a_number_that_nobody_can_count_to_is_told(read: Read, settings: type[Environment], name: str) -> None:
     read(settings, **{name: str(2**63 - 1)})
     assert "less than or equal to 9223372036854775807" in read.told(settings, **{name: str(2**63)})
+
+
+def test_gibibytes_taken_for_bytes_are_told(read: Read) -> None:
+    assert "greater than or equal to 16384" in read.told(StreamSettings, CHATRAIL_STREAM_BYTES_MAX="8")
 
 
 def test_a_replica_needs_a_node(read: Read) -> None:

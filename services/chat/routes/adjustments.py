@@ -9,9 +9,9 @@ from services.chat.adjustments import Adjustments
 from services.chat.deadline import Deadline
 from services.chat.idempotency import IdempotencyKey
 from services.chat.identity import Operator
-from services.chat.problems import MEDIA_TYPE
 from services.chat.quota import Quota
 from services.chat.reading import Body, OneReading
+from services.chat.routes import examples
 from shared.events import Adjustment, Moment, Name, SignedTokens, Tokens, UsageAdjusted, UserId, utc_now
 
 router = APIRouter(tags=["usage"], route_class=OneReading)
@@ -70,10 +70,7 @@ class Adjusted(Body):
     id: str
 
 
-@router.post(
-    "/api/usage/adjustments",
-    responses={409: {"description": "The key came with another body before", "content": {MEDIA_TYPE: {}}}},
-)
+@router.post("/api/usage/adjustments", responses=examples.ADJUSTMENT)
 async def adjust(
     request: Request,
     response: Response,

@@ -1,7 +1,7 @@
 """POST /api/chat: a metered answer from Claude, streamed."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -10,9 +10,9 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, field
 from services.chat.claude import Prompt
 from services.chat.deadline import Deadline
 from services.chat.generations import Generations
-from services.chat.problems import MEDIA_TYPE
 from services.chat.ratelimit import headers
 from services.chat.reading import Body, OneReading
+from services.chat.routes import examples
 from services.chat.settings import Settings
 from services.chat.sse import EventStream, watched
 from shared.calls import Usage, View
@@ -76,42 +76,7 @@ class Answer(View):
     usage: Usage | None = Field(description="null where quota does not answer")
 
 
-_SSE_EXAMPLE = (
-    'event: start\ndata: {"generationId":"0198…","model":"claude-haiku-4-5-20251001"}\n\n'
-    'event: delta\ndata: {"text":"A token is "}\n\n'
-    'event: usage\ndata: {"tier":"free","tokensUsed":8094,"tokensLimit":108000,"tokensRemaining":99906,…}\n\n'
-    'event: done\ndata: {"generationId":"0198…","inputTokens":5282,"outputTokens":2812,"tokensUsed":8094,'
-    '"stopReason":"end_turn"}\n\n'
-)
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "model": Answer,
-        "description": "Events start, delta, usage, done, error; one JSON document if only that is accepted. "
-        "`limitReached: true` in done: the plan ended the answer, not Claude.",
-        "content": {"text/event-stream": {"example": _SSE_EXAMPLE}},
-    },
-    400: {"description": "Malformed JSON or an unknown model", "content": {MEDIA_TYPE: {}}},
-    429: {
-        "description": "The limit is reached; nothing was sent to Claude",
-        "content": {
-            MEDIA_TYPE: {
-                "example": {
-                    "type": "urn:chatrail:problem:token-limit-exceeded",
-                    "title": "Token limit exceeded",
-                    "status": 429,
-                    "detail": "Upgrade to Pro",
-                    "tokensRemaining": 0,
-                    "resetsAt": "2026-12-01T00:00:00Z",
-                    "upgradeTo": "pro",
-                }
-            }
-        },
-    },
-    503: {"description": "Quota cannot be asked, so nothing is spent; see Retry-After", "content": {MEDIA_TYPE: {}}},
-}
-
-
-@router.post("/api/chat", responses=_RESPONSES, response_class=Response)
+@router.post("/api/chat", response_model=Answer, responses=examples.CHAT)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Ask Claude on behalf of a user. Tokens are held before, counted after, whatever happens in between."""
     generations: Generations = request.app.state.generations
@@ -135,12 +100,12 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         return EventStream(generation.frames(), on_disconnect=generation.leave, headers=told)
     with watched(request.receive, generation.leave):
         answer = msgspec.json.encode(await generation.answer())
-    return Response(answer, headers=told, media_type="application/json")
+    return Response(answer, headers=told, media_type=examples.JSON)
 
 
 def _accepts_only_json(accept: str) -> bool:
     taken = accepted(accept)
-    return "application/json" in taken and not taken & {"text/event-stream", "text/*", "*/*"}
+    return examples.JSON in taken and not taken & {examples.EVENT_STREAM, "text/*", "*/*"}
 
 
 def accepted(header: str) -> set[str]:

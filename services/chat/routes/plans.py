@@ -11,6 +11,7 @@ from services.chat.identity import Operator
 from services.chat.problems import Problem
 from services.chat.quota import Quota
 from services.chat.reading import Body, OneReading
+from services.chat.routes import examples
 from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
 from shared.calls import View
@@ -44,7 +45,7 @@ class PlansView(View):
     simulated: bool
 
 
-@router.get("/api/plans")
+@router.get("/api/plans", responses=examples.PLANS)
 async def plans(request: Request) -> PlansView:
     """The plans that there are. `simulated` says that answers come from the local stand-in, not from Claude."""
     known: Plans = request.app.state.plans
@@ -105,7 +106,7 @@ class _AnyText(Convertor[str]):
 register_url_convertor("text", _AnyText())
 
 
-@router.put("/api/subscriptions/{userId:text}")
+@router.put("/api/subscriptions/{userId:text}", responses=examples.SUBSCRIPTION)
 async def subscribe(
     request: Request,
     response: Response,

@@ -15,12 +15,13 @@ from pydantic import ConfigDict, JsonValue, field_validator
 from services.chat.deadline import Deadline
 from services.chat.idempotency import IdempotencyKey
 from services.chat.identity import Operator
-from services.chat.problems import MEDIA_TYPE, Problem
+from services.chat.problems import Problem
 from services.chat.push import Watchers
 from services.chat.quota import Quota
 from services.chat.ratelimit import headers
 from services.chat.reading import Body, OneReading
 from services.chat.reports import Reports
+from services.chat.routes import examples
 from services.chat.routes.chat import accepted
 from shared import calls
 from shared.broker import call
@@ -35,20 +36,6 @@ HISTORY_DAYS_MAX = 400
 # Before the first 30 days of the calendar there is no default for `from`.
 FIRST_DAY = date(1970, 1, 1)
 
-_USAGE_EXAMPLE = {
-    "tier": "free",
-    "tokensUsed": 8094,
-    "tokensLimit": 108000,
-    "tokensRemaining": 99906,
-    "usagePercentage": 7.5,
-    "tokensHeld": 0,
-    "period": "month",
-    "periodStart": "2026-11-01T00:00:00Z",
-    "resetsAt": "2026-12-01T00:00:00Z",
-    "upgradeTo": "pro",
-    "costUsd": "0.00",
-}
-_JSON = "application/json"
 _CSV_COLUMNS = (
     "id",
     "time",
@@ -65,7 +52,7 @@ _CSV_COLUMNS = (
 )
 
 
-@router.get("/api/usage", response_model=Usage, responses={200: {"content": {_JSON: {"example": _USAGE_EXAMPLE}}}})
+@router.get("/api/usage", response_model=Usage, responses=examples.USAGE)
 async def usage(request: Request, user_id: User) -> Response:
     """What the user has used in the current period and what is left. A user never seen before has zeros."""
     quota: Quota = request.app.state.quota
@@ -119,10 +106,7 @@ class Reported(Body):
     success: bool = True
 
 
-@router.post(
-    "/api/usage",
-    responses={409: {"description": "The key came with another body before", "content": {MEDIA_TYPE: {}}}},
-)
+@router.post("/api/usage", responses=examples.REPORT)
 async def report(
     request: Request,
     response: Response,
@@ -179,7 +163,7 @@ def _contradiction(message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": ("body", "metadata"), "msg": message}])
 
 
-@router.get("/api/usage/history", response_model=History)
+@router.get("/api/usage/history", response_model=History, responses=examples.HISTORY)
 async def history(
     request: Request,
     user_id: User,
@@ -204,7 +188,7 @@ async def history(
     return _json(body, rate_limit)
 
 
-@router.get("/api/usage/logs", response_model=Logs, responses={200: {"content": {"text/csv": {}}}})
+@router.get("/api/usage/logs", response_model=Logs, responses=examples.LOGS)
 async def logs(
     request: Request,
     user_id: User,
@@ -217,15 +201,15 @@ async def logs(
     body, rate_limit = await asyncio.gather(
         call(request.app.state.nc, calls.LOGS, query, timeout_s=deadline.left_s), quota.rate_limit(user_id, deadline)
     )
-    if "text/csv" not in accepted(request.headers.get("accept", "")):
+    if examples.CSV not in accepted(request.headers.get("accept", "")):
         return _json(body, rate_limit)
     page = json.loads(body)
     following = {"X-Next-Cursor": page["nextCursor"]} if page["nextCursor"] else {}
     told = {"Cache-Control": "no-store", **rate_limit, **following}
-    return Response(_csv(page["records"]), headers=told, media_type="text/csv")
+    return Response(_csv(page["records"]), headers=told, media_type=examples.CSV)
 
 
-@router.get("/api/usage/events", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
+@router.get("/api/usage/events", response_class=Response, responses=examples.USAGE_EVENTS)
 async def events(request: Request, user_id: User) -> Response:
     """The body of GET /api/usage as an event `usage`: at once, and whenever it changes."""
     watchers: Watchers = request.app.state.watchers
@@ -235,7 +219,7 @@ async def events(request: Request, user_id: User) -> Response:
 
 
 def _json(body: bytes, rate_limit: Mapping[str, str]) -> Response:
-    return Response(body, headers={"Cache-Control": "no-store", **rate_limit}, media_type=_JSON)
+    return Response(body, headers={"Cache-Control": "no-store", **rate_limit}, media_type=examples.JSON)
 
 
 def _csv(records: list[dict[str, Any]]) -> str:
