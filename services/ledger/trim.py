@@ -98,11 +98,13 @@ async def _verify(nc: Client, rows: Rows, archive: Archive, keys: Keys | None) -
     if min((await acknowledged(nc)).values()) < archive.last:
         raise Misconfigured("Ledger and quota have not handled all that is archived: let them catch up first.")
     for manifest in archive.manifests:
-        before = sealed_at(rows, manifest.first - 1)
-        for found in await altered(archive.path(manifest), manifest, rows, before=before, keys=keys):
+        path, before = archive.path(manifest), sealed_at(rows, manifest.first - 1)
+        if not await asyncio.to_thread(path.exists):
+            raise Misconfigured(f"The archive's file {path} is not there: restore it. Nothing was trimmed.")
+        for found in await altered(path, manifest, rows, before=before, keys=keys):
             await asyncio.to_thread(archive.check_name, manifest)
             raise Misconfigured(
-                f"The archive's file {archive.path(manifest)} is not what was sealed"
+                f"The archive's file {path} is not what was sealed"
                 + (f", from message {found.sequence} on" if found.sequence else "")
                 + ". Nothing was trimmed; make audit tells what was changed."
             )
