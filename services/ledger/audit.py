@@ -43,7 +43,12 @@ LOOK_EVERY_S = 0.1
 
 ARCHIVE = "archive"
 # What is to be done where the record itself is as it was.
-DONE_ABOUT = {Kind.SEAL_SUBTREES: "subtrees", Kind.OUTSIDE_LACKS: "outside", Kind.UNSIGNED: "unsigned"}
+DONE_ABOUT = {
+    Kind.SEAL_SUBTREES: "subtrees",
+    Kind.OUTSIDE: "elsewhere",
+    Kind.OUTSIDE_LACKS: "outside",
+    Kind.UNSIGNED: "unsigned",
+}
 READING = "Reading the stream"
 OTHERS = {LEDGER: ("usage_daily", "quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals", "holds")}
 

@@ -47,6 +47,11 @@ KINDS = {
         "Somebody changed it, and nothing is sealed on top of it. Restore the ledger's database from a copy, or take "
         "off the append-only trigger and delete the seal's row: the ledger makes it anew.",
     ),
+    "elsewhere": (
+        "written down there, and no seal of this record",
+        "The record was changed together with its leaves and seals, or the file was, or it is another stack's: then "
+        "name the right one with CHATRAIL_SEALS_FILE. Else compare both with copies, and restore what was right.",
+    ),
     "outside": (
         "made, and not written down there",
         "Somebody emptied or cut the file, or it could not be written: keep it, and compare it with its copies. "

@@ -17,9 +17,10 @@ from sqlalchemy import Connection, Table, text, update
 from services.ledger import audit as auditing
 from services.ledger import store as ledger_store
 from services.ledger.audit import Databases, Evidence, audit
-from services.ledger.checkpoint import Keys
+from services.ledger.checkpoint import Keys, checkpoint
 from services.ledger.findings import Difference, Report, as_json, in_words
 from services.ledger.handlers import Handlers as LedgerHandlers
+from services.ledger.merkle import Head
 from services.ledger.scope import Scope
 from services.ledger.scratch import DAILY, Scratch, scratch
 from services.ledger.sealer import Damaged, Sealer
@@ -867,6 +868,12 @@ async def test_a_file_outside_that_was_cut_is_named_and_how_far_the_evidence_goe
         assert found.kinds == [("evidence, seal that the file outside lacks", "outside")] * lacking
         assert f"{lacking} made, and not written down there" in found.words
         assert "a ledger that runs writes it down" not in found.words
+
+    another = Head(size=3, root=bytes(32))
+    seals_file.write_text(whole.replace(notes[1], checkpoint(another, None)))
+    found = await audited(Evidence(keys, seals_file))
+    assert ("evidence, seal of the file outside that does not fit", "elsewhere") in found.kinds
+    assert "or it is another stack's" in found.words
 
     # A process that dies leaves its newest head unwritten, or only begun.
     monkeypatch.setattr(auditing, "WRITTEN_WITHIN_S", 0.0)
