@@ -2,6 +2,7 @@
 
 import json
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # All that stands before the body. The parser itself would take any size into memory.
@@ -35,7 +36,11 @@ class Protocol(HttpToolsProtocol):
     _is_in_head, _head_bytes = False, 0
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self._refuse(_UNREADABLE)
         if self._is_in_head:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES_MAX:
@@ -49,8 +54,28 @@ class Protocol(HttpToolsProtocol):
         self._is_in_head = False
         super().on_headers_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(_UNREADABLE)
+    def _should_upgrade(self) -> bool:
+        """True, so that nothing is done yet where the parser stops behind a head that offers another protocol."""
+        return True
+
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offered:
+                data = self._without_offer() + data[offered.args[0] :]
+
+    def _without_offer(self) -> bytes:
+        """The head once more, without its offer: we stay with HTTP/1.1 (RFC 9110, section 7.8). The parser would
+        take the body for the other protocol, and what of it comes later for a request."""
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        if method == b"CONNECT":  # which is one without its header, too
+            raise httptools.HttpParserError
+        lines = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+        return b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version.encode()), *lines, b"", b""])
 
     def _refuse(self, answer: bytes) -> None:
         self.transport.write(answer)

@@ -369,6 +369,7 @@ async def test_headers_by_which_others_may_read_another_request_are_refused(
         ("GET /api/usage?userId=ü HTTP/1.1\r\n\r\n", 400, "encode it by %"),
         ("FOO / HTTP/1.1\r\n\r\n", 400, "no HTTP/1.1 request"),
         ("hello\r\n\r\n", 400, "no HTTP/1.1 request"),
+        ("CONNECT *:443 HTTP/1.1\r\n\r\n", 400, "no HTTP/1.1 request"),
         ("GET / HTTP/1.1\r\nx: ".ljust(256 * 1024 + 1, "x"), 431, "256 KiB"),
     ],
 )
@@ -380,6 +381,44 @@ def test_what_is_no_request_is_refused_in_words(stack: Stack, sent: str, status:
         answer.begin()
         assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
         assert word in json.loads(answer.read())["detail"]
+
+
+def offering_http2(user: str, *headers: str) -> tuple[bytes, bytes]:
+    """Head and body of a report as Java's own client sends its first over each connection, and curl with --http2."""
+    body = as_json(report(user))
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA")
+    about = ("Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    return "\r\n".join(["POST /api/usage HTTP/1.1", *about, *offer, *headers, "", ""]).encode(), body
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+async def test_who_offers_another_protocol_is_answered_in_this_one(
+    stack: Stack, http: httpx2.AsyncClient, user: str, protocol: str
+) -> None:
+    place, (head, body) = urlsplit(stack.url), offering_http2(user)
+    with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+        for _ in range(2):
+            connection.sendall(head.replace(b"h2c", protocol.encode()) + body)
+            answer = HTTPResponse(connection)
+            answer.begin()
+            assert (answer.status, json.loads(answer.read())) == (200, {"success": True})
+    assert (await usage(http, user))["tokensUsed"] == 2 * report(user)["tokensUsed"]
+
+
+async def test_a_body_behind_such_an_offer_is_never_taken_for_a_request(
+    stack: Stack, http: httpx2.AsyncClient, user: str
+) -> None:
+    place, (head, body) = urlsplit(stack.url), offering_http2(user, "Expect: 100-continue")
+    hidden = b"PUT /api/subscriptions/x HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".ljust(len(body))
+    async with nothing_recorded(stack):
+        with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
+            connection.sendall(head)
+            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+            connection.sendall(hidden)
+            answer = HTTPResponse(connection)
+            answer.begin()
+            assert (answer.status, json.loads(answer.read())["title"]) == (400, "Malformed JSON")
+    assert (await usage(http, user))["tokensUsed"] == 0
 
 
 @cases(BAD_QUESTIONS)
