@@ -46,7 +46,7 @@ class Ping:
 class Finished:
     """The provider's own count: cumulative, and possibly repeated, so the last one stands. None where it names none.
 
-    It is the last where it has a stop reason, or where the answer ends after it.
+    It is the last from the stop reason on, or where the answer ends after it.
     """
 
     counts: TokenCounts | None
@@ -235,7 +235,8 @@ class Stream:
         raise ProviderError(claude_problems.refused(response.status_code, retry_after=retry_after, body=body))
 
     def _understood(self, chunk: bytes) -> list[Step]:
-        """What it says. A failure is left in `_failure`: it is told after all that came before it."""
+        """What it says, up to Claude's last word. A failure is left in `_failure`: it is told after all that came
+        before it."""
         steps: list[Step] = []
         try:
             for event, data in self._parser.feed(chunk):
@@ -243,12 +244,14 @@ class Stream:
                     if not self._has_begun and not isinstance(step, Ping):
                         steps += self._begun_with(step)
                     steps.append(step)
+                if self._is_complete:
+                    break
             if self._is_complete and not self._has_begun:
                 steps += self._begun_with(None)
         except _NONSENSE as error:
             self._failure = ProviderError(self._nonsense())
             self._failure.__cause__ = error
-        if len(self._parser.waiting) > EVENT_BYTES_MAX:
+        if len(self._parser.waiting) > EVENT_BYTES_MAX and not self._is_complete:
             self._failure = self._failure or ProviderError(self._nonsense())
         return steps
 

@@ -256,8 +256,8 @@ class Generation:
             elif isinstance(step, Finished):
                 self._stop_reason = step.stop_reason or self._stop_reason
                 if step.counts:
-                    self._meter.counted(step.counts, is_last=step.stop_reason is not None)
-                if step.counts and step.stop_reason:
+                    self._meter.counted(step.counts, is_last=self._stop_reason is not None)
+                if step.counts and self._stop_reason:
                     self._ask_usage_soon(self._pending(step.counts))
             else:
                 self._frames.append(KEEPALIVE)

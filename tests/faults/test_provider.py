@@ -198,6 +198,18 @@ async def test_a_provider_that_counts_in_its_first_word_alone_is_believed(
     assert (record["outcome"], record["usage_source"], record["tokens_used"]) == ("completed", "provider", 59)
 
 
+async def test_a_count_behind_the_stop_reason_is_the_last_whether_it_repeats_the_reason_or_not(
+    elsewhere: Stack, other_port: int, user: str
+) -> None:
+    begins = {"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 1}}}
+    counts = {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 2}}
+    ends = END | {"usage": {"output_tokens": 1}}
+    async with saying(other_port, begins, TEXT, ends, counts), client_of(elsewhere) as http:
+        assert (await ask(http, user, "Hello")).last == "error"
+    record = await record_of(elsewhere, user)
+    assert (record["usage_source"], record["tokens_used"]) == ("provider", 11)
+
+
 async def test_a_reader_hears_of_the_start_first_also_where_the_provider_does_not_tell_of_it(
     elsewhere: Stack, other_port: int, user: str
 ) -> None:

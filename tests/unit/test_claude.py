@@ -18,7 +18,7 @@ from deploy.claude.requests import CountTokensRequest
 from services.chat import claude as claude_module
 from services.chat.claude import KNOWN, RETIRED, Claude, Prompt
 from services.chat.claude_problems import ProviderError
-from services.chat.claude_stream import Finished, Ping, Started, Stream, Text
+from services.chat.claude_stream import EVENT_BYTES_MAX, Finished, Ping, Started, Stream, Text
 from services.chat.metering import estimate_tokens
 from services.chat.problems import Problem
 from shared.events import TokenCounts
@@ -319,6 +319,21 @@ async def test_words_with_which_a_block_begins_are_passed_on() -> None:
     begun = [{"type": "content_block_start", "index": n, "content_block": block} for n, block in enumerate(blocks)]
     steps = await steps_of(said(start(input_tokens=7), *begun, text("second"), last(output_tokens=9), STOP))
     assert [step for step in steps if isinstance(step, Text)] == [Text("First "), Text("second")]
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        said(text("more"), last(output_tokens=500)),
+        said({"type": "error", "error": {"type": "overloaded_error"}}),
+        b"event: message_delta\ndata: {nonsense\n\n",
+        b"x" * (EVENT_BYTES_MAX + 1),
+    ],
+)
+async def test_what_comes_behind_claudes_last_word_is_nothing_also_in_one_piece_with_it(behind: bytes) -> None:
+    frames = said(start(input_tokens=7), text("Hello"), last(output_tokens=9), STOP)
+    steps = await steps_of(frames + behind.rpartition(b"\r\n\r\n")[2])
+    assert steps[1:] == [Text("Hello"), Finished(TokenCounts(input_tokens=7, output_tokens=9), "end_turn")]
 
 
 @pytest.mark.parametrize("holds_on", [True, False])
