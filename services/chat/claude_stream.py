@@ -38,6 +38,13 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Unseen:
+    """What Claude writes that is not for the reader, its thinking, say: output as any other."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ping:
     pass
 
@@ -53,7 +60,7 @@ class Finished:
     stop_reason: str | None
 
 
-Step = Started | Text | Ping | Finished
+Step = Started | Text | Unseen | Ping | Finished
 
 
 class _Usage(Struct):
@@ -75,6 +82,8 @@ class _MessageStart(Struct):
 class _Delta(Struct, frozen=True):
     type: str = ""
     text: str = ""
+    thinking: Any = None
+    partial_json: Any = None
     stop_reason: str | None = None
 
 
@@ -264,7 +273,7 @@ class Stream:
         """What the event says; None of what says nothing, and of a failure."""
         if event == b"content_block_delta":
             delta = _block_delta.decode(data).delta
-            return Text(delta.text) if delta.text and delta.type == "text_delta" else None
+            return Text(delta.text) if delta.text and delta.type == "text_delta" else _unseen(delta)
         if event == b"content_block_start":
             block = _block_start.decode(data).content_block
             return Text(block.text) if block.text and block.type == "text" else None
@@ -305,6 +314,11 @@ class Stream:
         if not self._question.may_be_heard:
             return claude_problems.cannot_be_reached(unsent_status)
         return claude_problems.not_claude() if self._is_somebody_elses else told(self.so_far)
+
+
+def _unseen(delta: _Delta) -> Unseen | None:
+    text = delta.thinking or delta.partial_json
+    return Unseen(text) if text and isinstance(text, str) else None
 
 
 def _is_event_stream(response: httpx2.Response) -> bool:

@@ -16,7 +16,7 @@ from prometheus_client import Counter, Gauge
 
 from services.chat.claude import Claude, Prompt
 from services.chat.claude_problems import ProviderError
-from services.chat.claude_stream import Finished, Started, Step, Stream, Text
+from services.chat.claude_stream import Finished, Started, Step, Stream, Text, Unseen
 from services.chat.deadline import Deadline
 from services.chat.metering import Held, Meter
 from services.chat.outbox import Outbox
@@ -251,6 +251,8 @@ class Generation:
                 self._meter.wrote(step.text)
                 self._text.append(step.text)
                 self._frames.append(frame(b"delta", msgspec.json.encode({"text": step.text})))
+            elif isinstance(step, Unseen):
+                self._meter.wrote(step.text)
             elif isinstance(step, Started):
                 self._begin(step)
             elif isinstance(step, Finished):

@@ -210,6 +210,17 @@ async def test_a_count_behind_the_stop_reason_is_the_last_whether_it_repeats_the
     assert (record["usage_source"], record["tokens_used"]) == ("provider", 11)
 
 
+async def test_of_an_answer_that_breaks_off_what_claude_thought_is_estimated_as_well(
+    elsewhere: Stack, other_port: int, user: str
+) -> None:
+    begins = {"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 1}}}
+    thinks = {"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "x" * 40}}
+    async with saying(other_port, begins, thinks, TEXT), client_of(elsewhere) as http:
+        assert (await ask(http, user, "Hello")).last == "error"
+    record = await record_of(elsewhere, user)
+    assert (record["usage_source"], record["input_tokens"], record["output_tokens"]) == ("estimated", 9, 60 // 4)
+
+
 async def test_a_reader_hears_of_the_start_first_also_where_the_provider_does_not_tell_of_it(
     elsewhere: Stack, other_port: int, user: str
 ) -> None:

@@ -18,7 +18,7 @@ from deploy.claude.requests import CountTokensRequest
 from services.chat import claude as claude_module
 from services.chat.claude import KNOWN, RETIRED, Claude, Prompt
 from services.chat.claude_problems import ProviderError
-from services.chat.claude_stream import EVENT_BYTES_MAX, Finished, Ping, Started, Stream, Text
+from services.chat.claude_stream import EVENT_BYTES_MAX, Finished, Ping, Started, Stream, Text, Unseen
 from services.chat.metering import estimate_tokens
 from services.chat.problems import Problem
 from shared.events import TokenCounts
@@ -334,6 +334,18 @@ async def test_what_comes_behind_claudes_last_word_is_nothing_also_in_one_piece_
     frames = said(start(input_tokens=7), text("Hello"), last(output_tokens=9), STOP)
     steps = await steps_of(frames + behind.rpartition(b"\r\n\r\n")[2])
     assert steps[1:] == [Text("Hello"), Finished(TokenCounts(input_tokens=7, output_tokens=9), "end_turn")]
+
+
+async def test_what_claude_thinks_and_asks_of_tools_is_output_that_is_not_shown() -> None:
+    deltas = [
+        {"type": "thinking_delta", "thinking": "Let me see"},
+        {"type": "input_json_delta", "partial_json": '{"query":'},
+        {"type": "thinking_delta", "thinking": ["odd"]},
+        {"type": "signature_delta", "signature": "x"},
+    ]
+    wrote = [{"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas]
+    steps = await steps_of(said(start(input_tokens=7), *wrote, last(output_tokens=9), STOP))
+    assert steps[1:-1] == [Unseen("Let me see"), Unseen('{"query":')]
 
 
 @pytest.mark.parametrize("holds_on", [True, False])
