@@ -249,7 +249,7 @@ async def test_a_key_is_remembered_by_the_next_process(stack: Stack, http: httpx
 LONE_SURROGATE = "\ud800"
 BAD_NAMES: list[Any] = ["", "x" * 129, "a\0b", "a\nb", "\x7f", LONE_SURROGATE, None, 7, ["user"]]
 BAD_COUNTS: list[Any] = [-1, 1.5, 1.0, True, "8094", None, 10**30, 100_000_001, float("nan")]
-NOT_JSON = [b"", b"{", b"\xff", b'{"userId": "user_1"', b"userId=user_1"]
+NOT_JSON = [b"", b"{", b"\xff", b'{"userId": "user_1"', b"userId=user_1", "{}".encode("utf-16-le")]
 NO_OBJECT = [b"[]", b"null", b'"text"', b"7", b"9" * 5_000, b"[" * 100_000 + b"]" * 100_000]
 BAD_MESSAGES: list[Any] = [None, [], "text", [{}], ["text"], {}, [None]]
 BAD_TEXTS: list[Any] = ["", " \n", None, 7, [], LONE_SURROGATE]
