@@ -69,7 +69,7 @@ class Origin(NamedTuple):
 
 
 def quota_updated(user_id: str) -> str:
-    """The core subject on which quota pushes a user's usage; any user id becomes one legal subject token."""
+    """The core subject on which quota tells that a user's usage has changed; any user id becomes one legal token."""
     return f"quota.updated.{base64.urlsafe_b64encode(user_id.encode()).decode().rstrip('=')}"
 
 
