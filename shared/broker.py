@@ -99,7 +99,7 @@ class ConnectOptions(TypedDict):
     closed_cb: Callable[[], Awaitable[None]]
 
 
-def connect_options(url: str, name: str, *, on_reconnect: Callable[[], None] | None = None) -> ConnectOptions:
+def connect_options(url: str, name: str) -> ConnectOptions:
     """Reconnect for ever, and notice a dead link within twelve seconds. `url` may name several nodes, by commas.
 
     By default the client gives up after 60 attempts without a word and needs minutes to notice a dead link.
@@ -114,8 +114,6 @@ def connect_options(url: str, name: str, *, on_reconnect: Callable[[], None] | N
 
     async def reconnected() -> None:
         log.info("nats_reconnected")
-        if on_reconnect:
-            on_reconnect()
 
     async def closed() -> None:
         log.info("nats_closed")
@@ -136,11 +134,10 @@ def connect_options(url: str, name: str, *, on_reconnect: Callable[[], None] | N
     }
 
 
-async def connect(url: str, *, name: str, on_reconnect: Callable[[], None] | None = None) -> Client:
+async def connect(url: str, *, name: str) -> Client:
     """A client that fails at once while disconnected; by default it sends later what it said had failed."""
-    options: dict[str, Any] = {**connect_options(url, name, on_reconnect=on_reconnect)}
     nc = Connection()
-    await nc.connect(pending_size=0, **options)
+    await nc.connect(pending_size=0, **connect_options(url, name))
     return nc
 
 
