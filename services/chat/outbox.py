@@ -19,7 +19,7 @@ from typing import IO
 
 import structlog
 
-from shared.batching import Batching
+from services.chat.batching import Batching
 from shared.errors import Misconfigured, PoisonMessage, Unavailable
 from shared.events import GenerationCompleted, decode, encode
 
@@ -67,7 +67,7 @@ class Outbox:
             raise Misconfigured(f"The outbox {path} cannot be used: {error}. Is there space on its disk?") from error
         self._synchronous = ""
         self._thread = ThreadPoolExecutor(1, "outbox")
-        self._changes: Batching[_Change, None] = Batching(self._commit)
+        self._changes = Batching[_Change](self._commit)
         self._is_refused = False
         self._open: set[str] = set()
         # In order of settlement, each with its moment.
@@ -143,7 +143,7 @@ class Outbox:
             # Nothing is waited for, and a task for it would take as long as the disk does.
             await self._commit([change])
 
-    async def _commit(self, changes: Sequence[_Change]) -> list[None]:
+    async def _commit(self, changes: Sequence[_Change]) -> None:
         try:
             if any(change.is_promise for change in changes):
                 loop = asyncio.get_running_loop()
@@ -158,7 +158,6 @@ class Outbox:
             self._is_refused = False
         for change in changes:
             self._note(change)
-        return [None] * len(changes)
 
     def _note(self, change: _Change) -> None:
         """What the file has now."""
