@@ -25,7 +25,8 @@ from services.ledger.scope import Scope
 from services.ledger.scratch import Scratch
 from services.ledger.seal_check import seal_check
 from services.ledger.seal_findings import Kind, Result
-from services.ledger.seals import Sealed, end_of, newest_size, sealed_after
+from services.ledger.seals import Sealed, sealed_after
+from services.ledger.seals_file import end_of, newest_size
 from services.ledger.snapshots import Layout, Snapshot, snapshot
 from shared.archive import Archive
 from shared.errors import Misconfigured, Unavailable

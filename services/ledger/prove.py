@@ -15,7 +15,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from sqlalchemy import Connection, select, union_all
 
-from services.ledger import sealer, store
+from services.ledger import seal_store, store
 from services.ledger.checkpoint import checkpoint
 from services.ledger.merkle import inclusion, leaf_hash, roots_of
 from services.ledger.seals import Sealed
@@ -67,7 +67,7 @@ def prove(
     with command():
         settings = Settings.read()
         with snapshot(
-            settings.database_url, store.usage, store.subscription_changes, sealer.leaves, sealer.seals
+            settings.database_url, store.usage, store.subscription_changes, store.leaves, store.seals
         ) as db:
             proven = places(db, user, record)
         bodies = asyncio.run(_bodies(settings, proven.places))
@@ -86,7 +86,7 @@ def prove(
 
 def places(db: Connection, user_id: str, record_id: str | None = None) -> Proven:
     """Raises Misconfigured when there is nothing to prove, or what is there is damaged."""
-    seal = sealer.newest_seal(db)
+    seal = seal_store.newest_seal(db)
     if seal is None:
         raise Misconfigured("Nothing is sealed yet: the ledger seals a minute after the first event.")
     ids = _ids(db, user_id, record_id)
@@ -115,10 +115,10 @@ def _ids(db: Connection, user_id: str, record_id: str | None) -> set[str]:
 
 def _found(db: Connection, ids: set[str], size: int) -> Iterator[tuple[int, bytes]]:
     """Index and hash of the user's leaves. All leaves are read once more for the paths: an index would not help."""
-    leaves = sealer.leaves
+    leaves = store.leaves
     statement = select(leaves).where(leaves.c.stream_sequence <= size).order_by(leaves.c.stream_sequence)
     known = set[str]()
-    for row in db.execute(statement, execution_options={"yield_per": sealer.LEAVES_AT_ONCE}):
+    for row in db.execute(statement, execution_options={"yield_per": seal_store.LEAVES_AT_ONCE}):
         # The first of two with one id is the one that counts.
         if row.event_id in ids and row.event_id not in known:
             known.add(row.event_id)
@@ -126,7 +126,7 @@ def _found(db: Connection, ids: set[str], size: int) -> Iterator[tuple[int, byte
 
 
 def _hashes(db: Connection, size: int) -> Iterator[bytes]:
-    for place, (sequence, digest) in enumerate(islice(sealer.leaves_from(db, 1), size), 1):
+    for place, (sequence, digest) in enumerate(islice(seal_store.leaves_from(db, 1), size), 1):
         if sequence != place:
             raise ValueError(f"there is no leaf {place}")
         yield digest

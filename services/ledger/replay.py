@@ -9,7 +9,8 @@ from sqlalchemy import Connection, Table, func, select
 
 from services.ledger import store
 from services.ledger.checkpoint import Keys
-from services.ledger.sealer import Damaged, Lost, Rewritten, Sealer
+from services.ledger.seal_store import Damaged
+from services.ledger.sealer import Lost, Rewritten, Sealer
 from services.ledger.settings import Settings
 from shared.database import Database, patient_engine
 from shared.errors import Misconfigured, Unavailable

@@ -20,7 +20,8 @@ from services.ledger.checkpoint import Keys
 from services.ledger.merkle import leaf_hash
 from services.ledger.seal_findings import Findings, Kind, Result, in_hex
 from services.ledger.seal_tree import Announced, SealTree
-from services.ledger.seals import Leaf, Rows, Sealed, event_id, in_order, kept_leaves, read_outside, sealed_after
+from services.ledger.seals import Leaf, Rows, Sealed, event_id, in_order, kept_leaves, sealed_after
+from services.ledger.seals_file import read_outside
 from services.ledger.verify_record import Checkpoint
 from shared.recorded import Recorded
 from shared.streams import LEDGER_SEALED

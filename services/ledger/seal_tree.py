@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from services.ledger.checkpoint import Keys, Signature, checkpoint
 from services.ledger.merkle import Frontier, Head
 from services.ledger.seal_findings import Findings, Kind, in_hex
-from services.ledger.seals import Sealed, Torn, event_id, signature_of
+from services.ledger.seals import Sealed, event_id, signature_of
+from services.ledger.seals_file import Torn
 from services.ledger.verify_record import Checkpoint
 from shared.database import iso
 from shared.errors import PoisonMessage

@@ -4,27 +4,21 @@ Leaf i of the tree (RFC 9162) is the body of the message with stream sequence i 
 """
 
 import base64
-import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from itertools import chain, pairwise
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
 from services.ledger.checkpoint import Signature
 from services.ledger.merkle import Frontier, Head
-from services.ledger.verify_record import Checkpoint, notes_in, read_checkpoint
 from shared.database import iso
-from shared.errors import Misconfigured
 from shared.events import Seal
 
 PAGE_SIZE = 5_000
 HASH_BYTES = 32
 SEQUENCE_MIN = -(2**63)
 ID_CHARS_MAX = 128
-END_BYTES = 4096
 
 # What a statement finds, in the driver's own terms; a `?` in it stands for a value.
 Rows = Callable[..., Iterator[tuple[Any, ...]]]
@@ -36,10 +30,6 @@ class Leaf(NamedTuple):
     sequence: int
     event_id: str | None
     hash: bytes | None
-
-
-class Torn(str):
-    """The end of the file outside, where it is no head: what a process leaves that dies while it writes one."""
 
 
 class Sealed(NamedTuple):
@@ -125,50 +115,6 @@ def paged(rows: Rows, statement: str, after: int = 0) -> Iterator[tuple[Any, ...
 def split(subtrees: bytes) -> tuple[bytes, ...]:
     """As the table `seals` keeps the roots of a tree's full subtrees."""
     return tuple(subtrees[start : start + HASH_BYTES] for start in range(0, len(subtrees), HASH_BYTES))
-
-
-def read_outside(seals_file: Path, *, up_to: int | None = None) -> Iterator[Checkpoint | str]:
-    """The file's heads in order, or the text that is none. What a crash cut off, and what follows whole, is one.
-    Where nothing follows it is Torn.
-
-    What is behind so many bytes came later.
-    """
-    try:
-        with seals_file.open("rb") as file:
-            for note, following in pairwise(chain(notes_in(_lines(file, up_to)), [""])):
-                if note != following and following.startswith(note.rstrip("\n\ufffd")):
-                    continue
-                try:
-                    yield read_checkpoint(note)
-                except ValueError:
-                    yield note if following else Torn(note)
-    except OSError as error:
-        raise Misconfigured(f"CHATRAIL_SEALS_FILE {seals_file} cannot be read: {error.strerror}.") from error
-
-
-def end_of(seals_file: BinaryIO) -> str:
-    """Enough of it for its last heads."""
-    seals_file.seek(max(0, os.fstat(seals_file.fileno()).st_size - END_BYTES))
-    return seals_file.read().decode(errors="replace")
-
-
-def newest_size(text: str) -> int:
-    """Of the largest tree that it has a head of; 0 without one."""
-    return max((_size_of(note) for note in notes_in(text.splitlines(keepends=True))), default=0)
-
-
-def _size_of(note: str) -> int:
-    try:
-        return read_checkpoint(note).tree_size
-    except ValueError:
-        return 0
-
-
-def _lines(file: BinaryIO, up_to: int | None) -> Iterator[str]:
-    for line in file:
-        if up_to is not None and file.tell() > up_to:
-            return
-        yield line.decode(errors="replace")
 
 
 def signature_of(seal: Seal) -> Signature | None:

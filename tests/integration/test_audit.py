@@ -23,7 +23,8 @@ from services.ledger.handlers import Handlers as LedgerHandlers
 from services.ledger.merkle import Head
 from services.ledger.scope import Scope
 from services.ledger.scratch import DAILY, Scratch, scratch
-from services.ledger.sealer import Damaged, Sealer
+from services.ledger.seal_store import Damaged
+from services.ledger.sealer import Sealer
 from services.ledger.snapshots import snapshot
 from services.ledger.verify_record import key_id
 from services.quota import store as quota_store

@@ -20,8 +20,8 @@ from services.ledger.merkle import Frontier
 from services.ledger.replay import CHANGED, RebuiltLedger
 from services.ledger.scope import Scope
 from services.ledger.scratch import scratch
-from services.ledger.sealer import Sealer, leaves, seals
-from services.ledger.store import usage
+from services.ledger.sealer import Sealer
+from services.ledger.store import leaves, seals, usage
 from services.quota.__main__ import MIGRATIONS as QUOTA_MIGRATIONS
 from services.quota.replay import RebuiltQuota
 from shared import catchup

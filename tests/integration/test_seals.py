@@ -23,9 +23,12 @@ from services.ledger.checkpoint import Keys, load_keys
 from services.ledger.merkle import Frontier, leaf_hash
 from services.ledger.seal_check import seal_check
 from services.ledger.seal_findings import Kind, Result
-from services.ledger.sealer import Damaged, Sealer, leaves, seals
-from services.ledger.seals import event_id, read_outside
+from services.ledger.seal_store import Damaged
+from services.ledger.sealer import Sealer
+from services.ledger.seals import event_id
+from services.ledger.seals_file import read_outside
 from services.ledger.settings import Settings
+from services.ledger.store import leaves, seals
 from services.ledger.verify_record import notes_in
 from services.quota.app import create_app as create_quota
 from services.quota.settings import Settings as QuotaSettings

@@ -15,7 +15,8 @@ from services.ledger.checkpoint import Keys, Signature, checkpoint
 from services.ledger.merkle import Frontier, Head, leaf_hash
 from services.ledger.seal_check import SealCheck
 from services.ledger.seal_findings import Kind, Result
-from services.ledger.seals import Leaf, Sealed, event_id, read_outside
+from services.ledger.seals import Leaf, Sealed, event_id
+from services.ledger.seals_file import read_outside
 from services.ledger.verify_record import Checkpoint, key_id, read_checkpoint
 from shared import streams
 from shared.database import iso
