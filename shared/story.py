@@ -9,8 +9,9 @@ from pydantic import Field, JsonValue
 
 from shared.calls import Counted, CountedIn, CountedStory, Given, OnRecord, OpenHold, Place, RecordedStory, View
 from shared.events import Authorized
+from shared.periods import plan_and_calendar
 from shared.plans import Counts, Plans, weighted_tokens
-from shared.subscriptions import Calendar, Change, subscribed
+from shared.subscriptions import Change, subscribed
 
 # Of a hold: it stands, or its time is over and nobody settled it. Of a record: quota has not counted it yet, or has.
 State = Literal["under_way", "expired", "recorded", "settled"]
@@ -114,9 +115,7 @@ def counted(
 ) -> Counted:
     """What a settlement at that moment counts, under the plan that the user had then."""
     then = subscribed(change for change in changes if change.changed_at <= at)
-    plan, calendar = plans.of(then.tier if then else None), Calendar()
-    if then:
-        calendar = Calendar(then.time_zone, then.subscribed_at)
+    plan, calendar = plan_and_calendar(plans, then)
     periods = [(limit.period, calendar.period(at, plan, limit)) for limit in plan.limits]
     return Counted(
         counts_at=at,

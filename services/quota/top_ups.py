@@ -9,8 +9,9 @@ from sqlalchemy import Connection, select
 from services.quota.domain import LimitStanding, Totals, carried_tokens
 from services.quota.subscriptions import changes_of
 from services.quota.totals import NOTHING, settlements, sums_of_settlements, totals, totals_of
+from shared.periods import plan_and_calendar
 from shared.plans import Limit, Period, Plan, Plans
-from shared.subscriptions import Calendar, Change, subscribed
+from shared.subscriptions import Change, subscribed
 
 
 def carried(db: Connection, plans: Plans, user_id: str, limit: Limit, period: Period, *, at: datetime) -> int:
@@ -48,9 +49,7 @@ class _Lived(NamedTuple):
     @classmethod
     def at(cls, plans: Plans, changed: Sequence[Change], limit: Limit, moment: datetime) -> "_Lived":
         """Under the plan that these changes come to."""
-        then = subscribed(changed)
-        plan = plans.of(then.tier if then else None)
-        calendar = Calendar(then.time_zone, then.subscribed_at) if then else Calendar()
+        plan, calendar = plan_and_calendar(plans, subscribed(changed))
         had = next((had for had in plan.limits if had.period == limit.period), plan.limits[0])
         return cls(plan, had, calendar.period(moment, plan, had))
 
