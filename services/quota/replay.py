@@ -37,6 +37,7 @@ from services.quota.totals import (
     SUMS,
     add_to_totals,
     keep_totals,
+    keep_totals_of_other_periods,
     moments_used,
     of_model,
     settlement,
@@ -140,7 +141,7 @@ class RebuiltQuota:
         add_to_totals(db, new)
         standing = store.accounts(db, self._plans, {event.data.user_id for event in events}, at=now(db))
         keep_totals(db, standing.values())
-        store.keep_totals_of_other_periods(db, self._plans, standing, new, new_changes)
+        keep_totals_of_other_periods(db, self._plans, standing, new, new_changes)
         return [*others, *sorted_out(used, outcomes)[1]]
 
     def adopt(self, db: Connection, old: Callable[[str], str]) -> None:

@@ -33,8 +33,7 @@ from services.quota.totals import (
     Kept,
     add_to_totals,
     keep_totals,
-    keep_totals_of_periods,
-    moments_used,
+    keep_totals_of_other_periods,
     settlement,
     settlements,
     sums_of_settlements,
@@ -52,7 +51,7 @@ from shared.events import (
     ThresholdReached,
     encode,
 )
-from shared.periods import decided_since, deciding, midnight
+from shared.periods import midnight
 from shared.plans import COUNTS, Counts, Limit, Period, Plans
 from shared.quarantine import Poison, quarantine
 from shared.story import counted
@@ -340,43 +339,6 @@ def _include(
         standing[usage.user_id] = user
 
 
-# Built once: building a statement costs more than running it.
-
-
-@cache
-def _release(dialect: str) -> Executable:
-    generations = listed(dialect, "generation_ids")
-    released = delete(holds).where(holds.c.generation_id.in_(select(generations.c.item)))
-    return released.returning(*holds.c["generation_id", "expires_at"])
-
-
-def keep_totals_of_other_periods(
-    db: Connection,
-    plans: Plans,
-    standing: Mapping[str, Account],
-    arrived: Sequence[dict[str, Any]],
-    changed: Sequence[SubscriptionChanged],
-) -> None:
-    """Of the past: where usage is late, or of a plan that has ended, and where a change of plan arrives after usage
-    that it decides about."""
-    moments: dict[str, set[datetime]] = defaultdict(set)
-    user_ids = {*(row["user_id"] for row in arrived), *(event.data.user_id for event in changed)}
-    known = {user_id: sorted(changes) for user_id, changes in changes_of(db, list(user_ids)).items()}
-    for row in arrived:
-        user_id, moment, changes = row["user_id"], row["started_at"], known.get(row["user_id"])
-        if not standing[user_id].covers(moment) or (changes and midnight(moment) < changes[-1].changed_at):
-            moments[user_id].add(moment)
-    for event in changed:
-        user_id = event.data.user_id
-        since = decided_since(plans, known[user_id], event.data.changed_at)
-        of_user = (settlements.c.user_id == user_id, settlements.c.started_at >= since)
-        moments[user_id].update(moment for _, moment in moments_used(db, *of_user))
-    periods = {
-        user_id: set(deciding(plans, known.get(user_id, []), sorted(used))) for user_id, used in moments.items()
-    }
-    keep_totals_of_periods(db, periods)
-
-
 def _alert(db: Connection, standing: Iterable[Account], at: datetime) -> list[str]:
     """The alerts that these accounts set off now, for the first time: as events, kept until they are published."""
     rows = {}
@@ -408,3 +370,13 @@ def alerts_published(db: Connection, event_ids: Sequence[str]) -> None:
 def ping(db: Connection) -> None:
     """Raises when the database does not answer or has not been migrated."""
     db.execute(select(totals.c.user_id).limit(1))
+
+
+# Built once: building a statement costs more than running it.
+
+
+@cache
+def _release(dialect: str) -> Executable:
+    generations = listed(dialect, "generation_ids")
+    released = delete(holds).where(holds.c.generation_id.in_(select(generations.c.item)))
+    return released.returning(*holds.c["generation_id", "expires_at"])

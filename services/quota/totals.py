@@ -12,12 +12,12 @@ from sqlalchemy import ColumnElement, Connection, Select, Text, bindparam, cast,
 
 from services.quota.domain import Account, Totals
 from services.quota.models import Settlement, UsageTotal
-from services.quota.subscriptions import subscriptions
+from services.quota.subscriptions import changes_of, subscriptions
 from shared.bulk import listed, update_each
 from shared.database import UtcDateTime, insert_new, is_sqlite, table_of
-from shared.events import GenerationCompleted, UsageAdjusted
-from shared.periods import Bounds
-from shared.plans import COUNTS, Counts
+from shared.events import GenerationCompleted, SubscriptionChanged, UsageAdjusted
+from shared.periods import Bounds, decided_since, deciding, midnight
+from shared.plans import COUNTS, Counts, Plans
 
 settlements, totals = table_of(Settlement), table_of(UsageTotal)
 NOTHING = Totals()
@@ -85,7 +85,34 @@ def keep_totals(db: Connection, standing: Iterable[Account]) -> None:
     )
 
 
-def keep_totals_of_periods(db: Connection, periods: Mapping[str, Collection[Bounds]]) -> None:
+def keep_totals_of_other_periods(
+    db: Connection,
+    plans: Plans,
+    standing: Mapping[str, Account],
+    arrived: Sequence[dict[str, Any]],
+    changed: Sequence[SubscriptionChanged],
+) -> None:
+    """Of the past: where usage is late, or of a plan that has ended, and where a change of plan arrives after usage
+    that it decides about."""
+    moments: dict[str, set[datetime]] = defaultdict(set)
+    user_ids = {*(row["user_id"] for row in arrived), *(event.data.user_id for event in changed)}
+    known = {user_id: sorted(changes) for user_id, changes in changes_of(db, list(user_ids)).items()}
+    for row in arrived:
+        user_id, moment, changes = row["user_id"], row["started_at"], known.get(row["user_id"])
+        if not standing[user_id].covers(moment) or (changes and midnight(moment) < changes[-1].changed_at):
+            moments[user_id].add(moment)
+    for event in changed:
+        user_id = event.data.user_id
+        since = decided_since(plans, known[user_id], event.data.changed_at)
+        of_user = (settlements.c.user_id == user_id, settlements.c.started_at >= since)
+        moments[user_id].update(moment for _, moment in moments_used(db, *of_user))
+    periods = {
+        user_id: set(deciding(plans, known.get(user_id, []), sorted(used))) for user_id, used in moments.items()
+    }
+    _keep_totals_of_periods(db, periods)
+
+
+def _keep_totals_of_periods(db: Connection, periods: Mapping[str, Collection[Bounds]]) -> None:
     """By user. What is kept already stays, and a period without settlements has no total."""
     starts = [start for of_user in periods.values() for start, _ in of_user]
     if not starts:
