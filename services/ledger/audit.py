@@ -118,19 +118,23 @@ async def audit(
     tally = comparing.tally
     waiting = {service: max(0, last - floor) for service, floor in floors.items()}
     read = Read(first, last, tally.messages, tally.unreadable, tally.repeated, waiting)
-    keys = evidence.keys or Keys(None, {})
-    proven = Proven(
-        seals=evident.seals,
-        signed=evident.signed,
-        keys=keys.believed_ids,
-        outside=evident.outside if outside else None,
-        sealed_up_to=evident.sealed_up_to,
-        outside_up_to=evident.outside_up_to if outside else None,
-        is_outside_torn=evident.is_outside_torn,
-        archives=len(archived.manifests) if archived else 0,
-        archives_signed=sum(is_signed(each, keys) for each in archived.manifests) if archived else 0,
-    )
+    proven = _proven(evident, evidence, archived)
     return Report(read, tally.compared, proven, scratch, monotonic() - begun)
+
+
+def _proven(result: Result, evidence: Evidence, archived: Archive | None) -> Proven:
+    keys, manifests = evidence.keys or Keys(None, {}), archived.manifests if archived else ()
+    return Proven(
+        seals=result.seals,
+        signed=result.signed,
+        keys=keys.believed_ids,
+        outside=result.outside if evidence.seals_file else None,
+        sealed_up_to=result.sealed_up_to,
+        outside_up_to=result.outside_up_to if evidence.seals_file else None,
+        is_outside_torn=result.is_outside_torn,
+        archives=len(manifests),
+        archives_signed=sum(is_signed(each, keys) for each in manifests),
+    )
 
 
 async def _made_again(record: Record, databases: Databases, progress: Progress) -> None:
