@@ -24,7 +24,8 @@ FOR_EVER = datetime(9999, 12, 31, tzinfo=UTC)
 PeriodKind = Literal["day", "month", "none"]
 
 
-def _known_zone(name: str) -> str:
+def known_zone(name: str) -> str:
+    """The name itself. Raises ValueError as `zone` does."""
     zone(name)
     return name
 
@@ -45,7 +46,7 @@ def zone(name: str) -> ZoneInfo:
         return ZoneInfo.from_file(file, key=name)
 
 
-TimeZone = Annotated[str, AfterValidator(_known_zone)]
+TimeZone = Annotated[str, AfterValidator(known_zone)]
 Weight = Annotated[Decimal, Field(ge=0, le=1000)]
 LimitTokens = Annotated[int, Field(ge=0, le=10**15)]
 

@@ -16,7 +16,7 @@ from services.chat.settings import Settings
 from services.chat.subscriptions import Subscriptions
 from shared.calls import View
 from shared.events import Name, UserId
-from shared.plans import PeriodKind, Plans, zone
+from shared.plans import PeriodKind, Plans, known_zone
 
 router = APIRouter(tags=["plans"], route_class=OneReading)
 
@@ -73,16 +73,11 @@ async def plans(request: Request) -> PlansView:
     )
 
 
-def _known_zone(name: str) -> str:
-    zone(name)
-    return name
-
-
 class SubscriptionChange(Body):
     model_config = ConfigDict(json_schema_extra={"examples": [{"tier": "pro"}]})
 
     tier: Name
-    time_zone: Annotated[Name, AfterValidator(_known_zone)] | None = None
+    time_zone: Annotated[Name, AfterValidator(known_zone)] | None = None
 
 
 class Subscribed(View):
