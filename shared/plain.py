@@ -1,4 +1,4 @@
-"""Generations as our services write them, read at a fifth of the cost: nearly all that a stream consists of.
+"""Generations as our services write them, read at two fifths of the cost: nearly all that a stream consists of.
 
 For whoever reads all of the record. What is valid is said in shared/events.py and nowhere else: a body that is
 unusual in any way is not plain, and is left to `decode`. What is plain is valid, and says the same there.
