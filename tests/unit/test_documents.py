@@ -7,15 +7,22 @@ import pytest
 from tests.stack import PROJECT
 
 DOCUMENTS = ["README.md", "ARCHITECTURE.md"]
-_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+# `…::test_x` is in the file that the same line named last, and of `test_x_…` the name goes on.
+_TEST = re.compile(r"`([\w/]+\.py|…)::(\w+)(…?)`")
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_each_test_that_is_named_is_in_the_file_that_is_named(document: str) -> None:
-    for file, name in _TEST.findall((PROJECT / document).read_text(encoding="utf-8")):
-        source = (PROJECT / file).read_text(encoding="utf-8")
-        assert re.search(rf"^(async def|def|class) {name}\b|^{name} = ", source, re.MULTILINE), f"{file}::{name}"
+    for line in (PROJECT / document).read_text(encoding="utf-8").splitlines():
+        named = ""
+        for file, name, more in _TEST.findall(line):
+            named = named if file == "…" else file
+            assert named, f"{file}::{name} follows no file"
+            files = (PROJECT / "tests").glob(f"**/{named.removeprefix('tests/')}")
+            begun = name if more else rf"{name}\b"
+            pattern = re.compile(rf"^(async def|def|class) {begun}|^{begun} = ", re.MULTILINE)
+            assert any(pattern.search(each.read_text(encoding="utf-8")) for each in files), f"{named}::{name}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
