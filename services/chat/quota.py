@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
@@ -69,59 +70,18 @@ class Quota:
         that does not help, before anything is sent to Claude; Unavailable when quota cannot be asked: then nothing
         is spent. Its cause is Unanswered where an earlier question may still be granted, by a replica that is slow.
         """
-
-        input_tokens_max, is_counted = prompt.input_tokens_max, False
-        unanswered: Unanswered | None = None
-
-        async def ask(*, least: int, most: int = prompt.output_tokens_max) -> Granted | Refused:
-            request = Authorize(
-                generation_id=generation_id,
-                user_id=user_id,
-                model=prompt.model,
-                input_tokens_max=input_tokens_max,
-                output_tokens_min=least,
-                output_tokens_max=most,
-                output_tokens_asked=prompt.output_tokens_max,
-                pending=self._known(user_id),
-            )
-            nonlocal unanswered
-            deadline = Deadline()  # of each question: it follows an answer, of quota's or of Claude's
-            try:
-                answer = await call(self._nc, calls.AUTHORIZE, request, timeout_s=deadline.left_s)
-            except Unanswered as error:
-                unanswered = error
-                try:
-                    answer = await call(self._nc, calls.AUTHORIZE, request, timeout_s=deadline.left_s)
-                except Unavailable as given_up:  # the broker is gone, say: the first question was heard all the same
-                    raise given_up from unanswered
-            return authorization.validate_json(answer)
-
-        async def ask_for_what_fits(is_crowded: bool = False) -> Granted | Refused:
-            nonlocal input_tokens_max, is_counted
-            most = min(prompt.output_tokens_max, CROWDED_OUTPUT_TOKENS) if is_crowded else prompt.output_tokens_max
-            answer = await ask(least=1, most=most)
-            # The bound by bytes is generous. Where it does not fit, it is worth asking how long the prompt really is;
-            # of what people write, no provider makes fewer than half of the estimated tokens.
-            # And where it is more than the whole plan, the caller should hear so for certain.
-            is_worth_counting = isinstance(answer, Refused) and (
-                answer.exceeds_plan or answer.tokens_available > prompt.input_tokens_estimate // 2
-            )
-            if is_worth_counting and not is_counted:
-                input_tokens_max, is_counted = await claude.count_input_tokens(prompt), True
-                answer = await ask(least=1, most=most)
-            return answer
-
-        answer = await ask(least=prompt.output_tokens_max)
-        if isinstance(answer, Refused) and answer.usage.tokens_remaining != 0:
-            answer = await ask_for_what_fits()
-        if isinstance(answer, Refused) and answer.reason != "tokens":
-            try:
-                answer = await self.waiting_room.wait(user_id, answer, ask_for_what_fits, has_left=has_left)
-            except (Problem, Unavailable) as given_up:
-                raise given_up from unanswered
+        asking = _Asking(self._nc, claude, prompt, generation_id, user_id, self._known)
+        try:
+            answer = await asking.for_all()
+            if isinstance(answer, Refused) and answer.usage.tokens_remaining != 0:
+                answer = await asking.for_what_fits()
+            if isinstance(answer, Refused) and answer.reason != "tokens":
+                answer = await self.waiting_room.wait(user_id, answer, asking.for_what_fits, has_left=has_left)
+        except (Problem, Unavailable) as given_up:  # an earlier question was heard all the same
+            raise given_up from asking.unanswered or given_up.__cause__
         if isinstance(answer, Refused):
-            raise refusal(answer) from unanswered
-        return answer, Held(input_tokens_max, answer.output_tokens_max)
+            raise refusal(answer) from asking.unanswered
+        return answer, Held(asking.input_tokens_max, answer.output_tokens_max)
 
     async def usage(self, user_id: str, deadline: Deadline, *, including: Pending | None = None) -> Shown:
         """What is used and left; also with what is not on the disk yet."""
@@ -175,3 +135,60 @@ class Quota:
     def _known(self, user_id: str) -> tuple[Pending, ...]:
         known = self._pending.get(user_id)
         return tuple(known.values()) if known else ()
+
+
+@dataclass
+class _Asking:
+    """What one generation asks of quota, until it is granted or refused for good.
+
+    `unanswered` is of an earlier question that may still be granted.
+    """
+
+    nc: Client
+    claude: Claude
+    prompt: Prompt
+    generation_id: str
+    user_id: str
+    known: Callable[[str], tuple[Pending, ...]]
+    unanswered: Unanswered | None = None
+
+    def __post_init__(self) -> None:
+        self.input_tokens_max, self._is_counted = self.prompt.input_tokens_max, False
+
+    async def for_all(self) -> Granted | Refused:
+        return await self._ask(least=self.prompt.output_tokens_max, most=self.prompt.output_tokens_max)
+
+    async def for_what_fits(self, is_crowded: bool = False) -> Granted | Refused:
+        wanted = self.prompt.output_tokens_max
+        most = min(wanted, CROWDED_OUTPUT_TOKENS) if is_crowded else wanted
+        answer = await self._ask(least=1, most=most)
+        if isinstance(answer, Refused) and not self._is_counted and self._is_worth_counting(answer):
+            self.input_tokens_max = await self.claude.count_input_tokens(self.prompt)
+            self._is_counted = True
+            answer = await self._ask(least=1, most=most)
+        return answer
+
+    def _is_worth_counting(self, refused: Refused) -> bool:
+        """The bound by bytes is generous. Where it does not fit, it is worth asking how long the prompt really is;
+        of what people write, no provider makes fewer than half of the estimated tokens. And where it is more than
+        the whole plan, the caller should hear so for certain."""
+        return refused.exceeds_plan or refused.tokens_available > self.prompt.input_tokens_estimate // 2
+
+    async def _ask(self, *, least: int, most: int) -> Granted | Refused:
+        request = Authorize(
+            generation_id=self.generation_id,
+            user_id=self.user_id,
+            model=self.prompt.model,
+            input_tokens_max=self.input_tokens_max,
+            output_tokens_min=least,
+            output_tokens_max=most,
+            output_tokens_asked=self.prompt.output_tokens_max,
+            pending=self.known(self.user_id),
+        )
+        deadline = Deadline()  # of each question: it follows an answer, of quota's or of Claude's
+        try:
+            answer = await call(self.nc, calls.AUTHORIZE, request, timeout_s=deadline.left_s)
+        except Unanswered as error:
+            self.unanswered = error
+            answer = await call(self.nc, calls.AUTHORIZE, request, timeout_s=deadline.left_s)
+        return authorization.validate_json(answer)
