@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
 
 import structlog
 from nats.aio.client import Client
@@ -25,7 +24,7 @@ from shared.database import Database, UtcDateTime, damaged, is_damaged, table_of
 from shared.errors import Unavailable
 from shared.record import Record
 from shared.recorded import Recorded
-from shared.streams import STREAM
+from shared.streams import STREAM, Reached, reached
 
 log = structlog.get_logger()
 
@@ -79,7 +78,7 @@ async def catch_up(
 
 
 async def _catch_up(record: Record, durable: str, database: Database, apply: Apply) -> None:
-    created, begins, acknowledged, delivered = await _reached(record.nc, durable)
+    created, begins, _, acknowledged, delivered = await _reached(record.nc, durable)
     kept = await database.read(_kept, durable)
     # A stream that was made anew counts from the beginning, and so does one that was cut back.
     known = kept.acknowledged if kept and kept.stream_created == created else 0
@@ -88,7 +87,7 @@ async def _catch_up(record: Record, durable: str, database: Database, apply: App
     if after < delivered:
         log.info("reading_again", durable=durable, after=after, up_to=delivered)
         await _read_again(
-            record, after, delivered, apply, lambda reached: database.write(_note, durable, created, reached)
+            record, after, delivered, apply, lambda place: database.write(_note, durable, created, place)
         )
     await database.write(_note, durable, created, acknowledged)
 
@@ -99,8 +98,8 @@ async def keep_position(nc: Client, durable: str, database: Database) -> None:
     while True:
         try:
             # Asked first, noted afterwards: what is acknowledged by now is committed.
-            reached = await _reached(nc, durable)
-            notes = await database.write(_note, durable, reached.created, reached.acknowledged, at_least=notes)
+            place = await _reached(nc, durable)
+            notes = await database.write(_note, durable, place.created, place.acknowledged, at_least=notes)
         except Restored:
             return end_process("the database is an older copy: what it has not is read again")
         except (Unavailable, SQLAlchemyError, OSError) as error:
@@ -108,29 +107,11 @@ async def keep_position(nc: Client, durable: str, database: Database) -> None:
         await asyncio.sleep(NOTE_EVERY_S)
 
 
-class _Reached(NamedTuple):
-    """When the stream was made and where it begins; up to where the durable has acknowledged all, or some, of it."""
-
-    created: datetime
-    begins: int
-    acknowledged: int
-    delivered: int
-
-
-async def _reached(nc: Client, durable: str) -> _Reached:
-    js = nc.jetstream()
+async def _reached(nc: Client, durable: str) -> Reached:
     try:
-        stream, consumer = await js.stream_info(STREAM), await js.consumer_info(STREAM, durable)
+        return await reached(nc, durable)
     except (NatsError, OSError) as error:
         raise Unavailable(f"The stream {STREAM} cannot be asked: {error!r}") from error
-    if stream.created is None:
-        raise Unavailable(f"The broker does not say when the stream {STREAM} was made.")
-    # After a power cut a durable may be ahead of its stream.
-    acknowledged, delivered = (
-        min(place.stream_seq if place else 0, stream.state.last_seq)
-        for place in (consumer.ack_floor, consumer.delivered)
-    )
-    return _Reached(stream.created, max(1, stream.state.first_seq), acknowledged, delivered)
 
 
 async def _read_again(record: Record, after: int, up_to: int, apply: Apply, note: Note) -> None:

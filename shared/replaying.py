@@ -41,7 +41,7 @@ from shared.record import Record
 from shared.recorded import Recorded, bounds
 from shared.shadows import Shadow
 from shared.sqlite_shadow import beside_sqlite, open_file
-from shared.streams import LEDGER_SEALED, STREAM
+from shared.streams import LEDGER_SEALED, reached
 
 # What is left for the switch to add, while others wait: a tenth of a millisecond each.
 TAIL_MAX = 300
@@ -166,7 +166,7 @@ async def dry_run(
     _prepare(url, rebuilt)
     told = Told()
     # All of it is committed by now; of what comes after it, only what the database has can be compared.
-    acknowledged = await _acknowledged(nc, rebuilt.durable)
+    acknowledged = (await reached(nc, rebuilt.durable)).acknowledged
     with open_shadow(url, rebuilt.tables, rebuilt.migrations) as shadow:
         await _load(record, shadow, rebuilt, told, last=acknowledged, is_kept=False)
         shadow.index(rebuilt.indexes)
@@ -348,13 +348,6 @@ async def _switch(record: Record, shadow: Shadow, rebuilt: Rebuilt, told: Told, 
     told.messages += len(tail)
     _set_aside(shadow, refused, told, is_kept=True)
     return lock.held_s
-
-
-async def _acknowledged(nc: Client, durable: str) -> int:
-    """Up to where the service has committed all of the stream."""
-    js = nc.jetstream()
-    stream, consumer = await js.stream_info(STREAM), await js.consumer_info(STREAM, durable)
-    return min(consumer.ack_floor.stream_seq if consumer.ack_floor else 0, stream.state.last_seq)
 
 
 def _known(db: Connection, live: str, rebuilt: Rebuilt, events: Sequence[Event]) -> list[Event]:

@@ -27,7 +27,7 @@ from nats.js.api import (
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
 from shared.broker import connect
-from shared.errors import Misconfigured
+from shared.errors import Misconfigured, Unavailable
 from shared.settings import StreamSettings
 
 GENERATION_COMPLETED = "generation.completed"
@@ -268,6 +268,30 @@ def _compare(what: str, found: object, needed: object, fields: tuple[str, ...]) 
         has, needs = getattr(found, field), getattr(needed, field)
         if (has or None) != (needs or None):
             raise Misconfigured(f"The {what} has {field} = {has!r}, and this release needs {needs!r}.")
+
+
+class Reached(NamedTuple):
+    """When the stream was made, where it begins and ends; up to where a durable acknowledged all of it, or some."""
+
+    created: datetime
+    begins: int
+    ends: int
+    acknowledged: int
+    delivered: int
+
+
+async def reached(nc: Client, durable: str) -> Reached:
+    """How far a durable has come. Raises Unavailable, or what the client raises where the broker does not answer."""
+    js = nc.jetstream()
+    stream, consumer = await js.stream_info(STREAM), await js.consumer_info(STREAM, durable)
+    if stream.created is None:
+        raise Unavailable(f"The broker does not say when the stream {STREAM} was made.")
+    ends = stream.state.last_seq
+    # After a power cut a durable may be ahead of its stream.
+    acknowledged, delivered = (
+        min(place.stream_seq if place else 0, ends) for place in (consumer.ack_floor, consumer.delivered)
+    )
+    return Reached(stream.created, max(1, stream.state.first_seq), ends, acknowledged, delivered)
 
 
 async def main() -> None:

@@ -24,6 +24,7 @@ from services.ledger.merkle import Frontier, Head, leaf_hash
 from services.ledger.seal_store import LEAVES_AT_ONCE, Base, Damaged
 from services.ledger.seals import Leaf, Sealed, event_id
 from services.ledger.seals_file import SealsFile
+from shared import streams
 from shared.broker import BROKER_GONE
 from shared.database import Database
 from shared.errors import Misconfigured, PoisonMessage, Unavailable
@@ -92,16 +93,18 @@ class Sealer:
         Seals alone are not sealed, so that an idle stream comes to rest; but a new key is heard of at once. Raises
         Damaged.
         """
-        handled, last = await self._reached()
+        # In this order: another replica may be quicker, with messages that came after a question to the stream.
         base = await self._database.read(seal_store.base)
-        if last < base.frontier.size:
-            raise Damaged(f"the stream ends at {last}, and had {base.frontier.size} messages")
+        reached = await streams.reached(self._nc, LEDGER)
+        if reached.ends < base.frontier.size:
+            raise Damaged(f"the stream ends at {reached.ends}, and had {base.frontier.size} messages")
         has_new_key = base.newest is not None and self._keys.key_id not in (None, _key_of(base.newest))
         if base.newest and base.age_s < self._every_s and not has_new_key:
             await self._tell()
             return self._every_s - max(0.0, base.age_s)
         _, told = await self._last_told()
-        is_grown = await self._grow(base, handled, is_due=has_new_key or base.frontier.size > base.sealed)
+        is_due = has_new_key or base.frontier.size > base.sealed
+        is_grown = await self._grow(base, reached.acknowledged, is_due=is_due)
         # What the stream has a seal of that this database lacks is sealed: it comes with what is handled next.
         if is_grown and base.frontier.size > told:
             head = Head(base.frontier.size, base.frontier.root)
@@ -147,13 +150,6 @@ class Sealer:
         async with aclosing(self._since(base, sequence)) as behind:
             await anext(behind, None)  # the last leaf must be its message's
         return Lost(max(0, sequence - base.frontier.size), len(roots), sequence), told, base
-
-    async def _reached(self) -> tuple[int, int]:
-        """Up to where the ledger has handled all of the stream, and where the stream ends."""
-        js = self._nc.jetstream()
-        floor = (await js.consumer_info(STREAM, LEDGER)).ack_floor
-        last = (await js.stream_info(STREAM)).state.last_seq
-        return min(floor.stream_seq, last) if floor else 0, last
 
     async def _grow(self, base: Base, handled: int, *, is_due: bool) -> bool:
         """Add the leaves of what is handled, if it is due or more than seals. Whether the tree is to be sealed.
