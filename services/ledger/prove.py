@@ -86,6 +86,13 @@ def prove(
 
 def places(db: Connection, user_id: str, record_id: str | None = None) -> Proven:
     """Raises Misconfigured when there is nothing to prove, or what is there is damaged."""
+    try:
+        return _places(db, user_id, record_id)
+    except seal_store.Damaged as damage:
+        raise Misconfigured(f"Nothing can be proven: {damage}. make audit tells what was changed.") from damage
+
+
+def _places(db: Connection, user_id: str, record_id: str | None) -> Proven:
     seal = seal_store.newest_seal(db)
     if seal is None:
         raise Misconfigured("Nothing is sealed yet: the ledger seals a minute after the first event.")

@@ -1,12 +1,13 @@
 """Leaves and seals as the ledger's database has them: where to go on, and what is added to them."""
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import Connection, Row, func, select
+from sqlalchemy.exc import DataError
 
 from services.ledger.checkpoint import Signature
 from services.ledger.merkle import Frontier, Head
@@ -43,7 +44,8 @@ class Base(NamedTuple):
 def base(db: Connection) -> Base:
     """Raises Damaged."""
     newest = newest_seal(db)
-    frontier = newest.frontier if newest else Frontier()
+    with _as_written("the newest seal"):
+        frontier = newest.frontier if newest else Frontier()
     if frontier is None:
         raise Damaged("the newest seal contradicts itself")
     sealed, last = frontier.size, None
@@ -61,20 +63,34 @@ def base(db: Connection) -> Base:
 
 
 def leaves_from(db: Connection, first: int) -> Generator[tuple[int, bytes], None, None]:
-    """Sequence and hash of each, in order."""
+    """Sequence and hash of each, in order. Raises Damaged."""
     statement = (
         select(leaves.c.stream_sequence, leaves.c.leaf_hash)
         .where(leaves.c.stream_sequence >= first)
         .order_by(leaves.c.stream_sequence)
     )
-    with db.execute(statement, execution_options={"yield_per": LEAVES_AT_ONCE}) as found:
-        yield from ((row.stream_sequence, row.leaf_hash) for row in found)
+    with _as_written("a leaf"), db.execute(statement, execution_options={"yield_per": LEAVES_AT_ONCE}) as found:
+        for sequence, digest in found:
+            if not isinstance(digest, bytes):
+                raise Damaged(f"leaf {sequence} is no hash")
+            yield sequence, digest
 
 
 def newest_seal(db: Connection) -> Sealed | None:
-    """What covers most."""
-    row = db.execute(select(seals).order_by(seals.c.tree_size.desc()).limit(1)).one_or_none()
-    return _sealed(row) if row else None
+    """What covers most. Raises Damaged."""
+    with _as_written("the newest seal"):
+        row = db.execute(select(seals).order_by(seals.c.tree_size.desc()).limit(1)).one_or_none()
+        return _sealed(row) if row else None
+
+
+@contextmanager
+def _as_written(what: str) -> Iterator[None]:
+    """Raises Damaged where somebody made something of it that cannot be read: SQLite keeps any text as any column, and
+    PostgreSQL times that Python has no word for."""
+    try:
+        yield
+    except (ValueError, TypeError, DataError) as error:
+        raise Damaged(f"{what} is none that could be read") from error
 
 
 def newest_sealed(db: Connection) -> int:
@@ -82,9 +98,10 @@ def newest_sealed(db: Connection) -> int:
 
 
 def seals_after(db: Connection, size: int) -> list[Sealed]:
-    """The next seals in their order."""
+    """The next seals in their order. Raises Damaged."""
     statement = select(seals).where(seals.c.tree_size > size).order_by(seals.c.tree_size).limit(SEALS_AT_ONCE)
-    return [_sealed(row) for row in db.execute(statement)]
+    with _as_written("a seal"):
+        return [_sealed(row) for row in db.execute(statement)]
 
 
 def _sealed(row: Row[Any]) -> Sealed:

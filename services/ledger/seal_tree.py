@@ -222,11 +222,11 @@ class Announced:
         for size in [size for size in self._tree.unannounced if size < seal.tree_size]:
             passed_over = self._tree.unannounced.pop(size)
             self._found.add(Kind.SEAL_UNANNOUNCED, size, None, in_hex(passed_over.head.root), "-")
-        found = f"{seal.root_hash}, sealed at {iso(seal.sealed_at)}"
+        found = f"sealed at {iso(seal.sealed_at)}, {seal.root_hash}"
         if kept is None:
             if message.sequence <= self._known_up_to:
                 self._found.add(Kind.SEAL_UNKNOWN, seal.tree_size, told.id, "-", found)
             return
-        expected = f"{in_hex(kept.head.root)}, sealed at {kept.sealed_at}"
+        expected = f"sealed at {kept.sealed_at}, {in_hex(kept.head.root)}"
         if (expected, kept.signature) != (found, signature_of(seal)):
             self._found.add(Kind.SEAL_OTHER, seal.tree_size, told.id, expected, found)

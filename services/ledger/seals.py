@@ -88,15 +88,17 @@ def in_order(leaves: Iterable[Leaf], strays: list[Leaf], *, sealed_up_to: int, k
 
 def sealed_after(rows: Rows, size: int) -> Iterator[Sealed]:
     """Those that cover more, in their order."""
+    # PostgreSQL has times that Python has no word for.
+    at = "CASE WHEN sealed_at BETWEEN '0001-01-02' AND '9999-12-31' THEN sealed_at END"
     statement = (
-        "SELECT tree_size, root_hash, subtrees, sealed_at, signature, key_id FROM seals WHERE tree_size > ?"
+        f"SELECT tree_size, root_hash, subtrees, {at}, signature, key_id FROM seals WHERE tree_size > ?"  # noqa: S608
         " ORDER BY tree_size LIMIT ?"
     )
     for tree_size, root, subtrees, at, signature, key_id in paged(rows, statement, size):
         yield Sealed(
             Head(tree_size, _as_bytes(root)),
             split(_as_bytes(subtrees)),
-            iso(at) if isinstance(at, datetime) else at,
+            iso(at) if isinstance(at, datetime) else str(at),
             None if signature is None and key_id is None else Signature(str(key_id), _as_bytes(signature)),
         )
 

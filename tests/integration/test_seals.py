@@ -426,6 +426,8 @@ async def test_nothing_is_sealed_on_top_of_a_stream_that_was_written_anew(
             "itself",
         ),
         ("DELETE FROM seals WHERE tree_size = 4", [(Kind.SEAL_UNKNOWN, 4)], None),
+        ("UPDATE seals SET sealed_at = 'infinity' WHERE tree_size = 4", [(Kind.SEAL_OTHER, 4)], None),
+        ("UPDATE seals SET sealed_at = 'infinity' WHERE tree_size = 9", [(Kind.SEAL_OTHER, 9)], "newest seal is none"),
         ("UPDATE leaves SET event_id = 'another' WHERE stream_sequence = 2", [(Kind.LEAF_EDITED, 2)], None),
         ("INSERT INTO leaves VALUES (100000, 'another', {})", [(Kind.LEAF_STRAY, 100_000)], "leaf 10 is missing"),
         ("UPDATE leaves SET leaf_hash = 'no hash' WHERE stream_sequence = 2", [(Kind.LEAF_EDITED, 2)], None),
@@ -616,6 +618,9 @@ async def test_what_cannot_be_proven_is_said_in_a_sentence(
     await unlocked(database, "UPDATE leaves SET leaf_hash = zeroblob(32)")
     status, said = await ledger(settings, "prove", "--user", "me", *out)
     assert (status, "Message 1 is not what was sealed" in said) == (1, True)
+    await unlocked(database, "UPDATE seals SET sealed_at = 'never'")
+    status, said = await ledger(settings, "prove", "--user", "me", *out)
+    assert (status, said.count("\n"), "make audit tells" in said) == (1, 1, True), said
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
