@@ -11,7 +11,7 @@ from services.ledger.scope import Scope
 from services.ledger.scratch import DAILY, SUMS, Day, Scratch, Total
 from services.ledger.snapshots import Row, Snapshot, as_sqlite_has_it, finite
 from shared.periods import deciding
-from shared.plans import Plans
+from shared.plans import COUNTS, Plans
 from shared.subscriptions import Change
 
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
@@ -21,6 +21,7 @@ _DAY = (
     "CASE WHEN extract(year FROM usage_date) BETWEEN 1 AND 9999 THEN to_char(usage_date, 'YYYY-MM-DD')"
     " ELSE CAST(usage_date AS text) END"
 )
+_COUNTED = [int] * len(COUNTS)
 TOTALS, DAYS = "quota.usage_totals", "ledger.usage_daily"
 
 
@@ -144,7 +145,11 @@ def _by_model(models: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 def _read_models(text: str) -> dict[str, Any]:
+    """As quota needs to read them; what else there is, as it is: quota can count nothing there."""
     try:
-        return {model: [int(count) for count in counts] for model, counts in json.loads(text).items()}
+        models: dict[str, Any] = json.loads(text)
+        if all(isinstance(counts, list) and list(map(type, counts)) == _COUNTED for counts in models.values()):
+            return models
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return {"": [text]}
+        pass
+    return {"": [text or "nothing"]}

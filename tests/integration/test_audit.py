@@ -489,10 +489,19 @@ async def test_a_total_that_is_not_the_sum_of_its_events_is_named_by_user_and_pe
     )
 
 
+# Quota could not add to it.
+AS_TEXT = '{"claude-haiku-4-5":["8094","5282","2812","0","0"]}'
+
+
 @pytest.mark.parametrize(
     ("change", "expected", "told"),
     [
         ("models = '{}'", {"models.claude-haiku-4-5": [8_094, 5_282, 2_812, 0, 0]}, {"models.claude-haiku-4-5": 0}),
+        (
+            f"models = '{AS_TEXT}'",
+            {"models.claude-haiku-4-5": [8_094, 5_282, 2_812, 0, 0]},
+            {"models.claude-haiku-4-5": 0, "models.": [AS_TEXT]},
+        ),
         ("top_up_tokens = 7", {"top_up_tokens": 0}, {"top_up_tokens": 7}),
         ("lasting_top_up_tokens = 7", {"lasting_top_up_tokens": 0}, {"lasting_top_up_tokens": 7}),
         ("cache_read_input_tokens = 7", {"cache_read_input_tokens": 0}, {"cache_read_input_tokens": 7}),
@@ -508,6 +517,17 @@ async def test_every_count_of_a_total_is_compared(
     assert difference.expected is not None
     assert expected.items() <= difference.expected.items()
     assert difference.found == told
+
+
+@pytest.mark.parametrize("models", ["", '{"m":[]}', '{"m":[0]}', '{"m":["0","0","0","0","0"]}', '{"m":"00000"}'])
+async def test_what_quota_cannot_read_of_a_total_is_named_also_where_it_tells_of_no_token(
+    system: System, models: str
+) -> None:
+    await publish(system.nats, usage_adjusted())
+    await system.deliver()
+    await system.quota_does(f"UPDATE usage_totals SET models = '{models}'")  # noqa: S608
+    (difference,) = (await system.audit()).differences
+    assert (difference.where, difference.found) == ("quota.usage_totals", {"models.": [models or "nothing"]})
 
 
 @pytest.mark.parametrize(
