@@ -85,8 +85,8 @@ def newest_seal(db: Connection) -> Sealed | None:
 
 @contextmanager
 def _as_written(what: str) -> Iterator[None]:
-    """Raises Damaged where somebody made something of it that cannot be read: SQLite keeps any text as any column, and
-    PostgreSQL times that Python has no word for."""
+    """Raises Damaged where somebody made of it what cannot be read: SQLite keeps any text in any column, and
+    PostgreSQL has times that Python has no word for."""
     try:
         yield
     except (ValueError, TypeError, DataError) as error:
