@@ -22,6 +22,7 @@ log = structlog.get_logger()
 
 MONTHS_AHEAD = 3
 LOOK_EVERY_S = 3600
+LOOK_AGAIN_S = 5
 # Who reads the default partition makes us wait, and who comes after us waits for us.
 LOCK_WITHIN_MS = 300
 # What is in the default partition is looked at before another is made.
@@ -58,26 +59,34 @@ def without_partition(bounds: Iterable[str], today: date) -> Iterator[date]:
 async def keep_ahead(database: Database) -> None:
     """Make partitions ahead of time, for ever."""
     while True:
-        await make_ahead(database)
-        await asyncio.sleep(LOOK_EVERY_S)
+        was_free = await make_ahead(database)
+        await asyncio.sleep(LOOK_EVERY_S if was_free else LOOK_AGAIN_S)
 
 
-async def make_ahead(database: Database) -> None:
-    """Those that this month and the next ones lack. One that cannot be made is told, and tried again next time."""
+async def make_ahead(database: Database) -> bool:
+    """Those that this month and the next ones lack. One that cannot be made is told, and tried again next time.
+
+    False where others were at it, a replay of a database that was lost, say. Then it is soon to be tried again: what
+    comes to a month before it has a partition keeps it from having one.
+    """
+    was_free = True
     try:
         for month in await database.read(_missing):
-            await _make_one(database, month)
+            was_free &= await _make_one(database, month)
     except (SQLAlchemyError, OSError) as error:
         log.warning("partitions_not_seen", error=repr(error))
+    return was_free
 
 
-async def _make_one(database: Database, month: date) -> None:
+async def _make_one(database: Database, month: date) -> bool:
     name = _name(month)
     try:
-        if await database.write(make, month):
-            log.info("partition_made", partition=name)
+        if not await database.write(make, month):
+            return False
+        log.info("partition_made", partition=name)
     except SQLAlchemyError as error:
         log.warning("partition_not_made", partition=name, error=repr(error))
+    return True
 
 
 def _missing(db: Connection) -> list[date]:

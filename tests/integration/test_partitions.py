@@ -201,9 +201,9 @@ async def test_none_is_made_while_a_replay_is_at_work(database: Database, ledger
     # Let go with the transaction: the server hears of a closed connection some time after it was closed.
     with psycopg.connect(ledger_url) as replaying:
         replaying.execute("SELECT pg_advisory_xact_lock(%s)", [REPLAY_KEY])
-        await make_ahead(database)
+        assert not await make_ahead(database)
         assert name not in await partitions(database)
-    await make_ahead(database)
+    assert await make_ahead(database)
     assert name in await partitions(database)
 
 
