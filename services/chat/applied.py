@@ -24,11 +24,13 @@ async def applied(nc: Client, sequence: int, deadline: Deadline) -> None:
     """
     js = nc.jetstream()
     try:
-        async with asyncio.timeout(deadline.left_s):
-            while True:
+        async with asyncio.timeout(deadline.left_s) as limit:
+            # Its cancellation is swallowed where it comes together with an answer (asyncio's `wait_for` before 3.12).
+            while not limit.expired():
                 quota = await js.consumer_info(streams.STREAM, streams.QUOTA)
                 if quota.ack_floor.stream_seq >= sequence:
                     return
                 await asyncio.sleep(ASK_AGAIN_S)
+            raise TimeoutError
     except (TimeoutError, NatsError, APIError, OSError) as error:
         log.warning("not_applied_yet", sequence=sequence, error=repr(error))
