@@ -44,10 +44,11 @@ class WaitingRoom:
             line = self._lines[user_id] = _Line()
         line.waiting += 1
         try:
-            async with asyncio.timeout(WAIT_S):
+            async with asyncio.timeout(WAIT_S) as limit:
                 async with line.front:
                     await self._listen(line, user_id)
-                    while True:
+                    # As in `applied`: a cancellation that comes together with an answer is swallowed.
+                    while not limit.expired():
                         if self._is_closed:
                             raise Unavailable("The service is restarting.", retry_after_s=2)
                         if await has_left():
