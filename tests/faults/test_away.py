@@ -26,7 +26,8 @@ def away(stack: Stack, part: str) -> Iterator[None]:
     process.send_signal(signal.SIGSTOP)
     try:
         # On a machine with much to do it goes on until one of its threads has its turn.
-        while process.status() != psutil.STATUS_STOPPED:
+        while (status := process.status()) != psutil.STATUS_STOPPED:
+            assert status != psutil.STATUS_ZOMBIE, f"{part} has ended"
             time.sleep(0.001)
         yield
     finally:
