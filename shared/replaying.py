@@ -30,7 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from sqlalchemy import Connection, Table, make_url, select
 from sqlalchemy.exc import OperationalError
 
-from shared.database import Database, patient_engine, shown, usable
+from shared.append_only import AppendOnly, guard, unguarded_in
+from shared.database import Database, is_sqlite, patient_engine, shown, usable
 from shared.differences import Difference, Pair, in_schema, key_of
 from shared.errors import Misconfigured, Unavailable
 from shared.events import Event
@@ -49,6 +50,7 @@ ROUNDS_MAX = 20
 TAIL_WITHIN_S = 1.0
 SWITCH_WITHIN_S = 60.0
 AGAIN_S = 0.1
+GUARDED_WITHIN_S = 3
 
 
 class Rebuilt(Loads, Protocol):
@@ -61,6 +63,8 @@ class Rebuilt(Loads, Protocol):
     tables: tuple[Table, ...]
     # Of these, what is not summed up from others: a row for each event.
     kept: tuple[Table, ...]
+    # Whatever else: what nobody is to change.
+    append_only: tuple[AppendOnly, ...]
     # Indexes that `derive` needs.
     indexes: tuple[str, ...]
 
@@ -138,6 +142,7 @@ async def replay(
                 )
             shadow.index(rebuilt.indexes)
             told.beside = await _restored(record, url, rebuilt, despite_damage=despite_gaps)
+            told.beside += await asyncio.to_thread(_guarded_again, url, rebuilt)
             told.is_exchanged = not (shadow.is_copied and await _is_in_use(record, shadow, rebuilt, after=last))
             if told.is_exchanged:
                 with shadow.begin() as db:
@@ -155,6 +160,19 @@ async def _restored(record: Record, url: str, rebuilt: Rebuilt, *, despite_damag
         if not despite_damage:
             raise
         return [str(problem)]
+
+
+def _guarded_again(url: str, rebuilt: Rebuilt) -> list[str]:
+    """In words, which tables lacked what refuses a change, and have it again."""
+    told = []
+    for each in rebuilt.append_only:
+        with _connection(url) as db:
+            for name in unguarded_in(db, each.table):
+                if not is_sqlite(db):
+                    db.exec_driver_sql(f"SET LOCAL lock_timeout = '{GUARDED_WITHIN_S}s'")
+                guard(db, each, name)
+                told.append(f"{name} lacked triggers that refuse changes, and has them again")
+    return told
 
 
 async def dry_run(
@@ -179,6 +197,9 @@ async def dry_run(
             rebuilt.derive(db, shadow.live)
             differences = [Pair(db, shadow.live, table).difference() for table in rebuilt.tables]
         told.beside = await rebuilt.lost(record, url)
+    with _connection(url) as db:
+        unguarded = [name for each in rebuilt.append_only for name in unguarded_in(db, each.table)]
+    told.beside += [f"{name} lacks triggers that refuse changes, and would get them back" for name in unguarded]
     return told, differences
 
 

@@ -28,6 +28,7 @@ from services.ledger.seal_findings import Kind, Result
 from services.ledger.seals import Sealed, sealed_after
 from services.ledger.seals_file import end_of, newest_size
 from services.ledger.snapshots import Layout, Snapshot, snapshot
+from shared.append_only import unguarded
 from shared.archive import Archive
 from shared.errors import Misconfigured, Unavailable
 from shared.plans import Plans
@@ -51,6 +52,7 @@ DONE_ABOUT = {
     Kind.UNSIGNED: "unsigned",
 }
 READING = "Reading the stream"
+ONLY_GROW = {LEDGER: ("usage", "subscription_changes", "leaves", "seals"), QUOTA: ("plan_changes", "settlements")}
 OTHERS = {LEDGER: ("usage_daily", "quarantine", "leaves", "seals"), QUOTA: ("quarantine", "usage_totals", "holds")}
 
 
@@ -103,6 +105,7 @@ async def audit(
             seals_file_bytes=outside_bytes,
             seals_file_up_to=outside_up_to,
         )
+        lacking_triggers = [*_unguarded(LEDGER, ledger), *_unguarded(QUOTA, quota)]
         first, last = await record.bounds()
         archived = await _check_archive(nc, archive, ledger, evidence.keys, scratch) if archive else None
         comparing = Comparison(ledger, quota, plans, floors, scope=scope, scratch=scratch)
@@ -118,11 +121,16 @@ async def audit(
     tally = comparing.tally
     waiting = {service: max(0, last - floor) for service, floor in floors.items()}
     read = Read(first, last, tally.messages, tally.unreadable, tally.repeated, waiting)
-    proven = _proven(evident, evidence, archived)
+    proven = _proven(evident, evidence, archived, lacking_triggers)
     return Report(read, tally.compared, proven, scratch, monotonic() - begun)
 
 
-def _proven(result: Result, evidence: Evidence, archived: Archive | None) -> Proven:
+def _unguarded(service: str, snapshot: Snapshot) -> list[str]:
+    found = (unguarded(snapshot.rows, table, on_sqlite=snapshot.is_sqlite) for table in ONLY_GROW[service])
+    return [f"{service}.{name}" for names in found for name in names]
+
+
+def _proven(result: Result, evidence: Evidence, archived: Archive | None, unguarded: list[str]) -> Proven:
     keys, manifests = evidence.keys or Keys(None, {}), archived.manifests if archived else ()
     return Proven(
         seals=result.seals,
@@ -134,6 +142,7 @@ def _proven(result: Result, evidence: Evidence, archived: Archive | None) -> Pro
         is_outside_torn=result.is_outside_torn,
         archives=len(manifests),
         archives_signed=sum(is_signed(each, keys) for each in manifests),
+        unguarded=unguarded,
     )
 
 

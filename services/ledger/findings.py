@@ -129,6 +129,8 @@ class Proven:
     is_outside_torn: bool = False
     archives: int = 0
     archives_signed: int = 0
+    # Tables that are to grow only, and lack what refuses other changes.
+    unguarded: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,8 @@ def _proven_in_words(proven: Proven, *, lacks: bool) -> Iterator[str]:
         yield f"  Of the archive's manifests rightly signed: {proven.archives_signed:,} of {proven.archives:,}"
     elif proven.archives:
         yield "  Of what is archived the bodies are proven; the rest only where manifests are signed"
+    if proven.unguarded:
+        yield f"  Without the triggers that refuse changes: {', '.join(proven.unguarded)}; make replay puts them back"
 
 
 def _reach_of(proven: Proven, *, lacks: bool) -> str:

@@ -15,11 +15,13 @@ import structlog
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from shared.append_only import AppendOnly, guard
 from shared.database import Database, is_sqlite, now
 from shared.postgres_shadow import REPLAY_KEY
 
 log = structlog.get_logger()
 
+USAGE_ONLY_GROWS = AppendOnly("usage", "id")
 MONTHS_AHEAD = 3
 LOOK_EVERY_S = 3600
 LOOK_AGAIN_S = 5
@@ -106,21 +108,11 @@ def make(db: Connection, month: date) -> bool:
     db.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_WITHIN_MS}ms'")
     db.exec_driver_sql(f"SET LOCAL statement_timeout = '{MADE_WITHIN_MS}ms'")
     db.exec_driver_sql(f"CREATE TABLE {name} (LIKE usage INCLUDING ALL)")
-    make_append_only(db, name)
+    # As `usage` itself: whoever names a partition changes nothing in it, either.
+    guard(db, USAGE_ONLY_GROWS, name)
     # Unlike CREATE TABLE ... PARTITION OF, it lets others read and write the table meanwhile.
     db.exec_driver_sql(f"ALTER TABLE usage ATTACH PARTITION {name} FOR VALUES FROM ('{first}') TO ('{end}')")
     return True
-
-
-def make_append_only(db: Connection, table: str) -> None:
-    """As `usage` itself: whoever names a partition changes nothing in it, either."""
-    db.exec_driver_sql(
-        f"CREATE TRIGGER usage_is_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}"
-        " FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()"
-    )
-    # Before 17 who may do none of these may not lock a table either, and a replay has to.
-    if (db.dialect.server_version_info or ()) >= (17,):
-        db.exec_driver_sql(f"REVOKE UPDATE, DELETE, TRUNCATE ON {table} FROM CURRENT_USER")
 
 
 def _name(month: date) -> str:

@@ -9,9 +9,11 @@ from sqlalchemy import Connection, Table, func, select
 
 from services.ledger import store
 from services.ledger.checkpoint import Keys
+from services.ledger.partitions import USAGE_ONLY_GROWS
 from services.ledger.seal_store import Damaged
 from services.ledger.sealer import Lost, Rewritten, Sealer
 from services.ledger.settings import Settings
+from shared.append_only import AppendOnly
 from shared.database import Database, patient_engine
 from shared.errors import Misconfigured, Unavailable
 from shared.events import Event
@@ -80,6 +82,12 @@ class RebuiltLedger:
     migrations = Path(__file__).with_name("migrations")
     tables: tuple[Table, ...] = (store.usage, store.subscription_changes, store.usage_daily)
     kept: tuple[Table, ...] = (store.usage, store.subscription_changes)
+    append_only: tuple[AppendOnly, ...] = (
+        USAGE_ONLY_GROWS,
+        AppendOnly("subscription_changes", "event_id"),
+        AppendOnly("leaves", "stream_sequence", on_replace="abort"),
+        AppendOnly("seals", "tree_size", on_replace="abort"),
+    )
     indexes: tuple[str, ...] = ()
     plain = PlainRows(store.usage, PLAIN_COLUMNS, plain_row)
 

@@ -47,6 +47,7 @@ from services.quota.totals import (
     totals,
     totals_of,
 )
+from shared.append_only import AppendOnly
 from shared.bulk import insert_once, sorted_out
 from shared.calls import HOLD_TTL
 from shared.database import UtcDateTime, insert_new, is_sqlite, now, patient_engine
@@ -103,6 +104,10 @@ class RebuiltQuota:
     migrations = Path(__file__).with_name("migrations")
     tables: tuple[Table, ...] = (changes, settlements, totals, subscriptions)
     kept: tuple[Table, ...] = (changes, settlements)
+    append_only: tuple[AppendOnly, ...] = (
+        AppendOnly("plan_changes", "event_id"),
+        AppendOnly("settlements", "event_id", may_change=("is_late",)),
+    )
     indexes: tuple[str, ...] = ("plan_changes_by_user", "settlements_by_user")
     plain = PlainRows(settlements, PLAIN_COLUMNS, plain_row)
 

@@ -1,6 +1,8 @@
 """What is recorded and settled stays: the databases refuse to change it, and the service's role has no right to."""
 
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -16,11 +18,12 @@ from services.quota import __main__ as quota_service
 from services.quota import store as quota_store
 from services.quota import subscriptions as quota_subscriptions
 from services.quota import totals as quota_totals
-from shared.database import Database
+from services.quota.replay import RebuiltQuota
+from shared.database import Database, is_sqlite
 from shared.errors import Misconfigured
 from shared.events import Event
 from shared.plans import Plans
-from shared.replaying import open_shadow, replay
+from shared.replaying import dry_run, open_shadow, replay
 from tests.builders import generation_completed, publish, subscription_changed
 from tests.fixtures import Postgres
 
@@ -175,6 +178,57 @@ async def test_quota_still_settles_without_these_rights(served_quota: Database) 
     settled = await served_quota.write(quota_store.settle, Plans.load(), [*EVENTS, *new])
     assert settled.events == 2
     await served_quota.write(do("UPDATE settlements SET is_late = true"))
+
+
+def guards(db: Connection) -> list[tuple[Any, ...]]:
+    """Every trigger of the database, as it was made and whether it is at work."""
+    if is_sqlite(db):
+        statement = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger' ORDER BY 1"
+    else:
+        statement = (
+            "SELECT tgname, tgrelid::regclass::text, pg_get_triggerdef(oid), tgenabled FROM pg_trigger"
+            " WHERE NOT tgisinternal ORDER BY 2, 1"
+        )
+    return [tuple(row) for row in db.execute(text(statement))]
+
+
+def take_away_guards(db: Connection, *, of: tuple[str, ...], disabling: bool) -> None:
+    for name, table, *_ in guards(db):
+        if table.startswith(of) and name != "settlements_stays_late":
+            if disabling and not is_sqlite(db):
+                db.execute(text(f"ALTER TABLE {table} DISABLE TRIGGER {name}"))
+            else:
+                db.execute(text(f"DROP TRIGGER {name}" + ("" if is_sqlite(db) else f" ON {table}")))
+
+
+@pytest.mark.parametrize("disabling", [False, True])
+async def test_a_replay_puts_back_the_triggers_of_the_ledger(nats: Client, ledger_url: str, disabling: bool) -> None:
+    database = Database(ledger_url)
+    await make_ahead(database)
+    before = await database.read(guards)
+    assert {name.partition("_refuses_")[0].removesuffix("_is_append_only") for name, *_ in before} == {*OF_LEDGER}
+    await database.write(partial(take_away_guards, of=OF_LEDGER, disabling=disabling))
+
+    told, _ = await dry_run(nats, ledger_url, RebuiltLedger())
+    replayed = await replay(nats, ledger_url, RebuiltLedger())
+
+    assert await database.read(guards) == before
+    assert {line.split()[0] for line in told.beside} == {line.split()[0] for line in replayed.beside}
+    assert {line.split()[0] for line in replayed.beside} >= {*OF_LEDGER}
+    assert (await replay(nats, ledger_url, RebuiltLedger())).beside == []
+    await database.close()
+
+
+async def test_a_replay_puts_back_the_triggers_of_quota(nats: Client, quota: Database, quota_url: str) -> None:
+    await publish(nats, *EVENTS)
+    before = await quota.read(guards)
+    await quota.write(partial(take_away_guards, of=("settlements",), disabling=False))
+
+    replayed = await replay(nats, quota_url, RebuiltQuota(Plans.load()))
+
+    assert await quota.read(guards) == before
+    assert replayed.beside == ["settlements lacked triggers that refuse changes, and has them again"]
+    await quota.write(do("UPDATE settlements SET is_late = true"))
 
 
 async def test_a_role_that_may_only_read_is_told_so_by_a_replay(

@@ -190,6 +190,25 @@ async def test_where_stream_ledger_and_totals_agree_nothing_is_found(system: Sys
     assert "All agree." in found.words
 
 
+async def test_tables_that_lack_what_refuses_changes_are_told_and_are_no_difference(system: System) -> None:
+    assert "triggers" not in (await system.audit()).words
+    for database, table in ((system.ledger, "leaves"), (system.ledger, "usage"), (system.quota, "settlements")):
+        await database.write(_drop_a_trigger, table)
+
+    found = await system.audit()
+
+    assert found.agrees
+    assert found.report.proven.unguarded == ["ledger.usage", "ledger.leaves", "quota.settlements"]
+    assert f"Without the triggers that refuse changes: {', '.join(found.report.proven.unguarded)};" in found.words
+
+
+def _drop_a_trigger(db: Connection, table: str) -> None:
+    if db.dialect.name == "sqlite":
+        db.execute(text(f"DROP TRIGGER {table}_refuses_delete"))
+    else:
+        db.execute(text(f"DROP TRIGGER {table}_is_append_only ON {table}"))
+
+
 async def test_of_an_empty_stream_nothing_is_expected(system: System) -> None:
     found = await system.audit()
     assert (found.differences, found.report.read.messages) == ([], 0)
@@ -877,6 +896,7 @@ async def test_a_file_outside_that_was_cut_is_named_and_how_far_the_evidence_goe
         "is_outside_torn": False,
         "archives": 0,
         "archives_signed": 0,
+        "unguarded": [],
     }
     found = await audited(Evidence())
     assert "No signature of 3 seals was checked: CHATRAIL_SEAL_KEY_FILE names no key" in found.words
