@@ -56,7 +56,7 @@ def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], 
 
 
 class Checkpoint(NamedTuple):
-    """A sealed head, and by the ids of keys (eight hex digits) the signatures of its text."""
+    """A sealed head, and by the ids of keys (eight hex digits) the signatures of its text under our name."""
 
     tree_size: int
     root_hash: bytes
@@ -84,12 +84,20 @@ def read_checkpoint(note: str) -> Checkpoint:
     if len(lines) != 3 or lines[0] != ORIGIN:
         raise ValueError("this is no checkpoint of ours")
     size, root = int(lines[1]), base64.b64decode(lines[2], validate=True)
-    signatures = [base64.b64decode(line.rpartition(" ")[2], validate=True) for line in below.splitlines()]
+    signatures = [made for name, made in map(_read_signature, below.splitlines()) if name == ORIGIN]
     found = Checkpoint(size, root, tuple((made[:4].hex(), made[4:]) for made in signatures))
     is_whole = len(root) == hashlib.sha256().digest_size and all(len(made) == _SIGNED for made in signatures)
     if text.rstrip("\n") + "\n" != found.text or not is_whole:
         raise ValueError("this is no checkpoint of ours")
     return found
+
+
+def _read_signature(line: str) -> tuple[str, bytes]:
+    """Whose it is, and what was made: others may have signed the note, too, each in a way of their own."""
+    dash, name, made = line.split(" ")
+    if dash != "\N{EM DASH}":
+        raise ValueError("this is no line of a signature")
+    return name, base64.b64decode(made, validate=True)
 
 
 def notes_in(lines: Iterable[str]) -> Iterator[str]:

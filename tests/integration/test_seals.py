@@ -521,8 +521,11 @@ async def test_anybody_can_check_a_users_records_with_one_file_and_python_alone(
     )
     status, said = await verified(proven, tmp_path, "--seals", torn)
     assert (status, "the file of checkpoints has it" in said) == (0, True), said
-    status, said = await verified(proven, tmp_path, "--key", public_key(settings.seal_key_file), bare=False)
-    assert (status, "the key has signed it" in said) == (0, True)
+    # What others add to a note, each in a way of their own, takes nothing away from it.
+    witnessed = proven | {"checkpoint": proven["checkpoint"] + f"— witness.example/1 {'AAAA' * 25}\n"}
+    for proof in (proven, witnessed):
+        status, said = await verified(proof, tmp_path, "--key", public_key(settings.seal_key_file), bare=False)
+        assert (status, "the key has signed it" in said) == (0, True), said
 
 
 async def test_the_signature_is_checked_by_openssl_where_the_package_is_missing(
@@ -587,6 +590,7 @@ async def test_a_checkpoint_that_is_not_the_operators_proves_nothing(
     key, another = public_key(settings.seal_key_file), public_key(new_key(tmp_path / "another.pem"))
     origin, _, root, *rest = proven["checkpoint"].split("\n")
     resized = proven | {"checkpoint": "\n".join([origin, "12", root, *rest])}
+    renamed = proven | {"checkpoint": proven["checkpoint"].replace(f"— {origin}", "— somebody/else")}
     unsigned = proven | {"checkpoint": proven["checkpoint"].partition("\n\n")[0] + "\n"}
     (elsewhere := tmp_path / "elsewhere.txt").write_text("\n".join([origin, "11", "A" * 43 + "=", ""]))
     (empty := tmp_path / "empty.txt").touch()
@@ -596,6 +600,7 @@ async def test_a_checkpoint_that_is_not_the_operators_proves_nothing(
         (resized, ("--seals", settings.seals_file)),
         (resized, ("--key", key)),
         (unsigned, ("--key", key)),
+        (renamed, ("--key", key)),
         (proven, ("--key", another)),
         ("{", ()),
         ("[]", ()),
