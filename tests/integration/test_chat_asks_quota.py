@@ -9,6 +9,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from sqlalchemy.exc import OperationalError
 
+from services.chat import deadline
+from services.chat.applied import applied
 from services.chat.claude import Claude, Prompt
 from services.chat.deadline import Deadline
 from services.chat.generation import Generation, Parts, Policies, is_doubtful
@@ -55,6 +57,16 @@ async def answering(nats: Client, *answers: Authorization | None) -> list[Author
 
 async def nobody_left() -> bool:
     return False
+
+
+async def test_who_waits_until_quota_has_applied_something_stops_in_time(
+    nats: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Now and then the time is up in the very moment of an answer: among so many it is.
+    monkeypatch.setattr(deadline, "WITHIN_S", deadline.MOMENT_S)
+    async with asyncio.timeout(30):
+        for _ in range(20):
+            await asyncio.gather(*(applied(nats, 10**9, Deadline()) for _ in range(100)))
 
 
 async def test_a_question_without_an_answer_is_asked_again_with_the_same_id(nats: Client, claude: Claude) -> None:
