@@ -219,22 +219,28 @@ class Period:
     def _containing(cls, moment: datetime, kind: PeriodKind, time_zone: str, anchor_day: int) -> "Period":
         if kind == "none":
             return cls(datetime(1970, 1, 1, tzinfo=UTC), None)
-        there = zone(time_zone)
-        midnight = moment.astimezone(there).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+        begin = moment.astimezone(zone(time_zone)).replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
         if kind == "month":
-            first = _begin_of_month(midnight, anchor_day)
-            if first > midnight:
-                first = _begin_of_month(midnight.replace(day=1) - timedelta(days=1), anchor_day)
-            midnight = first
-            after = _begin_of_month(midnight.replace(day=1) + timedelta(days=32), anchor_day)
-        else:
-            after = midnight + timedelta(days=1)
-        # Wall-clock arithmetic in the zone, then UTC: days of 23 and 25 hours come out right.
-        return cls(midnight.astimezone(UTC), after.astimezone(UTC))
+            first = _begin_of_month(begin, anchor_day)
+            if first > begin:
+                first = _begin_of_month(begin.replace(day=1) - timedelta(days=1), anchor_day)
+            begin = first
+        end = _begin_of_next(begin, kind, anchor_day)
+        # Where clocks go back across midnight a day begins with the first of the two, for good.
+        while end <= moment:
+            begin, end = end, _begin_of_next(end, kind, anchor_day)
+        return cls(begin.astimezone(UTC), end.astimezone(UTC))
 
 
 # The period that was asked for last: nearly always that of now, for hundreds of users at once.
 _last: dict[tuple[PeriodKind, str, int], Period] = {}
+
+
+def _begin_of_next(begin: datetime, kind: PeriodKind, anchor_day: int) -> datetime:
+    """By the clock on the wall: days of 23 and 25 hours come out right."""
+    if kind == "month":
+        return _begin_of_month(begin.replace(day=1) + timedelta(days=32), anchor_day)
+    return begin + timedelta(days=1)
 
 
 def _begin_of_month(day: datetime, anchor_day: int) -> datetime:

@@ -44,6 +44,9 @@ def hours(period: Period) -> float:
 @example(at("2018-11-04T12:00Z"), "day", "America/Sao_Paulo")
 @example(at("2026-11-01T05:30Z"), "day", "America/Havana")
 @example(at("2011-12-30T09:00Z"), "day", "Pacific/Apia")
+# Clocks that go back from behind midnight to before it.
+@example(at("2010-11-07T02:45Z"), "day", "America/St_Johns")
+@example(at("2009-11-01T02:45Z"), "month", "America/St_Johns")
 def test_every_moment_lies_in_exactly_one_period_and_periods_touch(
     moment: datetime, kind: PeriodKind, time_zone: str
 ) -> None:
