@@ -84,7 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     api_key, base_url = settings.claude
-    claude = Claude(api_key=api_key, base_url=base_url, idle_s=settings.claude_idle_s)
+    claude = Claude(api_key=api_key, base_url=base_url, model=settings.model, idle_s=settings.claude_idle_s)
     policies = Policies(on_disconnect=settings.on_disconnect, claude_total_s=settings.claude_total_s)
     outbox = Outbox(settings.data / "outbox.db", events_max=settings.outbox_events_max)
     OUTBOX_EVENTS.set_function(lambda: outbox.events)

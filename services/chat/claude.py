@@ -7,8 +7,16 @@ from typing import Annotated, Any
 
 import httpx2
 import msgspec
-from anthropic import APIError, AsyncAnthropic, DefaultAioHttpClient
+from anthropic import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    APITimeoutError,
+    AsyncAnthropic,
+    DefaultAioHttpClient,
+)
 
+from services.chat import claude_problems
 from services.chat.claude_stream import Question, Stream
 from services.chat.metering import estimate_tokens
 from services.chat.problems import Problem
@@ -51,6 +59,7 @@ KNOWN = frozenset(
 LIST_AGAIN_S = 60.0
 
 CONNECT_TIMEOUT_S = 5.0
+COUNT_TIMEOUT_S = 5.0
 # The SDK hands on whatever was answered.
 _NO_ANSWER = (APIError, AttributeError, TypeError, ValueError, RecursionError)
 
@@ -84,10 +93,11 @@ class Prompt:
 
 
 class Claude:
-    """`idle_s`: how long the provider may be silent, before its first byte and between any two."""
+    """`model` is known whatever the provider says: the operator named it. `idle_s`: how long the provider may be
+    silent, before its first byte and between any two."""
 
-    def __init__(self, *, api_key: str, base_url: str, idle_s: float = 60.0) -> None:
-        self._idle_s = idle_s
+    def __init__(self, *, api_key: str, base_url: str, model: str = "", idle_s: float = 60.0) -> None:
+        self._known, self._idle_s = KNOWN | {model}, idle_s
         self._http = DefaultAioHttpClient(
             timeout=httpx2.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),
             # Servers close idle connections after 5 s and more: one that is closing must not be asked, because
@@ -120,13 +130,13 @@ class Claude:
         """The model to ask for: a retired id gives its successor. Raises Problem 400 for an id nobody knows."""
         if (retired := RETIRED.get(model)) and retired[0] <= datetime.now(UTC).date():
             return retired[1]
-        if model in KNOWN or model in self._listed:
+        if model in self._known or model in self._listed:
             return model
         if monotonic() - self._listed_at > LIST_AGAIN_S:
             self._listed, self._listed_at = await self._models_at_the_provider(), monotonic()
         if model in self._listed:
             return model
-        known = sorted(KNOWN | self._listed)
+        known = sorted((self._known | self._listed) - {""})
         raise Problem(400, "Unknown model", f"Use one of: {', '.join(known)}.", models=known)
 
     async def _models_at_the_provider(self) -> frozenset[str]:
@@ -136,13 +146,27 @@ class Claude:
         except _NO_ANSWER:
             return self._listed  # a list that cannot be had now is no reason to refuse the known ones
 
-    async def count_input_tokens(self, prompt: Prompt) -> int:
-        """The provider's estimate, with room for its error; the bound by bytes when it cannot be had."""
+    async def count_input_tokens(self, prompt: Prompt) -> int | None:
+        """The provider's estimate, with room for its error; None where it gives none, as not every provider does.
+
+        Raises Problem 502, 503 or 504 where it cannot be asked right now, or refuses us: the question itself would
+        meet the same.
+        """
         try:
-            count = await self._client.messages.count_tokens(**_arguments(prompt), timeout=5)
+            count = await self._client.messages.count_tokens(**_arguments(prompt), timeout=COUNT_TIMEOUT_S)
             tokens: int = msgspec.convert(count.input_tokens, Annotated[int, msgspec.Meta(ge=0)])
+        except APITimeoutError as error:
+            raise claude_problems.silent("Nothing was spent") from error
+        except APIConnectionError as error:
+            raise claude_problems.cannot_be_reached(502) from error
+        except APIStatusError as error:
+            retry_after = error.response.headers.get("retry-after")
+            problem = claude_problems.refused(error.status_code, retry_after=retry_after, body=b"")
+            if problem.status >= 500:
+                raise problem from error
+            return None
         except _NO_ANSWER:
-            return prompt.input_tokens_max
+            return None
         return min(prompt.input_tokens_max, tokens + tokens // 50 + MESSAGE_OVERHEAD_TOKENS)
 
     def stream(self, prompt: Prompt) -> Stream:

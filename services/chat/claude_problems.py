@@ -85,7 +85,7 @@ def redirected() -> Problem:
 def failed(kind: str, so_far: str, *, is_begun: bool) -> Problem:
     """What an `error` event of this type means. `so_far`, here and below, says what is counted."""
     if kind in ("overloaded_error", "rate_limit_error"):
-        return busy("Claude is overloaded", None)
+        return busy("Claude is overloaded", None, so_far=f"{so_far}. " if is_begun else "")
     return Problem(502, f"Claude failed{' in the middle' if is_begun else ''}", f"{so_far}; try again.")
 
 
@@ -114,11 +114,11 @@ def not_claude() -> Problem:
     return Problem(502, "Claude's answer makes no sense", detail)
 
 
-def busy(title: str, retry_after: str | None) -> Problem:
+def busy(title: str, retry_after: str | None, *, so_far: str = "") -> Problem:
     # In seconds, as Claude says it; what is no such figure says nothing.
     told = int(retry_after) if retry_after and re.fullmatch("[0-9]{1,9}", retry_after) else RETRY_AFTER_S
     seconds = min(max(told, 1), RETRY_AFTER_S_MAX)
-    detail = f"Try again in {seconds} second{'s' if seconds > 1 else ''}."
+    detail = f"{so_far}Try again in {seconds} second{'s' if seconds > 1 else ''}."
     return Problem(503, title, detail, headers={"Retry-After": str(seconds)})
 
 

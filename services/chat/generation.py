@@ -22,7 +22,7 @@ from services.chat.metering import Held, Meter
 from services.chat.outbox import Outbox
 from services.chat.problems import Problem, broken, not_counted_yet, restarting
 from services.chat.publisher import Publisher
-from services.chat.quota import Quota
+from services.chat.quota import Quota, Shown
 from services.chat.ratelimit import headers
 from services.chat.sse import KEEPALIVE, frame
 from services.chat.waiting import HasLeft
@@ -80,10 +80,10 @@ class Generation:
         self.id = generation_id
         self.user_id = user_id
         self.model = prompt.model
-        self.limits: tuple[LimitState, ...] = ()
+        self._limits: tuple[LimitState, ...] = ()
         self._text: list[str] = []
         self.problem: Problem | None = None
-        self._usage = msgspec.Raw(b"null")
+        self._shown: Shown | None = None
         self._done: dict[str, object] = {}
         self._stop_reason: str | None = None
         self._is_clamped = False
@@ -102,7 +102,7 @@ class Generation:
         self._checkpoint: asyncio.TimerHandle | None = None
         self._checkpoints: set[asyncio.Task[None]] = set()
         self._asked: Pending | None = None
-        self._asking: asyncio.Task[bytes | None] | None = None
+        self._asking: asyncio.Task[Shown | None] | None = None
 
     async def authorize(self, has_left: HasLeft) -> None:
         """The intent on disk and the hold at quota, both at once. Raises Problem 429, or Unavailable.
@@ -123,7 +123,7 @@ class Generation:
         self._authorized = _authorized(self._prompt, held, granted)
         self._is_clamped = granted.output_tokens_max < self._prompt.output_tokens_max
         self._prompt = replace(self._prompt, output_tokens_max=granted.output_tokens_max)
-        self._started_at, self.limits = granted.started_at, granted.limits
+        self._started_at, self._limits = granted.started_at, granted.limits
         try:
             await intending
             self._meter.asked(held)
@@ -161,6 +161,11 @@ class Generation:
             RUNNING.dec()
             self._is_over = True
             self._something_new.set()
+
+    @property
+    def limits(self) -> tuple[LimitState, ...]:
+        """As quota last told them: with the hold, or once the answer is counted."""
+        return self._shown.limits if self._shown else self._limits
 
     def leave(self) -> None:
         """The reader has gone: Claude is stopped, or its answer drained within the hold, as the policy says."""
@@ -204,7 +209,12 @@ class Generation:
             pass
         if self.problem:
             raise self.problem
-        return {"model": self.model, "text": "".join(self._text), **self._done, "usage": self._usage}
+        return {
+            "model": self.model,
+            "text": "".join(self._text),
+            **self._done,
+            "usage": msgspec.Raw(self._shown.body) if self._shown else None,
+        }
 
     async def _read_from_claude(self) -> Outcome:
         try:
@@ -303,7 +313,7 @@ class Generation:
         TOKENS.labels("output").inc(event.data.output_tokens or 0)
         log.info("generation_settled", generation_id=self.id, outcome=outcome, tokens=event.data.tokens_used)
 
-    def _ask_usage_soon(self, used: Pending) -> asyncio.Task[bytes | None]:
+    def _ask_usage_soon(self, used: Pending) -> asyncio.Task[Shown | None]:
         """Quota is asked while Claude's stream ends and the disk writes; again where the count was not the last."""
         if self._asking and self._asked == used:
             return self._asking
@@ -322,19 +332,19 @@ class Generation:
             **vars(counts),
         )
 
-    async def _ask_usage(self, used: Pending) -> bytes | None:
+    async def _ask_usage(self, used: Pending) -> Shown | None:
         if self._has_left:
             return None  # nobody is listening
         try:
-            return (await self._parts.quota.usage(self.user_id, Deadline(), including=used)).body
+            return await self._parts.quota.usage(self.user_id, Deadline(), including=used)
         except Unavailable as error:
             log.warning("usage_not_shown", generation_id=self.id, reason=error.detail)
             return None
 
-    def _say_the_end(self, event: GenerationCompleted, usage: bytes | None) -> None:
-        if usage is not None:
-            self._usage = msgspec.Raw(usage)
-            self._frames.append(frame(b"usage", usage))
+    def _say_the_end(self, event: GenerationCompleted, shown: Shown | None) -> None:
+        self._shown = shown
+        if shown:
+            self._frames.append(frame(b"usage", shown.body))
         if self.problem:
             self.problem.headers |= headers(self.limits)
             self._frames.append(frame(b"error", self.problem.body))

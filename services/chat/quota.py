@@ -163,16 +163,32 @@ class _Asking:
         most = min(wanted, CROWDED_OUTPUT_TOKENS) if is_crowded else wanted
         answer = await self._ask(least=1, most=most)
         if isinstance(answer, Refused) and not self._is_counted and self._is_worth_counting(answer):
-            self.input_tokens_max = await self.claude.count_input_tokens(self.prompt)
-            self._is_counted = True
-            answer = await self._ask(least=1, most=most)
+            answer = await self._for_its_true_length(answer, most)
         return answer
 
     def _is_worth_counting(self, refused: Refused) -> bool:
         """The bound by bytes is generous. Where it does not fit, it is worth asking how long the prompt really is;
         of what people write, no provider makes fewer than half of the estimated tokens. And where it is more than
         the whole plan, the caller should hear so for certain."""
-        return refused.exceeds_plan or refused.tokens_available > self.prompt.input_tokens_estimate // 2
+        room = refused.tokens_available
+        if refused.reason == "tokens":  # for good: also what others hold, and may give back, would not do
+            room = refused.usage.tokens_remaining or 0
+        return refused.exceeds_plan or room > self.prompt.input_tokens_estimate // 2
+
+    async def _for_its_true_length(self, refused: Refused, most: int) -> Granted | Refused:
+        """Asked again with what Claude counts, where it does. Raises Problem where it cannot now, and all depends on
+        that."""
+        try:
+            counted = await self.claude.count_input_tokens(self.prompt)
+        except Problem:
+            if refused.reason == "tokens":
+                raise
+            return refused
+        self._is_counted = True
+        if counted is None:
+            return refused.model_copy(update={"exceeds_plan": False})
+        self.input_tokens_max = counted
+        return await self._ask(least=1, most=most)
 
     async def _ask(self, *, least: int, most: int) -> Granted | Refused:
         request = Authorize(

@@ -207,6 +207,7 @@ BAD_CORRECTIONS: list[dict[str, Any]] = [
     *({"actor": name} for name in BAD_NAMES),
     *({"tokensUsed": count} for count in [0, 1.5, -94.0, True, "-94", 10**30, 100_000_001, -100_000_001]),
     *({"effectiveAt": moment} for moment in ["", "today", "2026-11-22", "2026-11-22T12:00:00", [], True, 0, 1.5]),
+    *({"effectiveAt": digits} for digits in ["20261124", "2026", "1764000000000", "-1", "1.5"]),
     *({"effectiveAt": moment} for moment in ["1969-12-31T23:59:59Z", "9999-01-01T00:00:00Z"]),
     {"tokens": 1},
     {"metadata": {}},

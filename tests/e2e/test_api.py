@@ -197,6 +197,15 @@ async def test_a_report_may_leave_out_what_is_nothing_of_its_split(http: httpx2.
     assert [record[name] for name in counts] == [4, 0, 0, 6]
 
 
+async def test_what_a_report_tells_of_a_split_that_is_not_whole_stays_among_its_facts(
+    http: httpx2.AsyncClient, user: str
+) -> None:
+    told = {"inputTokens": 4, "cacheReadInputTokens": 2, "note": "n"}
+    await send_report(http, report(user, 10, metadata=told))
+    (record,) = await logs(http, user, 1)
+    assert (record["tokensUsed"], record["inputTokens"], record["metadata"]) == (10, None, told)
+
+
 async def test_what_is_not_said_to_be_json_is_refused_with_what_to_do(http: httpx2.AsyncClient, user: str) -> None:
     refused = await http.post("/api/usage", content=json.dumps(report(user)), headers={"Content-Type": "text/plain"})
     assert refused.status_code == 415
@@ -225,8 +234,11 @@ def test_white_space_around_a_key_is_no_part_of_it(stack: Stack, user: str) -> N
 
 async def test_a_key_belongs_to_one_body(stack: Stack, http: httpx2.AsyncClient, user: str) -> None:
     key = {"Idempotency-Key": str(uuid4())}
-    await send_report(http, report(user), **key)
+    facts = {"a": {"b": [{"c": 1, "d": 2}], "e": 3}, "f": 4}
+    await send_report(http, report(user, metadata=facts), **key)
     async with nothing_recorded(stack):
+        in_another_order = {"f": 4, "a": {"e": 3, "b": [{"d": 2, "c": 1}]}}
+        await send_report(http, report(user, metadata=in_another_order), **key)
         for other in (report(user, 8_095), report(f"{user} 2"), report(user, metadata={"note": "other"})):
             document = problem_of(await http.post("/api/usage", json=other, headers=key), 409)
             assert "use a new key" in document["detail"]
@@ -833,7 +845,11 @@ async def test_an_answer_that_breaks_off_is_told_in_words_and_what_was_given_is_
     assert 0.5 < record["outputTokens"] / gave["outputTokens"] < 2
 
     whole = await http.post("/api/chat", json=question(user, asked), headers={"Accept": "application/json"})
-    assert problem_of(whole, status)["title"] == title
+    document = problem_of(whole, status)
+    assert document["title"] == title
+    assert "What was answered so far is counted" in document["detail"]
+    left = (await usage(http, user))["tokensRemaining"]
+    assert f";r={left};" in whole.headers["ratelimit"]
 
 
 async def leave_in_the_middle(http: httpx2.AsyncClient, body: dict[str, Any]) -> None:

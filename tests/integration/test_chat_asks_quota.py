@@ -1,7 +1,9 @@
 """How chat asks quota, with a quota that behaves as no real one does on demand."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,8 @@ from shared.events import GenerationCompleted, decode, new_id
 from tests.builders import NOON, usage_reported
 from tests.fixtures import eventually
 from tests.people import rows
+from tests.unit.test_claude import answer as answered
+from tests.unit.test_claude import provider, refusal
 from tests.unit.test_quota_domain import account
 
 PROMPT = Prompt("claude-haiku-4-5", [{"role": "user", "content": "Hello"}], None, 1_000)
@@ -55,6 +59,10 @@ async def answering(nats: Client, *answers: Authorization | None) -> list[Author
     return heard
 
 
+def counted(input_tokens: int) -> bytes:
+    return answered(200, "application/json", json.dumps({"input_tokens": input_tokens}))
+
+
 async def nobody_left() -> bool:
     return False
 
@@ -74,6 +82,54 @@ async def test_a_question_without_an_answer_is_asked_again_with_the_same_id(nats
     asked = Quota(nats).authorize(claude, PROMPT, generation_id="g", user_id="user_1", has_left=nobody_left)
     assert await asked == (GRANTED, Held(PROMPT.input_tokens_max, 1_000))
     assert [question.generation_id for question in heard] == ["g", "g"]
+
+
+# Of what remains another answer holds all. By its bytes the question is longer than that, by its count it is not.
+LEFT = Refused(reason="tokens", tokens_available=0, retry_after_s=60, usage=account(107_000).usage)
+LONG = replace(PROMPT, messages=[{"role": "user", "content": "words " * 200}])
+
+
+async def test_a_question_that_fits_beside_what_others_hold_is_counted_and_waits_for_them(nats: Client) -> None:
+    held = LEFT.model_copy(update={"reason": "held"})
+    heard = await answering(nats, LEFT, LEFT, held, GRANTED)
+    async with provider(counted(300)) as claude:
+        _, holds = await Quota(nats).authorize(
+            claude, LONG, generation_id="g", user_id="user_1", has_left=nobody_left
+        )
+    assert [question.input_tokens_max for question in heard] == [LONG.input_tokens_max] * 2 + [322] * 2
+    assert holds == Held(322, 1_000)
+
+
+@pytest.mark.parametrize("exceeds_plan", [True, False])
+async def test_where_claude_cannot_count_now_nobody_is_told_that_it_is_too_long(
+    nats: Client, *, exceeds_plan: bool
+) -> None:
+    await answering(nats, *[LEFT.model_copy(update={"exceeds_plan": exceeds_plan})] * 2)
+    async with provider(refusal(529)) as claude:
+        with pytest.raises(Problem) as problem:
+            await Quota(nats).authorize(claude, LONG, generation_id="g", user_id="user_1", has_left=nobody_left)
+    document = problem.value.document
+    assert (document["status"], document["title"]) == (503, "Claude is overloaded")
+    assert not is_doubtful(problem.value)
+
+
+async def test_by_a_provider_that_does_not_count_it_is_not_certain_that_a_question_exceeds_the_plan(
+    nats: Client,
+) -> None:
+    await answering(nats, *[LEFT.model_copy(update={"exceeds_plan": True})] * 2)
+    async with provider(refusal(404)) as claude:
+        with pytest.raises(Problem) as problem:
+            await Quota(nats).authorize(claude, LONG, generation_id="g", user_id="user_1", has_left=nobody_left)
+    assert (problem.value.status, problem.value.document["detail"]) == (429, "Upgrade to Pro")
+    assert problem.value.headers["Retry-After"] == "60"
+
+
+async def test_who_waits_for_other_answers_anyway_goes_on_where_claude_cannot_count(nats: Client) -> None:
+    held = LEFT.model_copy(update={"reason": "held", "tokens_available": 999})
+    heard = await answering(nats, LEFT, held, held, GRANTED)
+    async with provider(refusal(529), refusal(529)) as claude:
+        await Quota(nats).authorize(claude, LONG, generation_id="g", user_id="user_1", has_left=nobody_left)
+    assert {question.input_tokens_max for question in heard} == {LONG.input_tokens_max}
 
 
 async def test_who_waits_in_line_is_told_when_the_service_stops(nats: Client, claude: Claude) -> None:

@@ -208,9 +208,7 @@ async def test_the_providers_count_gets_room_for_its_error_and_stays_below_the_b
 @pytest.mark.parametrize(
     "answered",
     [
-        refusal(429),
-        refusal(500),
-        b"",
+        *map(refusal, (400, 404, 405, 413)),
         *(
             answer(200, "application/json", body)
             for body in ("{}", "[]", '{"input_tokens": -7}', '{"input_tokens": "x"}')
@@ -218,9 +216,49 @@ async def test_the_providers_count_gets_room_for_its_error_and_stays_below_the_b
         answer(200, "text/html", "<h1>A proxy's page</h1>"),
     ],
 )
-async def test_where_the_provider_does_not_count_the_bound_stands(answered: bytes) -> None:
+async def test_a_provider_that_does_not_count_gives_none(answered: bytes) -> None:
     async with provider(answered) as claude:
-        assert await claude.count_input_tokens(PROMPT) == PROMPT.input_tokens_max
+        assert await claude.count_input_tokens(PROMPT) is None
+
+
+@pytest.mark.parametrize(
+    ("answered", "status", "retry_after"),
+    [
+        (refusal(529, "no", "retry-after: 7"), 503, "7"),
+        (refusal(429), 503, "5"),
+        (refusal(500), 502, None),
+        (refusal(401), 502, None),
+        (b"", 502, None),
+    ],
+)
+async def test_a_provider_that_cannot_count_now_is_told_as_one_that_cannot_answer(
+    answered: bytes, status: int, retry_after: str | None
+) -> None:
+    async with provider(answered) as claude:
+        with pytest.raises(Problem) as problem:
+            await claude.count_input_tokens(PROMPT)
+    assert (problem.value.status, problem.value.headers.get("Retry-After")) == (status, retry_after)
+
+
+async def test_a_provider_that_is_silent_when_it_should_count_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(claude_module, "COUNT_TIMEOUT_S", 0.1)
+    with full_listener() as port:
+        claude = Claude(api_key="any", base_url=f"http://127.0.0.1:{port}")
+        with pytest.raises(Problem) as problem:
+            await claude.count_input_tokens(PROMPT)
+        await claude.close()
+    assert problem.value.status == 504
+
+
+async def test_the_operators_model_is_known_whatever_the_provider_lists() -> None:
+    claude = Claude(api_key="any", base_url="http://127.0.0.1:9", model="a-gateways-own")
+    assert await claude.resolve("a-gateways-own") == "a-gateways-own"
+    with pytest.raises(Problem) as refused:
+        await claude.resolve("another")
+    assert refused.value.document["models"] == sorted(KNOWN | {"a-gateways-own"})
+    await claude.close()
 
 
 # Claude's stream
@@ -291,7 +329,7 @@ async def test_an_event_that_is_nested_too_deep_makes_no_sense(kind: str) -> Non
 
 async def test_what_is_nested_too_deep_is_no_count_and_no_list() -> None:
     async with provider(*[answer(200, "application/json", NESTED)] * 2) as claude:
-        assert await claude.count_input_tokens(PROMPT) == PROMPT.input_tokens_max
+        assert await claude.count_input_tokens(PROMPT) is None
         with pytest.raises(Problem):
             await claude.resolve("claude-next")
 
@@ -487,7 +525,8 @@ async def test_a_redirect_is_a_refusal_and_nothing_is_sent_to_where_it_leads(sta
         assert "ANTHROPIC_BASE_URL" in failed.problem.document["detail"]
         assert failed.stream.gave_nothing
         async with provider(refusal(status, "moved", location), refusal(status, "moved", location)) as claude:
-            assert await claude.count_input_tokens(PROMPT) == PROMPT.input_tokens_max
+            with pytest.raises(Problem):
+                await claude.count_input_tokens(PROMPT)
             with pytest.raises(Problem):
                 await claude.resolve("claude-next")
     server.close()

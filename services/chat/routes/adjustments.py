@@ -1,5 +1,6 @@
 """POST /api/usage/adjustments: what an operator credits, refunds, charges or adds."""
 
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
@@ -24,7 +25,8 @@ def _not_zero(tokens: int) -> int:
 
 
 def _as_text(moment: object) -> object:
-    if isinstance(moment, str | None):
+    # Digits alone would be taken for seconds since 1970.
+    if moment is None or (isinstance(moment, str) and re.match(r"\d{4}-\d\d-\d\d", moment)):
         return moment
     raise ValueError("must be a time such as 2026-11-30T18:00:00Z")
 

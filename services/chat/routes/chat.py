@@ -95,12 +95,11 @@ async def chat(request: Request, body: ChatRequest) -> Response:
             metadata={"conversationId": body.conversation_id} if body.conversation_id else {},
             has_left=request.is_disconnected,
         )
-    told = headers(generation.limits)
     if not _accepts_only_json(request.headers.get("accept", "")):
-        return EventStream(generation.frames(), on_disconnect=generation.leave, headers=told)
+        return EventStream(generation.frames(), on_disconnect=generation.leave, headers=headers(generation.limits))
     with watched(request.receive, generation.leave):
         answer = msgspec.json.encode(await generation.answer())
-    return Response(answer, headers=told, media_type=examples.JSON)
+    return Response(answer, headers=headers(generation.limits), media_type=examples.JSON)
 
 
 def _accepts_only_json(accept: str) -> bool:

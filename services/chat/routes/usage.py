@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ConfigDict, JsonValue, field_validator
+from pydantic.alias_generators import to_camel
 
 from services.chat.deadline import Deadline
 from services.chat.idempotency import IdempotencyKey
@@ -27,6 +28,7 @@ from shared import calls
 from shared.broker import call
 from shared.calls import History, HistoryQuery, Logs, LogsQuery, Usage
 from shared.events import Generation, GenerationCompleted, Name, Tokens, UserId, new_id, small, utc_now
+from shared.plans import COUNTS
 from shared.spreadsheet import cell
 
 router = APIRouter(tags=["usage"], route_class=OneReading)
@@ -75,6 +77,18 @@ class ReportMetadata(Body):
     def facts(self) -> dict[str, JsonValue]:
         return self.model_extra or {}
 
+    @property
+    def counts(self) -> dict[str, JsonValue]:
+        """Those that are told."""
+        told = {to_camel(name): getattr(self, name) for name in COUNTS if name != "tokens_used"}
+        return {name: count for name, count in told.items() if count is not None}
+
+
+def _in_order(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _in_order(value[name]) for name in sorted(value)}
+    return [*map(_in_order, value)] if isinstance(value, list) else value
+
 
 class Report(Body):
     model_config = ConfigDict(
@@ -98,7 +112,12 @@ class Report(Body):
     @field_validator("metadata")
     @classmethod
     def _facts_stay_small(cls, metadata: ReportMetadata) -> ReportMetadata:
-        small(metadata.facts)
+        small(metadata.facts | metadata.counts)
+        # An object's members have no order: however they come, it is the same report.
+        facts = metadata.facts
+        in_order = _in_order(facts)
+        facts.clear()
+        facts.update(in_order)
         return metadata
 
 
@@ -154,7 +173,8 @@ def _event(body: Report) -> GenerationCompleted:
         usage_source="reported",
         started_at=moment,
         completed_at=moment,
-        metadata=said.facts,
+        # Of a split that is not whole the parts stay facts.
+        metadata=said.facts if is_split else said.facts | said.counts,
     )
     return GenerationCompleted(id=event_id, subject=body.user_id, data=generation)
 
