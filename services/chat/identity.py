@@ -15,7 +15,7 @@ def operator(request: Request) -> None:
     key = request.app.state.settings.operator_key
     if key is None:
         return
-    scheme, _, presented = request.headers.get("authorization", "").partition(" ")
+    scheme, presented = _credentials(request.headers.get("authorization", ""))
     # A header's bytes come as Latin-1, whatever they are; clients send what is typed, which is UTF-8.
     is_right = hmac.compare_digest(presented.encode("latin-1"), key.get_secret_value().encode())
     if scheme.lower() != "bearer" or not is_right:
@@ -25,6 +25,13 @@ def operator(request: Request) -> None:
             "Send Authorization: Bearer with the value of CHATRAIL_OPERATOR_KEY.",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def _credentials(field: str) -> tuple[str, str]:
+    """The scheme and what is presented by it, without the white space of neither (RFC 9110, sections 5.5, 11.4)."""
+    # Spaces and tabs alone: what else Latin-1 takes for white space are bytes of a key in UTF-8.
+    scheme, _, presented = field.strip(" \t").partition(" ")
+    return scheme, presented.lstrip(" ")
 
 
 Operator = Annotated[None, Depends(operator)]

@@ -1058,7 +1058,7 @@ async def test_what_is_an_operators_needs_the_operators_key_where_there_is_one(
                     assert "CHATRAIL_OPERATOR_KEY" in problem_of(answer, 401)["detail"]
                     assert answer.headers["www-authenticate"] == "Bearer"
         for method, path, body in calls:
-            headers = {"Authorization": f"bearer {OPERATOR_KEY}"}
+            headers = {"Authorization": f"bearer  {OPERATOR_KEY}"}
             answer = await http.request(method, path, json=body, headers=headers)
             assert answer.status_code == 200, answer.text
         found = await usage(http, user)

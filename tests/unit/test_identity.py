@@ -15,9 +15,12 @@ def request(authorization: bytes, *, key: str) -> Request:
     return Request({"type": "http", "app": app, "headers": [(b"authorization", authorization)]})
 
 
-@pytest.mark.parametrize("key", ["any", "schlüssel", "鍵"])
+# Of Latin-1, in which a header comes, the last byte of "à" is white space.
+@pytest.mark.parametrize("key", ["any", "schlüssel", "鍵", "voilà", "two  words"])
 def test_a_key_is_taken_as_it_is_typed(key: str) -> None:
-    identity.operator(request(f"Bearer {key}".encode(), key=key))
-    for other in (b"Bearer ", f"Bearer {key}x".encode(), b"Bearer \xff", f"Basic {key}".encode()):
+    for presented in (f"Bearer {key}", f"bearer  {key}", f" \tBEARER {key} \t "):
+        identity.operator(request(presented.encode(), key=key))
+    others = (f"Bearer\t{key}", f"Bearer {key}x", f"Basic {key}", key, "Bearer ")
+    for other in (b"Bearer \xff", *(other.encode() for other in others)):
         with pytest.raises(Problem):
             identity.operator(request(other, key=key))
