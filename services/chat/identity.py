@@ -4,27 +4,38 @@ import hmac
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.chat.loopback import is_loopback
 from services.chat.problems import Problem
 
 
-def operator(request: Request) -> None:
-    """Let back ends and operators through: wherever a key is set, they must present it."""
-    key = request.app.state.settings.operator_key
-    if key is None:
-        return
-    scheme, presented = _credentials(request.headers.get("authorization", ""))
-    # A header's bytes come as Latin-1, whatever they are; clients send what is typed, which is UTF-8.
-    is_right = hmac.compare_digest(presented.encode("latin-1"), key.get_secret_value().encode())
-    if scheme.lower() != "bearer" or not is_right:
-        raise Problem(
-            401,
-            "Operator key required",
-            "Send Authorization: Bearer with the value of CHATRAIL_OPERATOR_KEY.",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+def key_required() -> Problem:
+    return Problem(
+        401,
+        "Operator key required",
+        "Send Authorization: Bearer with the value of CHATRAIL_OPERATOR_KEY.",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+class _Operator(SecurityBase):
+    """Lets back ends and operators through: wherever a key is set, they must present it. /docs asks for it."""
+
+    model = HTTPBearer(description="The value of CHATRAIL_OPERATOR_KEY; where none is set, nothing is asked for.")
+    scheme_name = "operatorKey"
+
+    def __call__(self, request: Request) -> None:
+        key = request.app.state.settings.operator_key
+        if key is None:
+            return
+        scheme, presented = _credentials(request.headers.get("authorization", ""))
+        # A header's bytes come as Latin-1, whatever they are; clients send what is typed, which is UTF-8.
+        is_right = hmac.compare_digest(presented.encode("latin-1"), key.get_secret_value().encode())
+        if scheme.lower() != "bearer" or not is_right:
+            raise key_required()
 
 
 def _credentials(field: str) -> tuple[str, str]:
@@ -34,6 +45,7 @@ def _credentials(field: str) -> tuple[str, str]:
     return scheme, presented.lstrip(" ")
 
 
+operator = _Operator()
 Operator = Annotated[None, Depends(operator)]
 
 

@@ -27,6 +27,12 @@ ROUTES = {
 
 
 ENDLESS = {"/api/usage/events"}
+OPERATORS = {
+    ("/api/usage", "post"),
+    ("/api/usage/adjustments", "post"),
+    ("/api/subscriptions/{userId}", "put"),
+}
+HEADERS = ("Retry-After", "RateLimit", "RateLimit-Policy", "X-Next-Cursor", "WWW-Authenticate")
 
 
 @pytest.fixture
@@ -46,10 +52,23 @@ def test_a_route_answers_as_it_is_described(stack: Stack, described: "BaseSchema
     from schemathesis.checks import not_a_server_error  # noqa: PLC0415
     from schemathesis.specs.openapi.checks import (  # noqa: PLC0415
         content_type_conformance,
+        response_headers_conformance,
         response_schema_conformance,
     )
 
-    checks = [not_a_server_error, content_type_conformance, response_schema_conformance]
+    answers = described.raw_schema["paths"][path][method]["responses"]
+
+    def headers_are_described(_context: Any, response: Any, _case: "Case[Any]") -> None:
+        known = answers.get(str(response.status_code), answers["default"]).get("headers", {})
+        assert [name for name in HEADERS if name.lower() in response.headers and name not in known] == []
+
+    checks = [
+        not_a_server_error,
+        content_type_conformance,
+        response_schema_conformance,
+        response_headers_conformance,
+        headers_are_described,
+    ]
 
     @given(described[path][method].as_strategy())
     @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -76,11 +95,11 @@ async def test_each_answer_has_an_example_which_is_what_its_schema_describes(sta
     async with client_of(stack) as http:
         document = (await http.get("/openapi.json")).json()
     answers = [
-        (content.get("schema", {}), content["example"])
+        (told.get("schema", {}), told["example"])
         for methods in document["paths"].values()
         for operation in methods.values()
         for answer in operation["responses"].values()
-        for content in answer["content"].values()
+        for told in [*answer["content"].values(), *answer.get("headers", {}).values()]
     ]
     bodies = [
         (schema, example)
@@ -90,6 +109,25 @@ async def test_each_answer_has_an_example_which_is_what_its_schema_describes(sta
     for schema, example in [*answers, *bodies]:
         wrong = validator_for({**schema, "components": document["components"]}).iter_errors(example)
         assert [error.message for error in wrong] == []
+
+
+async def test_the_description_tells_what_an_answer_is_sent_with_and_who_must_present_a_key(stack: Stack) -> None:
+    async with client_of(stack) as http:
+        document = (await http.get("/openapi.json")).json()
+    (scheme,) = document["components"]["securitySchemes"].values()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            told = {status: set(answer.get("headers", {})) for status, answer in operation["responses"].items()}
+            is_operators, is_of_a_user = (path, method) in OPERATORS, path != "/api/plans"
+            limits = {"RateLimit", "RateLimit-Policy"} if is_of_a_user else set()
+            cursor = {"X-Next-Cursor"} if path == "/api/usage/logs" else set()
+            assert told["200"] == limits | cursor
+            assert told.get("503") == ({"Retry-After"} if is_of_a_user else None)
+            assert told.get("401") == ({"WWW-Authenticate"} if is_operators else None)
+            assert ("security" in operation) == is_operators
+            if path == "/api/chat":
+                assert told["429"] == {"Retry-After", *limits}
 
 
 def test_the_description_is_valid_openapi(described: "BaseSchema") -> None:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from services.chat.identity import key_required
 from services.chat.problems import MEDIA_TYPE, SCHEMA, Problem, unavailable
 from shared.errors import Unavailable
 
 Responses = dict[int | str, dict[str, Any]]
+Headers = dict[str, dict[str, Any]]
 JSON, CSV, EVENT_STREAM = "application/json", "text/csv", "text/event-stream"
 
 
@@ -14,8 +16,34 @@ def _answer(**examples: Any) -> dict[str, Any]:
     return {"content": {kinds[kind]: {"example": example} for kind, example in examples.items()}}
 
 
-def _problem(description: str, example: Problem) -> dict[str, Any]:
-    return {"description": description, "content": {MEDIA_TYPE: {"schema": SCHEMA, "example": example.document}}}
+def _of_a_user(**examples: Any) -> dict[str, Any]:
+    return {**_answer(**examples), "headers": _LIMITS}
+
+
+def _problem(description: str, example: Problem, *, headers: Headers | None = None) -> dict[str, Any]:
+    content = {MEDIA_TYPE: {"schema": SCHEMA, "example": example.document}}
+    return {"description": description, "content": content, **({"headers": headers} if headers else {})}
+
+
+def _header(description: str, example: str | int) -> dict[str, Any]:
+    schema = {"type": "integer", "minimum": 0} if isinstance(example, int) else {"type": "string"}
+    return {"description": description, "schema": schema, "example": example}
+
+
+_LIMITS: Headers = {
+    "RateLimit-Policy": _header(
+        "Each limit of the user's plan: q tokens in w seconds. Unlimited plans have none.",
+        '"monthly";q=108000;w=2592000',
+    ),
+    "RateLimit": _header(
+        "What is left of each limit: r tokens, for t seconds until it resets.", '"monthly";r=99906;t=712800'
+    ),
+}
+_RETRY: Headers = {"Retry-After": _header("In how many seconds to ask again; missing where that cannot help.", 1)}
+_NEXT_CURSOR: Headers = {
+    "X-Next-Cursor": _header("Of CSV: what `cursor` of the next page is; missing on the last.", "eyJzIjo3fQ")
+}
+_CHALLENGE: Headers = {"WWW-Authenticate": _header("How to present the key.", "Bearer")}
 
 
 _ID = "01a206ee-eb6d-7077-b0fa-05328a0dbef6"
@@ -49,6 +77,19 @@ PROBLEM: Responses = {
         Problem(
             422, "Invalid request", "userId: is required", errors=[{"field": "userId", "message": "is required"}]
         ),
+        headers=_LIMITS,
+    )
+}
+_UNAVAILABLE: Responses = {
+    503: _problem(
+        "Quota, the record or the broker cannot be asked; see Retry-After",
+        unavailable(Unavailable("The quota service cannot be asked right now.")),
+        headers=_RETRY,
+    )
+}
+_OPERATORS: Responses = {
+    401: _problem(
+        "CHATRAIL_OPERATOR_KEY is set, and was not presented; nothing was done", key_required(), headers=_CHALLENGE
     )
 }
 
@@ -71,13 +112,14 @@ _FRAMES = (
 )
 CHAT: Responses = {
     200: {
-        **_answer(event_stream=_FRAMES, json=_ANSWER),
+        **_of_a_user(event_stream=_FRAMES, json=_ANSWER),
         "description": "Events start, delta, usage, done, error; one JSON document if only that is accepted. "
         "`limitReached: true` in done: the plan ended the answer, not Claude.",
     },
     400: _problem(
         "Malformed JSON or an unknown model",
         Problem(400, "Unknown model", "Use one of: claude-haiku-4-5.", models=["claude-haiku-4-5"]),
+        headers=_LIMITS,
     ),
     429: _problem(
         "The limit is reached; nothing was sent to Claude",
@@ -88,29 +130,38 @@ CHAT: Responses = {
             **_USAGE | {"tokensUsed": 108000, "tokensRemaining": 0, "usagePercentage": 100.0},
             tokensAvailable=0,
         ),
+        headers=_RETRY | _LIMITS,
     ),
     503: _problem(
         "Quota cannot be asked, so nothing is spent; see Retry-After",
         unavailable(Unavailable("The quota service cannot be asked right now.")),
+        headers=_RETRY,
     ),
 }
 
-USAGE: Responses = {200: _answer(json=_USAGE)}
+USAGE: Responses = {200: _of_a_user(json=_USAGE), **_UNAVAILABLE}
 USAGE_EVENTS: Responses = {
-    200: _answer(event_stream='event: usage\ndata: {"tier":"free","tokensUsed":8094,"tokensLimit":108000,…}\n\n')
+    200: _of_a_user(event_stream='event: usage\ndata: {"tier":"free","tokensUsed":8094,"tokensLimit":108000,…}\n\n'),
+    **_UNAVAILABLE,
 }
 
 _USED_KEY: Responses = {
     409: _problem(
         "The key came with another body before",
         Problem(409, "Idempotency key used before", "This Idempotency-Key came with another body; use a new key."),
+        headers=_LIMITS,
     )
 }
-REPORT: Responses = {200: _answer(json={"success": True}), **_USED_KEY}
-ADJUSTMENT: Responses = {200: _answer(json={"success": True, "id": _ID}), **_USED_KEY}
+REPORT: Responses = {200: _of_a_user(json={"success": True}), **_OPERATORS, **_USED_KEY, **_UNAVAILABLE}
+ADJUSTMENT: Responses = {
+    200: _of_a_user(json={"success": True, "id": _ID}),
+    **_OPERATORS,
+    **_USED_KEY,
+    **_UNAVAILABLE,
+}
 
 _DAY = {"date": "2026-11-23", "tokensUsed": 8094, "inputTokens": 5282, "outputTokens": 2812, "generations": 1}
-HISTORY: Responses = {200: _answer(json={"days": [{**_DAY, "costUsd": "0.00"}]})}
+HISTORY: Responses = {200: _of_a_user(json={"days": [{**_DAY, "costUsd": "0.00"}]}), **_UNAVAILABLE}
 
 _RECORD = {
     "id": _ID,
@@ -125,7 +176,13 @@ _CSV = (
     "outcome,usageSource,metadata\r\n"
     f"{_ID},2026-11-23T05:44:13.204518Z,chat_generation,{_MODEL},5282,2812,0,0,8094,completed,provider,{{}}\r\n"
 )
-LOGS: Responses = {200: _answer(json={"records": [_RECORD], "nextCursor": "eyJzIjo3fQ"}, csv=_CSV)}
+LOGS: Responses = {
+    200: {
+        **_answer(json={"records": [_RECORD], "nextCursor": "eyJzIjo3fQ"}, csv=_CSV),
+        "headers": _LIMITS | _NEXT_CURSOR,
+    },
+    **_UNAVAILABLE,
+}
 
 _STORY = {
     "id": _ID,
@@ -165,11 +222,13 @@ _STORY = {
     },
 }
 EXPLAIN: Responses = {
-    200: _answer(json=_STORY),
+    200: _of_a_user(json=_STORY),
     404: _problem(
         "No such generation, or another user's",
         Problem(404, "Generation not found", "Nothing is held or on record under this id for this user."),
+        headers=_LIMITS,
     ),
+    **_UNAVAILABLE,
 }
 
 _LIMIT = {"tokensLimit": 108000, "period": "month"}
@@ -183,4 +242,8 @@ _PLAN = {
     "upgradeTo": "pro",
 }
 PLANS: Responses = {200: _answer(json={"plans": [_PLAN], "default": "free", "simulated": False})}
-SUBSCRIPTION: Responses = {200: _answer(json={"userId": "user_1", "tier": "pro", "timeZone": "Europe/Berlin"})}
+SUBSCRIPTION: Responses = {
+    200: _of_a_user(json={"userId": "user_1", "tier": "pro", "timeZone": "Europe/Berlin"}),
+    **_OPERATORS,
+    **_UNAVAILABLE,
+}
