@@ -82,6 +82,8 @@ def _http(url: str) -> str:
         raise ValueError("it must be an address as https://host or http://host:port/path")
     if "@" in parts.netloc:
         raise ValueError("it cannot have a user or a password in it, because the key is what is presented")
+    if "?" in url or "#" in url:
+        raise ValueError("it must end with its path, without a ? or #, because paths are put behind it")
     return url
 
 

@@ -50,7 +50,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Read:
         "http://127.0.0.1:9",
         "http://[::1]:8080",
         "http://claude_proxy:8080/prefix/",
-        "https://host/v?tenant=one",
         "https://xn--bcher-kva.example",
     ],
 )
@@ -89,6 +88,15 @@ def test_an_address_at_which_no_provider_can_be_is_told(read: Read, settings: ty
 @pytest.mark.parametrize("url", ["http://user:secret@host", "https://secret@host/path"])
 def test_a_password_in_the_address_of_the_provider_is_told(read: Read, url: str) -> None:
     assert "cannot have a user or a password" in read.told(StackSettings, ANTHROPIC_BASE_URL=url)
+
+
+@pytest.mark.parametrize("settings", [ChatSettings, StackSettings])
+@pytest.mark.parametrize("url", ["http://x/?key=secret", "https://host/v?", "https://host/v#part", "http://x?q"])
+def test_an_address_of_the_provider_has_nothing_behind_its_path(
+    read: Read, settings: type[Environment], url: str
+) -> None:
+    told = read.told(settings, ANTHROPIC_BASE_URL=url)
+    assert told == "ANTHROPIC_BASE_URL: it must end with its path, without a ? or #, because paths are put behind it."
 
 
 def test_a_model_that_claude_cannot_have_is_told(read: Read) -> None:
