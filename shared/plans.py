@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import Misconfigured, in_words
 
@@ -48,7 +48,16 @@ def zone(name: str) -> ZoneInfo:
 
 TimeZone = Annotated[str, AfterValidator(known_zone)]
 Weight = Annotated[Decimal, Field(ge=0, le=1000)]
-LimitTokens = Annotated[int, Field(ge=0, le=10**15)]
+
+
+def _a_number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_a_number)]
+LimitTokens = Annotated[Whole, Field(ge=0, le=10**15)]
 
 
 class Weights(BaseModel):
@@ -98,9 +107,9 @@ class Plan(BaseModel):
     price_per_1k_usd: Decimal | None = Field(default=None, ge=0)
     upgrade_to: str | None = None
     time_zone: TimeZone = "UTC"
-    output_tokens_min: int = Field(default=64, ge=1, le=128_000)
-    concurrent_generations_max: int | None = Field(default=None, ge=1)
-    alert_percents: tuple[Annotated[int, Field(ge=1, le=100)], ...] = (80, 100)
+    output_tokens_min: Whole = Field(default=64, ge=1, le=128_000)
+    concurrent_generations_max: Whole | None = Field(default=None, ge=1)
+    alert_percents: tuple[Annotated[Whole, Field(ge=1, le=100)], ...] = (80, 100)
     weights: Weights = Weights()
 
     @model_validator(mode="after")
@@ -149,17 +158,40 @@ class Plans(BaseModel):
         """Raises Misconfigured, with the line and the reason, when the file cannot be read or makes no sense."""
         text = ""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
             document = tomllib.loads(text)
-            plans = {tier: {"tier": tier, **plan} for tier, plan in document.get("plans", {}).items()}
+            plans = {tier: _named(tier, plan) for tier, plan in document.get("plans", {}).items()}
             return cls.model_validate({**document, "plans": plans})
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise Misconfigured(f"The plans file {path} cannot be read: {error}") from error
         except ValidationError as error:
             line = _line_of(error.errors()[0]["loc"], text)
             raise Misconfigured(f"The plans file {path} is wrong at line {line}: {in_words(error)}") from error
+        except _Misnamed as error:
+            line = _line_of(error.where, text)
+            raise Misconfigured(f"The plans file {path} is wrong at line {line}: {error}") from error
         except (TypeError, AttributeError) as error:
             raise Misconfigured(f"The plans file {path} is wrong: {error}") from error
+
+
+# As every name that is told on the bus: shared.events.Name.
+_TIER = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,128}")
+
+
+class _Misnamed(Exception):
+    def __init__(self, what: str, *where: str) -> None:
+        super().__init__(what)
+        self.where = where
+
+
+def _named(tier: str, plan: dict[str, object]) -> dict[str, object]:
+    """The plan with its name, which is its table's."""
+    named = {"tier": tier, **plan}
+    if not _TIER.fullmatch(tier):
+        raise _Misnamed("a plan's name has 1 to 128 characters, and no control characters among them", "plans", tier)
+    if named["tier"] != tier:
+        raise _Misnamed(f"plans.{tier}.tier: a plan is named by its table, [plans.{tier}]", "plans", tier, "tier")
+    return named
 
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]")

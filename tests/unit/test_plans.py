@@ -189,11 +189,14 @@ def test_a_weight_of_zero_makes_tokens_free() -> None:
         ('default = "free"\n[plans.free]\nperiod = "day"\nprice_per_1k_usd = nan', "plans.free.price_per_1k_usd: "),
         ('default = "free"\n[plans.free]\nperiod = "day"\ntime_zone = "Mars"', "'Mars' is not a time zone"),
         ('default = "free"\n[plans.free]\nperiod = "day"\nweights.input = "-1"', "plans.free.weights.input: "),
+        (TWO_LIMITS.replace("20_000", "true"), "plans.free.limit_tokens: must be a number"),
+        ('default = "free"\n[plans.free]\nperiod = "day"\ntier = "pro"', "plans.free.tier: a plan is named by its"),
+        ('default = "free"\n[plans.free]\nperiod = "day"\n[plans."a\\nb"]', "a plan's name has 1 to 128 characters"),
     ],
 )
 def test_what_is_wrong_with_a_plans_file_is_said_in_one_line(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "plans.toml"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(Misconfigured) as problem:
         Plans.load(path)
     assert words in str(problem.value)
@@ -214,8 +217,8 @@ def test_a_plan_without_a_limit_is_unlimited() -> None:
 
 def test_all_limits_of_a_plan_hold(tmp_path: Path) -> None:
     path = tmp_path / "plans.toml"
-    for text in (TWO_LIMITS, ONLY_LISTED):
-        path.write_text(text)
+    for text in (TWO_LIMITS, ONLY_LISTED, f"\ufeff{TWO_LIMITS}"):
+        path.write_text(text, encoding="utf-8")
         limits = Plans.load(path).of("free").limits
         assert [(limit.limit_tokens, limit.period) for limit in limits] == [(20_000, "day"), (108_000, "month")]
 
@@ -233,11 +236,19 @@ def test_all_limits_of_a_plan_hold(tmp_path: Path) -> None:
         ('default = "free"\n[plans.free]\nlimit_tokens = 5', 2),
         ('default = "free"\n[plans.free]\nperiod = "day"\nperiod = "day"\n', 4),
         (TWO_LIMITS + '[[plans.free.limits]]\nperiod = "week"\nlimit_tokens = 5', 10),
+        (TWO_LIMITS.replace("20_000", "true"), 4),
+        (TWO_LIMITS.replace("108_000", "false"), 7),
+        ('default = "free"\n[plans.free]\nperiod = "day"\nconcurrent_generations_max = true', 4),
+        ('default = "free"\n[plans.free]\nperiod = "day"\nalert_percents = [80, true]', 4),
+        ('default = "free"\n[plans.free]\nperiod = "day"\ntier = "pro"', 4),
+        ('default = "free"\n[plans.free]\nperiod = "day"\n[plans.""]\nperiod = "day"', 4),
+        (f'default = "free"\n[plans.free]\nperiod = "day"\n[plans.{"x" * 129}]\nperiod = "day"', 4),
+        ('\ufeffdefault = "free"\n[plans.free]\nperiod = "week"', 3),
     ],
 )
 def test_what_is_wrong_with_a_plans_file_is_said_with_its_line(tmp_path: Path, content: str, line: int) -> None:
     path = tmp_path / "plans.toml"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(Misconfigured, match=rf"line {line}\b"):
         Plans.load(path)
 
