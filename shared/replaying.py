@@ -11,6 +11,7 @@ Until the switch is committed nothing of the present has changed, whatever becom
 
 import asyncio
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -181,8 +182,12 @@ async def dry_run(
     """What a replay would change, of what the service has had time to do; nothing is changed."""
     record = Record(nc, archive)
     await record.bounds()
-    _prepare(url, rebuilt)
-    told = Told()
+    with _looked_at(url, rebuilt) as there:
+        return await _dry_run(record, there, rebuilt)
+
+
+async def _dry_run(record: Record, url: str, rebuilt: Rebuilt) -> tuple[Told, list[Difference]]:
+    nc, told = record.nc, Told()
     # All of it is committed by now; of what comes after it, only what the database has can be compared.
     acknowledged = (await reached(nc, rebuilt.durable)).acknowledged
     with open_shadow(url, rebuilt.tables, rebuilt.migrations) as shadow:
@@ -233,10 +238,22 @@ def open_shadow(url: str, tables: Sequence[Table], migrations: Path) -> Iterator
         yield shadow
 
 
+@contextmanager
+def _looked_at(url: str, rebuilt: Rebuilt) -> Iterator[str]:
+    """The database. Where it has no tables, another that is empty, so that nothing of the look is left."""
+    if _revision(url) is not None:
+        _prepare(url, rebuilt)
+        yield url
+        return
+    with tempfile.TemporaryDirectory("-chatrail-replay") as folder:
+        empty = f"sqlite:///{folder}/{rebuilt.service}.db"
+        _prepare(empty, rebuilt)
+        yield empty
+
+
 def _prepare(url: str, rebuilt: Rebuilt) -> None:
     """An empty database gets its tables. Raises Misconfigured when those of another release are there."""
-    with _connection(url) as db:
-        found = MigrationContext.configure(db).get_current_revision()
+    found = _revision(url)
     newest, *before = [each.revision for each in ScriptDirectory(str(rebuilt.migrations)).walk_revisions()]
     if found is None:
         Database(url).migrate(rebuilt.migrations)
@@ -247,6 +264,18 @@ def _prepare(url: str, rebuilt: Rebuilt) -> None:
         )
     elif found != newest:
         raise Misconfigured(f"The database {shown(make_url(url))} is of a later release: replay it with that one.")
+
+
+def _revision(url: str) -> str | None:
+    """None where there are no tables."""
+    database = make_url(url)
+    if database.get_backend_name() == "sqlite":
+        # To connect would make the file.
+        file = Path(database.database or "")
+        if not file.exists() or file.stat().st_size == 0:
+            return None
+    with _connection(url) as db:
+        return MigrationContext.configure(db).get_current_revision()
 
 
 @contextmanager

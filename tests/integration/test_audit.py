@@ -127,15 +127,19 @@ class System:
 
 
 def _without_triggers(statement: str) -> Callable[[Connection], None]:
-    """What somebody does who may do everything."""
+    """What somebody does who may do everything, and leaves no trace of it in the schema."""
 
     def work(db: Connection) -> None:
+        triggers = []
         if db.dialect.name == "sqlite":
-            for (name,) in db.execute(text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all():
-                db.execute(text(f"DROP TRIGGER {name}"))
+            triggers = [*db.execute(text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"))]
         else:
             db.execute(text("SET LOCAL session_replication_role = replica"))
+        for name, _ in triggers:
+            db.exec_driver_sql(f"DROP TRIGGER {name}")
         assert db.execute(text(statement)).rowcount
+        for _, trigger in triggers:
+            db.exec_driver_sql(trigger)
 
     return work
 

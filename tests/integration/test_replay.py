@@ -390,6 +390,22 @@ async def test_a_database_of_another_release_is_left_to_it(nats: Client, service
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+async def test_a_dry_run_makes_no_database_where_there_is_none(
+    nats: Client, service: Service, tmp_path: Path
+) -> None:
+    await publish(nats, *(events := one_of_each()))
+    await acknowledge(nats, service)
+    gone, empty = tmp_path / "gone.db", tmp_path / "empty.db"
+    empty.touch()
+    for file in (gone, empty):
+        told, differences = await dry_run(nats, f"sqlite:///{file}", service.rebuilt)
+        assert told.messages == len(events)
+        assert any(difference.missing for difference in differences)
+    assert not gone.exists()
+    assert empty.stat().st_size == 0
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 async def test_bytes_are_named_and_put_right_in_whichever_column_somebody_put_them(
     nats: Client, service: Service
 ) -> None:
