@@ -360,13 +360,15 @@ async def test_an_answer_that_is_not_whole_has_a_note(
 
 
 @pytest.mark.parametrize(
-    ("done", "words", "can_retry"),
+    ("text", "done", "words", "can_retry"),
     [
-        ({"stopReason": "end_turn"}, "The answer was empty.", True),
-        ({"stopReason": "refusal"}, "Claude declined to answer.", False),
-        ({"stopReason": "model_context_window_exceeded"}, "The conversation is as long as Claude can read.", False),
-        ({"stopReason": "max_tokens"}, "its token limit before its first word: ask for less at a time.", False),
+        ("", {"stopReason": "end_turn"}, "The answer was empty.", True),
+        ("\n\n", {"stopReason": "end_turn"}, "The answer was empty.", True),
+        ("", {"stopReason": "refusal"}, "Claude declined to answer.", False),
+        ("", {"stopReason": "model_context_window_exceeded"}, "is as long as Claude can read.", False),
+        (" ", {"stopReason": "max_tokens"}, "its token limit before its first word: ask for less at a time.", False),
         (
+            "",
             {"stopReason": "max_tokens", "limitReached": True},
             "There were no more tokens left for an answer.",
             False,
@@ -374,11 +376,11 @@ async def test_an_answer_that_is_not_whole_has_a_note(
     ],
 )
 async def test_an_empty_answer_is_asked_for_again_only_where_that_can_help(
-    page: Page, stack: Stack, user_id: str, *, done: dict[str, Any], words: str, can_retry: bool
+    page: Page, stack: Stack, user_id: str, *, text: str, done: dict[str, Any], words: str, can_retry: bool
 ) -> None:
     await open_rail(page, stack, user_id)
     started = ("start", {"generationId": "g", "model": "claude-haiku-4-5"})
-    empty = server_events(started, ("done", done))
+    empty = server_events(started, ("delta", {"text": text}), ("done", done))
     await page.route(CHAT_CALLS, lambda route: route.fulfill(content_type="text/event-stream", body=empty))
 
     await send(page, "Hello")
@@ -386,6 +388,7 @@ async def test_an_empty_answer_is_asked_for_again_only_where_that_can_help(
     await expect(page.get_by_role("alert")).to_contain_text(words)
     await expect(page.get_by_role("button", name="Try again")).to_be_visible(visible=can_retry)
     await expect(page.get_by_role("textbox")).to_have_value("Hello")
+    await expect(page.get_by_role("log").locator(".message")).to_have_count(0)
 
 
 async def test_a_question_too_large_for_the_whole_plan_is_no_reached_limit(

@@ -273,7 +273,7 @@ export class ChatRail extends HTMLElement {
     this.#setBusy(null);
     this.#recount(outcome, asked, answer.value);
     if (this.#history !== history) return; // Started over meanwhile.
-    if (answer.value) this.#history = [...asked, { role: "assistant", content: answer.value }];
+    if (answer.value.trim()) this.#history = [...asked, { role: "assistant", content: answer.value }];
     else this.#takeBack(bubbles, typed);
     this.#showOutcome(outcome, bubbles[1]);
   }
