@@ -61,6 +61,26 @@ def server_events(*events: tuple[str, dict[str, Any]]) -> str:
     return "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
 
 
+async def compose(page: Page, text: str) -> None:
+    """What an input method has so far of a word; nothing ends it."""
+    session = await page.context.new_cdp_session(page)
+    await page.get_by_role("textbox").focus()
+    caret = {"selectionStart": len(text), "selectionEnd": len(text)}
+    await session.send("Input.imeSetComposition", {"text": text, **caret})
+    await session.detach()
+
+
+async def turn_to(page: Page, *, is_seen: bool) -> None:
+    """Bring the tab to the front, or another one: without a window, the browser never says so itself."""
+    await page.evaluate(
+        """(isSeen) => {
+            Object.defineProperty(document, "hidden", { configurable: true, value: !isSeen });
+            document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        is_seen,
+    )
+
+
 async def unreachable(route: Route) -> None:
     await route.abort("connectionrefused")
 
@@ -442,6 +462,10 @@ async def test_stopped_before_the_first_word_the_message_is_given_back(
     await send(page, "Hello")
     await expect(page.get_by_role("log")).to_have_attribute("aria-busy", "true")
 
+    await compose(page, "に")
+    await page.keyboard.press("Escape")  # Ends the composition, not the answer.
+    await expect(page.get_by_role("log")).to_have_attribute("aria-busy", "true")
+    await compose(page, "")
     await page.keyboard.press("Escape")
 
     await expect(page.get_by_role("textbox")).to_have_value("Hello")

@@ -147,7 +147,7 @@ export class ChatRail extends HTMLElement {
       this.#submit();
     });
     rail.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") this.#turn?.abort();
+      if (event.key === "Escape" && !event.isComposing) this.#turn?.abort();
     });
     halt.addEventListener("click", () => this.#turn?.abort());
     fresh.addEventListener("click", () => {
