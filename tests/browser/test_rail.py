@@ -14,6 +14,17 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 LOCAL_NOTICE = "Counting locally: the server cannot be reached."
 USAGE_CALLS = "**/api/usage**"
 CHAT_CALLS = "**/api/chat"
+HIDDEN_MS = 5_000
+SHOWN_MEMBERS = (
+    "tier",
+    "tokensUsed",
+    "tokensLimit",
+    "tokensRemaining",
+    "period",
+    "periodStart",
+    "resetsAt",
+    "upgradeTo",
+)
 SPENT = re.compile(r"^10[0-7](\.\d)?K monthly tokens remaining$")
 
 
@@ -289,8 +300,14 @@ async def test_the_last_known_figure_is_kept_for_a_visit_without_a_server(
     await expect(line(page)).to_have_text("18K monthly tokens remaining")
 
 
-async def test_a_server_never_heard_is_said_to_be_assumed(page: Page, stack: Stack, user_id: str) -> None:
+@pytest.mark.parametrize("kept", [None, '{"usage":{}}'])
+async def test_a_server_never_heard_is_said_to_be_assumed(
+    page: Page, stack: Stack, user_id: str, *, kept: str | None
+) -> None:
     await page.route(USAGE_CALLS, unreachable)
+    if kept is not None:
+        await page.goto(f"{stack.url}/web/icon.svg")
+        await page.evaluate("([name, kept]) => localStorage.setItem(name, kept)", [f"chatrail.usage.{user_id}", kept])
     await open_rail(page, stack, user_id)
 
     await expect(page.get_by_text(f"{LOCAL_NOTICE} Until it answers, the free plan is assumed.")).to_be_visible()
@@ -560,6 +577,20 @@ async def test_numbers_are_cut_and_never_show_more_than_is_left(page: Page, stac
         "async (tokens) => tokens.map((await import('/web/usage.js')).tokensText)", list(texts)
     )
     assert dict(zip(texts, shown, strict=True)) == texts
+
+
+async def test_only_a_whole_figure_is_one(page: Page, stack: Stack, user_id: str) -> None:
+    await page.goto(stack.url)
+    usage = await (await page.request.get(f"{stack.url}/api/usage?userId={user_id}")).json()
+    unlimited = {**usage, "tokensLimit": None, "tokensRemaining": None, "resetsAt": None, "upgradeTo": None}
+    odd = [{**usage, name: {}} for name in SHOWN_MEMBERS]
+    lacking = [{name: usage[name] for name in usage if name != lost} for lost in SHOWN_MEMBERS]
+    others: list[Any] = [None, 5, "text", [], {**usage, "tokensRemaining": None}, {**usage, "resetsAt": "soon"}]
+    shown = await page.evaluate(
+        "async (figures) => figures.map((await import('/web/usage.js')).isUsage)",
+        [usage, unlimited, *odd, *lacking, *others],
+    )
+    assert shown == [True, True] + [False] * len([*odd, *lacking, *others])
 
 
 async def test_the_word_for_the_period_comes_from_the_plan(page: Page, stack: Stack) -> None:

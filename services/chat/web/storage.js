@@ -1,5 +1,7 @@
 /** What is kept in this browser. Storage may be forbidden or full: then nothing is kept, and nothing fails. */
 
+import { isUsage } from "./usage.js";
+
 const USER_ID_KEY = "chatrail.userId";
 const USAGE_KEY = "chatrail.usage";
 const ANONYMOUS = "anonymous";
@@ -26,9 +28,11 @@ export function keepUsage(userId, known) {
   }
 }
 
+/** What was kept, or null: also where it has another shape, which anybody on this origin can give it. */
 export function keptUsage(userId) {
   try {
-    return JSON.parse(localStorage.getItem(`${USAGE_KEY}.${userId}`));
+    const known = JSON.parse(localStorage.getItem(`${USAGE_KEY}.${userId}`));
+    return isUsage(known?.usage) && Number.isFinite(known.unsettledTokens) ? known : null;
   } catch {
     return null;
   }

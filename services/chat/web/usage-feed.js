@@ -155,7 +155,7 @@ export class UsageFeed {
   #recall() {
     const now = new Date();
     const kept = keptUsage(this.#userId);
-    this.#isAssumed = !kept?.usage;
+    this.#isAssumed = !kept;
     this.#usage = this.#isAssumed ? untouched(this.#defaultPlan, now) : afterReset(kept.usage, now);
     if (this.#usage === kept?.usage) this.#unsettledTokens += kept.unsettledTokens;
   }

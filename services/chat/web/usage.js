@@ -14,6 +14,23 @@ const RED_PERCENT_MAX = 5;
 const YELLOW_PERCENT_MAX = 20;
 const BYTES_PER_TOKEN = 4;
 
+/** Whether `value` has all that is shown of a figure, in the shape in which the server tells it. */
+export function isUsage(value) {
+  if (typeof value !== "object" || value === null) return false;
+  const limits = [value.tokensLimit, value.tokensRemaining];
+  return (
+    [value.tier, value.period].every((text) => typeof text === "string") &&
+    [value.periodStart, value.resetsAt].every((time) => time === null || isTime(time)) &&
+    (value.upgradeTo === null || typeof value.upgradeTo === "string") &&
+    Number.isFinite(value.tokensUsed) &&
+    (limits.every(Number.isFinite) || limits.every((tokens) => tokens === null))
+  );
+}
+
+function isTime(value) {
+  return typeof value === "string" && !Number.isNaN(Date.parse(value));
+}
+
 /** "99.9K" for 99,906: cut, never rounded up, so that no more is shown than is left. */
 export function tokensText(tokens) {
   const whole = Math.floor(tokens);
