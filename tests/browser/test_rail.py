@@ -3,7 +3,7 @@
 import json
 import re
 from typing import Any, Protocol
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 from playwright.async_api import BrowserContext, Locator, Page, Route, expect
@@ -495,7 +495,8 @@ async def test_hostile_text_is_shown_as_text(page: Page, stack: Stack, user_id: 
     hostile = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     body = server_events(("delta", {"text": hostile}), ("done", {"stopReason": "end_turn"}))
     await page.route(CHAT_CALLS, lambda route: route.fulfill(content_type="text/event-stream", body=body))
-    await open_rail(page, stack, user_id)
+    await open_rail(page, stack, quote(f'{user_id}"<b>&amp;'))
+    await expect(page.locator("#embed")).to_contain_text(f'user-id="{user_id}&quot;&lt;b&gt;&amp;amp;">')
 
     await send(page, hostile)
 

@@ -4,6 +4,7 @@ import { h } from "./layout.js";
 import { planName, tokensText } from "./usage.js";
 
 const PERIODS = { day: "a day", month: "a month", none: "in all" };
+const ESCAPES = { "&": "&amp;", '"': "&quot;", "<": "&lt;", ">": "&gt;" };
 
 const rail = document.querySelector("chat-rail");
 const cards = new Map();
@@ -23,8 +24,12 @@ showPlans();
 function embedCode() {
   return [
     `<script type="module" src="${location.origin}/web/chat-rail.js"></script>`,
-    `<chat-rail user-id="${rail.userId}"></chat-rail>`,
+    `<chat-rail user-id="${escaped(rail.userId)}"></chat-rail>`,
   ].join("\n");
+}
+
+function escaped(text) {
+  return text.replace(/[&"<>]/g, (character) => ESCAPES[character]);
 }
 
 async function showPlans() {
