@@ -6,13 +6,14 @@ from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
-from playwright.async_api import BrowserContext, Locator, Page, Route, expect
+from playwright.async_api import BrowserContext, Locator, Page, Request, Route, expect
 
 # One browser serves all tests; it lives in one event loop.
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 LOCAL_NOTICE = "Counting locally: the server cannot be reached."
 USAGE_CALLS = "**/api/usage**"
+PUSH_CALLS = "**/api/usage/events?*"
 CHAT_CALLS = "**/api/chat"
 HIDDEN_MS = 5_000
 SHOWN_MEMBERS = (
@@ -66,6 +67,10 @@ def line(page: Page) -> Locator:
 
 def messages(page: Page, role: str) -> Locator:
     return page.get_by_role("log").locator(f"[data-role={role}] .text")
+
+
+def is_push(request: Request) -> bool:
+    return urlsplit(request.url).path == "/api/usage/events"
 
 
 def server_events(*events: tuple[str, dict[str, Any]]) -> str:
@@ -244,6 +249,27 @@ async def test_usage_is_pushed_to_every_open_tab(context: BrowserContext, stack:
 
     await send(tabs[0], "Rails, please. " * 50)
     await expect(line(tabs[1])).not_to_have_text("99.9K monthly tokens remaining")
+
+
+async def test_a_tab_out_of_sight_soon_gives_its_connection_back_and_asks_when_it_is_seen(
+    own_page: Page, stack: Stack, user_id: str
+) -> None:
+    await own_page.clock.install()
+    await own_page.add_init_script("Object.defineProperty(document, 'hidden', { configurable: true, value: true })")
+    await open_rail(own_page, stack, user_id)
+    await expect(line(own_page)).to_have_text("108K monthly tokens remaining")
+
+    async with own_page.expect_event("requestfailed", is_push, timeout=15_000):  # Opened where nobody saw it.
+        await own_page.clock.fast_forward(HIDDEN_MS)
+    async with own_page.expect_response(PUSH_CALLS):
+        await turn_to(own_page, is_seen=True)
+    async with own_page.expect_event("requestfailed", is_push, timeout=15_000):
+        await turn_to(own_page, is_seen=False)
+        await own_page.clock.fast_forward(HIDDEN_MS)
+
+    await use(stack, user_id, 8_094)
+    await turn_to(own_page, is_seen=True)
+    await expect(line(own_page)).to_have_text("99.9K monthly tokens remaining")
 
 
 async def test_without_a_server_the_rail_counts_locally_and_takes_its_figure_back(

@@ -4,7 +4,7 @@ import { afterReset, afterSpending, untouched, USUAL_PLAN } from "./usage.js";
 
 const RETRY_MIN_MS = 1_000;
 const RETRY_MAX_MS = 30_000;
-const HIDDEN_CLOSE_MS = 120_000;
+const HIDDEN_CLOSE_MS = 5_000;
 const RESET_CHECK_MIN_MS = 30_000;
 const TIMER_MAX_MS = 86_400_000;
 const SETTLING_MS = 5_000;
@@ -45,13 +45,14 @@ export class UsageFeed {
     window.addEventListener("offline", () => this.refresh(), { signal });
     document.addEventListener("visibilitychange", () => this.#onVisibilityChange(), { signal });
     this.#listen();
+    if (document.hidden) this.#leaveLater();
     return this.refresh();
   }
 
   stop() {
     this.#lifetime?.abort();
     this.#lifetime = null;
-    this.#events?.close();
+    this.#stopListening();
     this.#events = null;
     Object.values(this.#timers).forEach(clearTimeout);
   }
@@ -93,7 +94,7 @@ export class UsageFeed {
   }
 
   #listen() {
-    this.#events?.close();
+    this.#stopListening();
     this.#events = this.#api.usageEvents();
     const onUsage = ({ data }) => {
       this.#answered = this.#asked;
@@ -112,10 +113,19 @@ export class UsageFeed {
     this.#later("listen", this.#retryMs(), () => this.#listen());
   }
 
-  // Browsers give an HTTP/1.1 host six connections over all tabs: tabs that nobody looks at give theirs back.
+  #stopListening() {
+    clearTimeout(this.#timers.listen);
+    this.#events?.close();
+  }
+
+  // Browsers give an HTTP/1.1 host six connections over all tabs: tabs that nobody looks at soon give theirs back.
+  #leaveLater() {
+    this.#later("hide", HIDDEN_CLOSE_MS, () => this.#stopListening());
+  }
+
   #onVisibilityChange() {
     if (document.hidden) {
-      this.#later("hide", HIDDEN_CLOSE_MS, () => this.#events.close());
+      this.#leaveLater();
       return;
     }
     clearTimeout(this.#timers.hide);
