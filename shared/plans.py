@@ -259,7 +259,7 @@ class Period:
             begin = first
         end = _begin_of_next(begin, kind, anchor_day)
         # Where clocks go back across midnight a day begins with the first of the two, for good.
-        while end <= moment:
+        while end.astimezone(UTC) <= moment.astimezone(UTC):  # by the clock on the wall it is not
             begin, end = end, _begin_of_next(end, kind, anchor_day)
         return cls(begin.astimezone(UTC), end.astimezone(UTC))
 
