@@ -109,8 +109,8 @@ async def archive(
 ) -> tuple[list[Manifest], Reach]:
     """What was written, file by file, and how far it could go. `rows` asks the ledger's database.
 
-    To be called by one at a time (`alone_in`). Raises Misconfigured when the stream is not what was sealed, or there
-    is something wrong with the archive so far.
+    To be called by one at a time (`alone_in`). Raises Misconfigured when the stream is not what was sealed, or an
+    earlier file is not what its manifest says; that both were made anew only an audit finds, and a trim.
     """
     info = await nc.jetstream().stream_info(STREAM)
     assert info.created  # noqa: S101 - every stream was
@@ -123,6 +123,8 @@ async def archive(
             f"Messages {kept.last + 1} to {begins - 1} are neither on the stream nor in the archive {folder}: "
             "name the folder that has them."
         )
+    for manifest in kept.manifests:
+        await asyncio.to_thread(kept.check, manifest)
     known = await stored_before(nc, before, first=max(begins, kept.last + 1), last=info.state.last_seq)
     handled, so_far = min((await acknowledged(nc)).values()), sealed_at(rows, kept.last)
     seals = {seal.head.size: seal for seal in sealed_after(rows, kept.last) if seal.head.size <= min(known, handled)}

@@ -45,7 +45,7 @@ def archive(
     ],
     out: Folder = None,
 ) -> None:
-    """Write down what the stream had before, behind what is archived already, and check it. Services may run."""
+    """Write down what the stream had before, behind what is archived already, and check both. Services may run."""
     until = past(before, "'--before'")
     with command():
         settings = Settings.read()
@@ -78,10 +78,17 @@ def _written_in_words(folder: Path, written: Sequence[Manifest], reach: Reach) -
         is_handled = reach.handled >= reach.stored_before
         why = "the next seal covers them" if is_handled else "ledger and quota have not handled them all yet"
         yield f"Of what was stored before, {left:,} at the end wait for a later archive: {why}."
+    if written:
+        yield "Each message written now was read back, and is as it was sealed."
+    if earlier := len(kept.manifests) - len(written):
+        yield (
+            f"{earlier:,} of its files {'was' if earlier == 1 else 'were'} there before, with the SHA-256 of the "
+            "manifest; make audit and make trim compare each message with what was sealed."
+        )
     if kept.last:
         yield (
-            f"The archive is as it was sealed, up to message {kept.last:,}. Keep a copy of it elsewhere; then "
-            "make trim takes off the stream what is archived, but for its last day."
+            f"Keep a copy of {folder} elsewhere; then make trim takes off the stream what is archived, but for its "
+            "last day."
         )
 
 
