@@ -1,15 +1,16 @@
 """Where a consumer puts what it can never handle: acknowledged, out of the way, and kept for a person to look at."""
 
 import hashlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import structlog
 from prometheus_client import Counter
-from sqlalchemy import Connection, LargeBinary, Row, Text, delete, select, update
+from sqlalchemy import Connection, LargeBinary, Row, Text, delete, select, type_coerce, update
 from sqlalchemy.exc import DataError, IntegrityError
+from sqlalchemy.types import NullType
 from sqlmodel import Field, SQLModel
 
 from shared.database import UtcDateTime, insert_new, now, table_of
@@ -21,6 +22,9 @@ log = structlog.get_logger()
 QUARANTINED = Counter("chatrail_quarantined", "Messages that were put into quarantine, again with each delivery")
 # The reason of an event whose id has been counted already, with other content: the first is kept.
 ANOTHER_BODY = "another body under an id that is counted already"
+
+# Each has at most a megabyte.
+BODIES_AT_ONCE = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,13 @@ Apply = Callable[[Connection, Event], Sequence[Event]]
 def digests(db: Connection) -> set[str]:
     """By which its messages are known."""
     return set(db.execute(select(_table.c.body_sha256)).scalars())
+
+
+def bodies(db: Connection) -> Iterator[bytes]:
+    """Of its messages; what somebody made of one that is none is left out."""
+    raw = select(type_coerce(_table.c.body, NullType()))
+    found: Iterable[object] = db.execute(raw, execution_options={"yield_per": BODIES_AT_ONCE}).scalars()
+    return (body for body in found if isinstance(body, bytes))
 
 
 class Redriven(NamedTuple):

@@ -5,6 +5,7 @@ What it writes is checked by services/ledger/verify_record.py alone, anywhere.
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
-from sqlalchemy import Connection, select, union_all
+from sqlalchemy import Connection, Row, select, union_all
 
 from services.ledger import seal_store, store
 from services.ledger.checkpoint import checkpoint
@@ -25,7 +26,8 @@ from shared.archive import Archive
 from shared.bus_of_folder import bus_of_folder
 from shared.commands import command
 from shared.database import snapshot
-from shared.errors import Misconfigured
+from shared.errors import Misconfigured, PoisonMessage
+from shared.events import SubscriptionChanged, decode
 from shared.record import Record
 from shared.recorded import bounds
 from shared.replay_command import named
@@ -46,11 +48,12 @@ class Place(NamedTuple):
 
 
 class Proven(NamedTuple):
-    """Of `records` those that the seal covers have a place."""
+    """Of `records` the seal covers some. Each message under the id of one of these has a place, whosever it is."""
 
     seal: Sealed
     places: list[Place]
     records: int
+    covered: int
 
 
 def prove(
@@ -76,11 +79,16 @@ def prove(
             out.write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
         except OSError as error:
             raise Misconfigured(f"{out} cannot be written: {error.strerror}.") from error
-        left = proven.records - len(proven.places)
+        written, left = len(document["records"]), proven.records - proven.covered
         typer.echo(
-            f"Wrote {len(proven.places):,} records to {out}, under the seal of {proven.seal.head.size:,} messages."
+            f"Wrote {written:,} records to {out}, under the seal of {proven.seal.head.size:,} messages."
             + (f" {left:,} are not sealed yet." if left else "")
         )
+        if written < proven.covered:
+            typer.echo(
+                f"Under the ids of {proven.covered - written:,} more only another's messages are sealed, or none "
+                "that can be read: make audit tells whether something was changed."
+            )
         typer.echo(f"Check it anywhere: python3 {VERIFIER.name} {out}, with a copy of {VERIFIER}")
 
 
@@ -99,7 +107,8 @@ def _places(db: Connection, user_id: str, record_id: str | None) -> Proven:
     ids = _ids(db, user_id, record_id)
     if not ids:
         raise Misconfigured(f"{user_id} has no such record." if record_id else f"{user_id} has no records.")
-    found = list(_found(db, ids, seal.head.size))
+    of_ids = _of_ids(db, ids, seal.head.size)
+    found = sorted((leaf.stream_sequence - 1, leaf.leaf_hash) for each in of_ids for leaf in store.counting(db, each))
     paths = [inclusion(index, seal.head.size) for index, _ in found]
     try:
         roots = roots_of([subtree for path in paths for subtree in path], _hashes(db, seal.head.size))
@@ -107,7 +116,7 @@ def _places(db: Connection, user_id: str, record_id: str | None) -> Proven:
         raise Misconfigured(f"The ledger lacks leaves ({error}). make audit tells what was changed.") from error
     cuts = pairwise(accumulate((len(path) for path in paths), initial=0))
     told = [Place(*leaf, roots[start:stop]) for leaf, (start, stop) in zip(found, cuts, strict=True)]
-    return Proven(seal, told, len(ids))
+    return Proven(seal, told, len(ids), len(of_ids))
 
 
 def _ids(db: Connection, user_id: str, record_id: str | None) -> set[str]:
@@ -120,16 +129,15 @@ def _ids(db: Connection, user_id: str, record_id: str | None) -> set[str]:
     return ids if record_id is None else ids & {record_id}
 
 
-def _found(db: Connection, ids: set[str], size: int) -> Iterator[tuple[int, bytes]]:
-    """Index and hash of the user's leaves. All leaves are read once more for the paths: an index would not help."""
+def _of_ids(db: Connection, ids: set[str], size: int) -> list[list[Row[Any]]]:
+    """The leaves of each id, in their order. All are read once more for the paths: an index would not help."""
     leaves = store.leaves
     statement = select(leaves).where(leaves.c.stream_sequence <= size).order_by(leaves.c.stream_sequence)
-    known = set[str]()
+    found: defaultdict[str, list[Row[Any]]] = defaultdict(list)
     for row in db.execute(statement, execution_options={"yield_per": seal_store.LEAVES_AT_ONCE}):
-        # The first of two with one id is the one that counts.
-        if row.event_id in ids and row.event_id not in known:
-            known.add(row.event_id)
-            yield row.stream_sequence - 1, row.leaf_hash
+        if row.event_id in ids:
+            found[row.event_id].append(row)
+    return list(found.values())
 
 
 def _hashes(db: Connection, size: int) -> Iterator[bytes]:
@@ -140,8 +148,8 @@ def _hashes(db: Connection, size: int) -> Iterator[bytes]:
 
 
 def proof(user_id: str, proven: Proven, bodies: Sequence[bytes]) -> dict[str, Any]:
-    """The document. Raises Misconfigured when a message is not what was sealed."""
-    seal = proven.seal
+    """The document: of each record the user's own message. Raises Misconfigured when one is not what was sealed."""
+    seal, known = proven.seal, set[tuple[str, bool]]()
     records = []
     for place, body in zip(proven.places, bodies, strict=True):
         if leaf_hash(body) != place.hash:
@@ -149,6 +157,10 @@ def proof(user_id: str, proven: Proven, bodies: Sequence[bytes]) -> dict[str, An
                 f"Message {place.leaf_index + 1} is not what was sealed: it cannot be proven. "
                 "make audit tells what was changed."
             )
+        record = _record_of(user_id, body)
+        if record is None or record in known:
+            continue
+        known.add(record)
         path = [step.hex() for step in place.path]
         records.append({"leafIndex": place.leaf_index, "record": body.decode(), "path": path})
     return {
@@ -157,6 +169,15 @@ def proof(user_id: str, proven: Proven, bodies: Sequence[bytes]) -> dict[str, An
         "checkpoint": checkpoint(seal.head, seal.signature),
         "records": records,
     }
+
+
+def _record_of(user_id: str, body: bytes) -> tuple[str, bool] | None:
+    """By what it is known: the id, and whether it is a change of plan. None where it is no record of the user."""
+    try:
+        event = decode(body)
+    except PoisonMessage:
+        return None
+    return (event.id, isinstance(event, SubscriptionChanged)) if event.data.user_id == user_id else None
 
 
 async def _bodies(settings: Settings, found: Sequence[Place]) -> list[bytes]:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Connection,
     FromClause,
     Label,
+    Row,
     Select,
     cast,
     func,
@@ -28,6 +29,7 @@ from sqlalchemy import (
     tuple_,
 )
 
+from services.ledger.merkle import leaf_hash
 from services.ledger.models import Leaf, Seal, SubscriptionChange, Usage, UsageDaily
 from shared.bulk import add_up, insert_once, sorted_out
 from shared.calls import (
@@ -59,7 +61,7 @@ from shared.events import (
     UsageAdjusted,
 )
 from shared.plans import COUNTS, Counts, Plan, Plans, weighted_tokens
-from shared.quarantine import Poison, quarantine
+from shared.quarantine import Poison, bodies, quarantine
 from shared.streams import GENERATION_COMPLETED
 
 usage, subscription_changes, usage_daily = table_of(Usage), table_of(SubscriptionChange), table_of(UsageDaily)
@@ -139,9 +141,8 @@ def explain(db: Connection, query: ExplainQuery) -> RecordedStory:
 
 
 def _place(db: Connection, event_id: str, event_type: str) -> Place:
-    # Of two messages with one id, the first is the one that counts.
-    of_event = select(leaves).where(leaves.c.event_id == event_id).order_by(leaves.c.stream_sequence).limit(1)
-    leaf = db.execute(of_event).first()
+    of_event = select(leaves).where(leaves.c.event_id == event_id).order_by(leaves.c.stream_sequence)
+    leaf = next(iter(counting(db, db.execute(of_event).all())), None)
     if leaf is None:
         return Place(id=event_id, type=event_type, stream_sequence=None, leaf_hash=None, sealed_by=None)
     covering = select(seals).where(seals.c.tree_size >= leaf.stream_sequence).order_by(seals.c.tree_size).limit(1)
@@ -156,6 +157,18 @@ def _place(db: Connection, event_id: str, event_type: str) -> Place:
             tree_size=seal.tree_size, root_hash=seal.root_hash.hex(), sealed_at=seal.sealed_at, key_id=seal.key_id
         ),
     )
+
+
+def counting(db: Connection, of_id: Sequence[Row[Any]]) -> list[Row[Any]]:
+    """Of the leaves of one event's id, in their order, those whose messages were not set aside; each hash once.
+
+    The first of them is the one that counts, but where a use and a change of plan have one id: then both do.
+    """
+    found = list({leaf.leaf_hash: leaf for leaf in reversed(of_id)}.values())[::-1]
+    if len(found) < 2:
+        return found
+    set_aside = {leaf_hash(body) for body in bodies(db)}
+    return [leaf for leaf in found if leaf.leaf_hash not in set_aside] or found
 
 
 def usage_rows(events: Sequence[GenerationCompleted | UsageAdjusted]) -> list[dict[str, Any]]:

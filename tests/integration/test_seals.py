@@ -34,14 +34,15 @@ from services.quota.app import create_app as create_quota
 from services.quota.settings import Settings as QuotaSettings
 from shared import streams
 from shared.broker import connect
+from shared.calls import ExplainQuery
 from shared.database import Database, table_of
 from shared.errors import Misconfigured, Unavailable
 from shared.events import Event, decode_seal, encode
-from shared.quarantine import Quarantined
+from shared.quarantine import Poison, Quarantined
 from shared.recorded import Recorded, bounds, recorded
 from shared.settings import sqlite_url
 from tests import forked
-from tests.builders import generation_completed, publish, publish_raw, subscription_changed
+from tests.builders import generation_completed, publish, publish_raw, subscription_changed, usage_reported
 from tests.fixtures import MIB, broker_in, eventually, migrate
 from tests.stack import environment
 
@@ -607,6 +608,38 @@ async def test_a_checkpoint_that_is_not_the_operators_proves_nothing(
     ):
         status, said = await verified(document, tmp_path, *arguments, bare=False)
         assert (status, said.startswith("NOT PROVEN")) == (1, True), said
+
+
+async def test_what_counted_is_proven_and_explained_and_not_what_was_set_aside_under_the_same_id(
+    settings: Settings, nats: Client, database: Database, tmp_path: Path
+) -> None:
+    mine: list[Event] = [usage_reported("me"), usage_reported("me"), subscription_changed("me")]
+    ids = (mine[0].id, mine[1].id, mine[1].id)
+    unreadable, another, change = (
+        event.model_copy(update={"id": each}) for each, event in zip(ids, others(), strict=True)
+    )
+    set_aside = [encode(unreadable).replace(b":7,", b":-5,"), encode(another)]
+    # Nothing keeps a change of plan and a use from having one id: both count, each for its own user.
+    for body in (set_aside[0], *map(encode, (change, *mine[:2])), set_aside[1]):
+        await publish_raw(nats, body)
+    await sealed(nats, database, mine[2])
+    poison = [Poison("usage", body, "unreadable") for body in set_aside]
+    await database.write(store.record, [change, *mine], poison)
+
+    status, said = await ledger(settings, "prove", "--user", "me", "--out", str(tmp_path / "proof.json"))
+
+    assert (status, "Wrote 3 records" in said) == (0, True), said
+    document = json.loads((tmp_path / "proof.json").read_text())
+    assert [record["record"].encode() for record in document["records"]] == [*map(encode, mine)]
+    status, said = await verified(document, tmp_path)
+    assert (status, "3 records are as they were sealed" in said) == (0, True), said
+    told = await database.read(store.explain, ExplainQuery(event_id=mine[0].id))
+    assert told.record
+    assert told.record.place.leaf_hash == leaf_hash(encode(mine[0])).hex()
+
+
+def others() -> list[Event]:
+    return [usage_reported("other_user", tokens_used=7), usage_reported("other_user"), subscription_changed("you")]
 
 
 @pytest.mark.parametrize("backend", ["sqlite"])
