@@ -5,6 +5,7 @@ import gc
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -45,7 +46,7 @@ def audit(
     # What is loaded stays; of what is read nothing is left after each batch.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
-    with _ended_by_a_sentence():
+    with ended_by_a_sentence():
         settings = Settings.read()
         agrees = asyncio.run(_audit(settings, scope, as_document=as_document))
     raise typer.Exit(AGREE if agrees else DIFFER)
@@ -103,7 +104,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def _ended_by_a_sentence() -> Iterator[None]:
+def ended_by_a_sentence() -> Iterator[None]:
+    """Whatever keeps the audit from its end must not look as if it had found a difference."""
     try:
         with one_sentence():
             yield
@@ -117,4 +119,7 @@ def _ended_by_a_sentence() -> Iterator[None]:
         raise typer.Exit(CANNOT) from None
     except (KeyboardInterrupt, asyncio.CancelledError):
         typer.echo("The audit was stopped before its end.", err=True)
+        raise typer.Exit(CANNOT) from None
+    except Exception:  # noqa: BLE001 - it is told, and ends the process
+        traceback.print_exc()
         raise typer.Exit(CANNOT) from None

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, text
 
 from services.ledger import store
+from services.ledger.scope import legible
 from services.ledger.settings import Settings
 from shared.calls import CountedStory, ExplainQuery, OpenHold
 from shared.commands import command
@@ -93,7 +94,7 @@ def _row(db: Connection, statement: Any, query: ExplainQuery) -> dict[str, Any] 
 
 def _named(given: str, option: str) -> str:
     try:
-        return _name.validate_python(given)
+        return _name.validate_python(legible(given, option))
     except ValidationError:
         raise typer.BadParameter(
             "it has 1 to 128 characters, none of them a control character", param_hint=option

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Row, select, union_all
 from services.ledger import seal_store, store
 from services.ledger.checkpoint import checkpoint
 from services.ledger.merkle import inclusion, leaf_hash, roots_of
+from services.ledger.scope import legible
 from services.ledger.seals import Sealed
 from services.ledger.settings import Settings
 from services.ledger.verify_record import FORMAT
@@ -63,9 +64,9 @@ def prove(
     record: Annotated[str | None, typer.Option("--id", help="This record alone.")] = None,
 ) -> None:
     """Write a user's own records with the proof of each, for anybody to check without ChatRail."""
-    for option, given in (("'--user'", user), ("'--id'", record)):
-        if given == "":
-            raise typer.BadParameter("an empty name is nobody's", param_hint=option)
+    legible(user, "'--user'")
+    if record is not None:
+        legible(record, "'--id'")
     configure_logging_of_a_command()
     with command():
         settings = Settings.read()

@@ -21,10 +21,23 @@ def asked(user: str | None, first: str | None, last: str | None) -> Scope:
     """Of the options --user, --from and --to. Raises BadParameter, in words, for what makes no sense."""
     if user == "":
         raise typer.BadParameter("an empty name is nobody's; leave it out for everybody", param_hint="'--user'")
+    if user is not None:
+        legible(user, "'--user'")
     scope = Scope(user, _moment(first, time.min, "'--from'"), _moment(last, time.max, "'--to'"))
     if scope.first and scope.last and scope.first > scope.last:
         raise typer.BadParameter(f"{first} is after --to, {last}", param_hint="'--from'")
     return scope
+
+
+def legible(given: str, option: str) -> str:
+    """Of a user or a record. Raises BadParameter for what can be nobody's."""
+    if not given:
+        raise typer.BadParameter("an empty name is nobody's", param_hint=option)
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("it is no UTF-8, and every name is", param_hint=option) from None
+    return given
 
 
 def _moment(text: str | None, time_of_day: time, option: str) -> datetime | None:

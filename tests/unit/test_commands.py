@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import structlog
+import typer
 from typer.testing import CliRunner
 
 from services.ledger import verify_record
 from services.ledger.__main__ import cli as ledger
+from services.ledger.audit_command import CANNOT, ended_by_a_sentence
 from services.quota.__main__ import cli as quota
 from tests.stack import PROJECT
 
@@ -109,6 +111,33 @@ def test_nobody_is_looked_at_by_mistake(
     command: str, options: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused(ledger, [command, *options], told, monkeypatch)
+
+
+NO_UNICODE = os.fsdecode(b"\xff\xfe")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["audit", "--user", NO_UNICODE], "--user"),
+        (["export", "--user", NO_UNICODE], "--user"),
+        (["prove", "--out", "proof.json", "--user", NO_UNICODE], "--user"),
+        (["prove", "--out", "proof.json", "--user", "user_1", "--id", NO_UNICODE], "--id"),
+        (["explain", "--id", NO_UNICODE], "--id"),
+        (["explain", "--id", "x", "--user", NO_UNICODE], "--user"),
+    ],
+)
+def test_what_is_no_unicode_is_nobodys_name(
+    arguments: list[str], option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(ledger, arguments, f"Invalid value for '{option}': it is no UTF-8, and every name is", monkeypatch)
+
+
+def test_an_audit_that_crashes_has_found_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, ended_by_a_sentence():
+        raise LookupError("nobody thought of it")
+    assert ended.value.exit_code == CANNOT
+    assert "LookupError: nobody thought of it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", ["-1", "0", "599.9"])
