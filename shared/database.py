@@ -245,7 +245,24 @@ def snapshot(url: str, *tables: Table) -> Iterator[Connection]:
     except DBAPIError as error:
         if is_damaged(error.orig):
             raise damaged(parsed.database) from error
+        if _is_of_a_value(error.orig):
+            raise changed(shown(parsed)) from error
         raise Misconfigured(f"The database {shown(parsed)} cannot be read: {error.orig}") from error
+
+
+def changed(database: str) -> Misconfigured:
+    return Misconfigured(
+        f"The database {database} has a record that was changed, and cannot be read: make audit names it, and "
+        "make replay puts it right."
+    )
+
+
+def _is_of_a_value(error: BaseException | None) -> bool:
+    """Whether SQLite came upon what none of our statements has written. Its own words may repeat that."""
+    if not isinstance(error, sqlite3.OperationalError):
+        return False
+    # A text that is no UTF-8 is the driver's to tell, and has no code.
+    return not hasattr(error, "sqlite_errorcode") or "JSON" in str(error)
 
 
 async def _in_thread(threads: Executor, engine: Engine, work: Callable[[Connection], Result]) -> Result:

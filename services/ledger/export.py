@@ -29,7 +29,7 @@ from sqlalchemy import (
 
 from services.ledger.scope import Scope
 from services.ledger.store import usage
-from shared.database import UtcDateTime, is_sqlite
+from shared.database import UtcDateTime, changed, is_sqlite
 from shared.errors import Misconfigured
 from shared.spreadsheet import cell
 
@@ -120,8 +120,11 @@ def _parquet(db: Connection, scope: Scope, out: BinaryIO, on_rows: OnRows) -> No
 
     def arrow(rows: Rows) -> Any:
         columns = zip(schema, zip(*rows, strict=True), strict=True)
-        arrays = [pa.array(values, read_as(field.type)).cast(field.type) for field, values in columns]
-        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+        try:
+            arrays = [pa.array(values, read_as(field.type)).cast(field.type) for field, values in columns]
+            return pa.RecordBatch.from_arrays(arrays, schema=schema)
+        except pa.ArrowException as error:
+            raise changed("of the ledger") from error
 
     def read_as(arrow_type: Any) -> Any:
         return arrow_type if arrow_type == pa.int64() else pa.string()

@@ -321,6 +321,33 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
         pass
 
 
+NO_UTF_8 = "model = CAST(X'736563726574FF' AS TEXT)"
+
+
+@pytest.mark.parametrize(
+    ("file_format", "changed"),
+    [
+        *((each, NO_UTF_8) for each in Format),
+        (Format.NDJSON, "metadata = 'a secret {'"),
+        (Format.NDJSON, "tokens_used = X'736563726574'"),
+        (Format.PARQUET, "created_at = 'a secret'"),
+        (Format.PARQUET, "tokens_used = 'a secret'"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["sqlite"])
+async def test_a_record_that_somebody_changed_is_told_as_that_and_is_not_repeated(
+    database: Database, ledger_url: str, file_format: Format, changed: str, tmp_path: Path
+) -> None:
+    await record(database, generation_completed())
+    for statement in ("DROP TRIGGER usage_refuses_update", f"UPDATE usage SET {changed}"):  # noqa: S608
+        await database.write(do(statement))
+    status, said = told(ledger_url, "--format", file_format, "--out", str(tmp_path / "out"))
+    assert status == 1
+    assert "has a record that was changed, and cannot be read: make audit names it" in said
+    assert (said.count("\n"), "secret" in said) == (1, False)
+    assert not (tmp_path / "out").exists()
+
+
 @FORMATS
 async def test_an_export_that_breaks_off_leaves_what_was_there_and_nothing_else(
     database: Database, ledger_url: str, file_format: Format, tmp_path: Path
