@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy import make_url
 
 from shared.bus_of_folder import bus_of_folder
@@ -15,6 +16,7 @@ from shared.quarantine import Apply, digests, listed, redrive
 from shared.record import Record
 from shared.replay_command import run
 from shared.settings import ServiceSettings
+from shared.terminal import printable
 
 
 def command(service: str, settings: ServiceSettings, database_url: str, apply: Apply, *, redriving: bool) -> None:
@@ -38,8 +40,9 @@ def command(service: str, settings: ServiceSettings, database_url: str, apply: A
             await database.close()
         table = Table("received", "subject", "bytes", "SHA-256", "reason", box=None, pad_edge=False)
         for row in rows:
-            received = row.received_at.isoformat(timespec="seconds")
-            table.add_row(received, row.subject, str(len(row.body)), row.body_sha256[:12], row.reason)
+            received, size = row.received_at.isoformat(timespec="seconds"), str(len(row.body))
+            subject, reason = Text(printable(row.subject)), Text(printable(row.reason))
+            table.add_row(received, subject, size, row.body_sha256[:12], reason)
         console.print(f"{service}: {len(rows)} messages in quarantine")
         if rows:
             console.print(table)

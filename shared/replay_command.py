@@ -5,7 +5,7 @@ import gc
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from shared.errors import Misconfigured, Unavailable
 from shared.replaying import Rebuilt, Told, dry_run, rebuild_into, replay
 from shared.settings import ServiceSettings
 from shared.telemetry import configure_logging_of_a_command
+from shared.terminal import printable
 
 
 def named(text: str) -> Path:
@@ -100,22 +101,25 @@ async def into_place(settings: ServiceSettings, url: str, rebuilt: Rebuilt, *, d
     out = console()
     out.print(f"{rebuilt.service}: {told.messages:,} messages replayed; {ended}{_set_aside(told)}")
     for line in told.beside:
-        out.print(f"{rebuilt.service}: {line}")
+        out.print(f"{rebuilt.service}: {printable(line)}", markup=False)
 
 
 async def without_a_change(settings: ServiceSettings, url: str, rebuilt: Rebuilt) -> None:
     async with bus_of_folder(settings, name="replay") as nc:
         told, differences = await dry_run(nc, url, rebuilt, archive=settings.archive_folder)
-    out = console()
+    for line in would_change_in_words(rebuilt.service, told, differences):
+        console().print(line, markup=False)
+
+
+def would_change_in_words(service: str, told: Told, differences: Sequence[Difference]) -> Iterator[str]:
+    """For people, line by line: whether a replay would change something, and what."""
     found = [difference for difference in differences if difference.rows]
     would = "a replay would change this" if found or told.beside else "a replay would change nothing"
-    out.print(f"{rebuilt.service}: {told.messages:,} messages read; {would}{_set_aside(told)}")
+    yield f"{service}: {told.messages:,} messages read; {would}{_set_aside(told)}"
     for difference in found:
-        out.print(f"{rebuilt.service}: a replay would change {difference.table}: {_counts(difference)}")
-        for example in difference.examples:
-            out.print(f"    {example}", markup=False)
-    for line in told.beside:
-        out.print(f"{rebuilt.service}: {line}")
+        yield f"{service}: a replay would change {difference.table}: {_counts(difference)}"
+        yield from (f"    {printable(example)}" for example in difference.examples)
+    yield from (f"{service}: {printable(line)}" for line in told.beside)
 
 
 @asynccontextmanager
@@ -129,9 +133,8 @@ async def as_of(
             told = await rebuild_into(nc, file, rebuilt, until=until, archive=settings.archive_folder)
         when = f" up to {until.isoformat()}" if until else ""
         kept = f"; kept in {file}" if out else ""
-        console(stderr=True).print(
-            f"{rebuilt.service}: {told.messages:,} messages read{when}{kept}{_set_aside(told)}"
-        )
+        line = f"{rebuilt.service}: {told.messages:,} messages read{when}{kept}{_set_aside(told)}"
+        console(stderr=True).print(printable(line), markup=False)
         yield file
 
 

@@ -15,6 +15,7 @@ from shared.guards import beating, readiness_logged
 from shared.protocol import Protocol
 from shared.settings import ServiceSettings
 from shared.telemetry import configure_logging
+from shared.terminal import printable
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
@@ -88,4 +89,5 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except Misconfigured as problem:
-        sys.exit(str(problem))
+        # What a database says of an error has several lines.
+        sys.exit("\n".join(map(printable, str(problem).split("\n"))))

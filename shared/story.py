@@ -12,6 +12,7 @@ from shared.events import Authorized
 from shared.periods import plan_and_calendar
 from shared.plans import Counts, Plans, weighted_tokens
 from shared.subscriptions import Change, subscribed
+from shared.terminal import printable
 
 # Of a hold: it stands, or its time is over and nobody settled it. Of a record: quota has not counted it yet, or has.
 State = Literal["under_way", "expired", "recorded", "settled"]
@@ -140,6 +141,10 @@ _STATES: dict[State, str] = {
 
 def in_words(told: Story) -> Iterator[str]:
     """For people, line by line."""
+    return map(printable, _lines(told))
+
+
+def _lines(told: Story) -> Iterator[str]:
     yield f"{told.id}, {told.user_id}: {_STATES[told.state]}"
     if told.asked:
         asked = told.asked
@@ -205,9 +210,7 @@ def _period(period: CountedIn) -> str:
 
 
 def _shown(fact: JsonValue) -> str:
-    """On one line, whatever is in it, and nothing that a terminal would obey."""
-    text = fact if isinstance(fact, str) else json.dumps(fact, ensure_ascii=False)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return fact if isinstance(fact, str) else json.dumps(fact, ensure_ascii=False)
 
 
 def _moment(moment: datetime) -> str:

@@ -24,6 +24,7 @@ from shared.commands import command
 from shared.errors import Misconfigured
 from shared.replay_command import named, past, run
 from shared.streams import LEDGER
+from shared.terminal import printable
 
 TABLES = ("leaves", "seals")
 DAY_S = 24 * 3600
@@ -64,7 +65,7 @@ async def _archive(settings: Settings, folder: Path, before: datetime) -> None:
                 advance=advance,
             )
     for line in _written_in_words(folder, written, reach):
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 def _written_in_words(folder: Path, written: Sequence[Manifest], reach: Reach) -> Iterator[str]:
@@ -128,7 +129,7 @@ async def _trim(settings: Settings, folder: Path, overlap: timedelta) -> None:
             except APIError as error:
                 raise Misconfigured(f"The broker refuses to trim the stream: {error.description}.") from error
     for line in _trimmed_in_words(folder, trimmed):
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 def _trimmed_in_words(folder: Path, trimmed: Trimmed) -> Iterator[str]:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
+from shared.terminal import printable
+
 # What an audit is doing, and how much of how much is done.
 Progress = Callable[[str, int, int], None]
 
@@ -153,6 +155,10 @@ class Report:
 
 def in_words(report: Report) -> Iterator[str]:
     """For people, line by line: what was compared, then each group of differences with what to do."""
+    return map(printable, _all_lines(report))
+
+
+def _all_lines(report: Report) -> Iterator[str]:
     read = report.read
     yield (
         f"Read {_number(read.messages, 'message')} of the stream ({read.first:,} to {read.last:,})"

@@ -34,6 +34,7 @@ from shared.recorded import bounds
 from shared.replay_command import named
 from shared.streams import STREAM
 from shared.telemetry import configure_logging_of_a_command
+from shared.terminal import printable
 
 VERIFIER = Path(__file__).with_name("verify_record.py")
 # Messages that are asked for at once.
@@ -80,9 +81,9 @@ def prove(
             out.write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
         except OSError as error:
             raise Misconfigured(f"{out} cannot be written: {error.strerror}.") from error
-        written, left = len(document["records"]), proven.records - proven.covered
+        written, left, shown = len(document["records"]), proven.records - proven.covered, printable(str(out))
         typer.echo(
-            f"Wrote {written:,} records to {out}, under the seal of {proven.seal.head.size:,} messages."
+            f"Wrote {written:,} records to {shown}, under the seal of {proven.seal.head.size:,} messages."
             + (f" {left:,} are not sealed yet." if left else "")
         )
         if written < proven.covered:
@@ -90,7 +91,7 @@ def prove(
                 f"Under the ids of {proven.covered - written:,} more only another's messages are sealed, or none "
                 "that can be read: make audit tells whether something was changed."
             )
-        typer.echo(f"Check it anywhere: python3 {VERIFIER.name} {out}, with a copy of {VERIFIER}")
+        typer.echo(f"Check it anywhere: python3 {VERIFIER.name} {shown}, with a copy of {VERIFIER}")
 
 
 def places(db: Connection, user_id: str, record_id: str | None = None) -> Proven:

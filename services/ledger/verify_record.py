@@ -227,7 +227,10 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    """Nothing that a terminal would obey: what is not printable is escaped."""
+    text = "".join(f"{line}\n" for line in lines)
+    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    sys.stdout.write("".join(shown))
     sys.stdout.flush()
 
 

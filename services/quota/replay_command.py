@@ -15,6 +15,7 @@ from services.quota.settings import Settings
 from shared.database import patient_engine
 from shared.plans import Plans
 from shared.replay_command import as_of, console
+from shared.terminal import printable
 
 
 async def show_past(settings: Settings, plans: Plans, at: datetime, *, out: Path | None) -> None:
@@ -25,9 +26,8 @@ async def show_past(settings: Settings, plans: Plans, at: datetime, *, out: Path
             for user in standing_at(db, plans, at):
                 shown, usage = user.tightest, user.usage
                 numbers = (shown.used_tokens, shown.limit_tokens, shown.remaining_tokens)
-                table.add_row(
-                    Text(user.user_id), usage.tier, _day(shown.period.start), *map(_number, numbers), usage.cost_usd
-                )
+                of_user = Text(printable(user.user_id)), usage.tier, _day(shown.period.start)
+                table.add_row(*of_user, *map(_number, numbers), usage.cost_usd)
         console().print(table)
 
 
@@ -57,7 +57,7 @@ async def compare_weights(
 
 
 def _names(used: PeriodUsed) -> tuple[Text, str, str]:
-    return Text(used.user_id), used.plan.tier, _day(used.period.start)
+    return Text(printable(used.user_id)), used.plan.tier, _day(used.period.start)
 
 
 @contextmanager
