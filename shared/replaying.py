@@ -211,11 +211,12 @@ async def _dry_run(record: Record, url: str, rebuilt: Rebuilt) -> tuple[Told, li
 async def rebuild_into(
     nc: Client, file: Path, rebuilt: Rebuilt, *, until: datetime | None = None, archive: Path | None = None
 ) -> Told:
-    """Build a SQLite database in `file` with what the stream had at `until`. Raises Misconfigured when it exists."""
+    """Build a SQLite database in `file` with what the stream had at `until`. It is there once it is whole.
+
+    Raises Misconfigured when it exists.
+    """
     record = Record(nc, archive)
     _, last = await record.bounds()
-    if await asyncio.to_thread(file.exists):
-        raise Misconfigured(f"{file} exists: name another, or remove it.")
     told = Told()
     with open_file(file, rebuilt.tables, rebuilt.migrations) as shadow:
         await _load(record, shadow, rebuilt, told, last=last, is_kept=False, until=until)

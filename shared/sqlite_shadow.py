@@ -68,10 +68,34 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 @contextmanager
 def open_file(file: Path, tables: Sequence[Table], migrations: Path) -> Iterator["SqliteShadow"]:
-    """The tables of a new SQLite database that stays."""
-    with _sqlite(file, tables, migrations, live=None) as shadow:
-        yield shadow
-        shadow.restore()
+    """The tables of a new SQLite database, which has its name once all is in it; what a dead one has left is gone.
+
+    Raises Misconfigured when the file exists, or somebody else builds it.
+    """
+    _make_folder(file)
+    draft = file.with_name(f"{file.name}.replay")
+    with _locked(draft.with_name(f"{draft.name}.lock")):
+        if file.exists():
+            raise Misconfigured(f"{file} exists: name another, or remove it.")
+        try:
+            _remove(draft)
+            with _sqlite(draft, tables, migrations, live=None) as shadow:
+                yield shadow
+                shadow.restore()
+            with draft.open("rb+") as built:
+                os.fsync(built.fileno())
+            draft.rename(file)
+        finally:
+            _remove(draft)
+
+
+def _make_folder(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Misconfigured(f"The folder {file.parent} cannot be made: {error.strerror}.") from error
+    if not os.access(file.parent, os.W_OK):
+        raise Misconfigured(f"The folder {file.parent} cannot be written.")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -938,8 +939,17 @@ async def test_the_past_is_what_the_stream_had_then(nats: Client, tmp_path: Path
     then = datetime.now(UTC)
     await publish(nats, usage_reported(tokens_used=100), subscription_changed())
 
-    file = tmp_path / "then.db"
+    class Killed(RebuiltQuota):
+        def derive(self, db: Connection, live: str | None) -> None:
+            shutil.copytree(tmp_path / "stopped", tmp_path / "killed")
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        await rebuild_into(nats, tmp_path / "stopped" / "then.db", Killed(plans), until=then)
+    assert list((tmp_path / "stopped").iterdir()) == []
+    file = tmp_path / "killed" / "then.db"
     await rebuild_into(nats, file, RebuiltQuota(plans), until=then)
+    assert list((tmp_path / "killed").iterdir()) == [file]
 
     engine = patient_engine(f"sqlite:///{file}", begin="BEGIN")
     with engine.begin() as db:
