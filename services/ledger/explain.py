@@ -94,7 +94,7 @@ def _row(db: Connection, statement: Any, query: ExplainQuery) -> dict[str, Any] 
 
 def _named(given: str, option: str) -> str:
     try:
-        return _name.validate_python(legible(given, option))
+        return _name.validate_python(given and legible(given, option))
     except ValidationError:
         raise typer.BadParameter(
             "it has 1 to 128 characters, none of them a control character", param_hint=option
