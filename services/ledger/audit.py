@@ -46,6 +46,11 @@ LOOK_EVERY_S = 0.1
 ARCHIVE = "archive"
 # What is to be done where the record itself is as it was.
 DONE_ABOUT = {
+    Kind.LEAF_EDITED: "leaves",
+    Kind.LEAF_DELETED: "leaves",
+    Kind.LEAF_INSERTED: "leaves",
+    Kind.LEAF_MOVED: "leaves",
+    Kind.LEAF_STRAY: "leaves",
     Kind.SEAL_SUBTREES: "subtrees",
     Kind.OUTSIDE: "elsewhere",
     Kind.OUTSIDE_LACKS: "outside",

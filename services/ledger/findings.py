@@ -44,6 +44,11 @@ KINDS = {
         "Somebody added or changed it. make replay ends it.",
     ),
     "broken": ("not as it was sealed", SEALED),
+    "leaves": (
+        "not as the stream has it, and the stream is as it was sealed",
+        "Somebody changed the ledger's database. Restore it from a copy, or begin with an empty one: make replay "
+        "makes it anew from the stream.",
+    ),
     "subtrees": (
         "not what its leaves come to",
         "Somebody changed it, and nothing is sealed on top of it. Restore the ledger's database from a copy, or take "

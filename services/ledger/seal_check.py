@@ -10,6 +10,7 @@ sealed:
     result = check.end()
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from services.ledger.checkpoint import Keys
 from services.ledger.merkle import leaf_hash
 from services.ledger.seal_findings import Findings, Kind, Result, in_hex
-from services.ledger.seal_tree import Announced, SealTree
+from services.ledger.seal_tree import APART_MAX, Announced, SealTree
 from services.ledger.seals import Leaf, Rows, Sealed, event_id, in_order, kept_leaves, sealed_after
 from services.ledger.seals_file import read_outside
 from services.ledger.verify_record import Checkpoint
@@ -62,6 +63,71 @@ class _Message(NamedTuple):
     message: Recorded
 
 
+class _Places:
+    """Leaves and messages by their place, whichever of them belong together: as the tree is to have them.
+
+    Where some were inserted or left out, those are kept that are ahead, up to APART_MAX.
+    """
+
+    def __init__(self, tree: SealTree) -> None:
+        self._tree = tree
+        self._leaves = deque[bytes | None]()
+        self._messages = deque[tuple[int, bytes]]()
+        # The stream has told what it has up to there.
+        self._told_up_to = 0
+        self._is_lost = False
+
+    def take_both(self, sequence: int, digest: bytes, *, leaf_at: int) -> None:
+        """A message and its leaf, which may be in another place."""
+        if sequence == leaf_at and not self._leaves and not self._messages:
+            self._told_up_to = sequence
+            self._tree.grow(digest, digest)
+        else:
+            self._leaves.append(digest)
+            self.take_message(sequence, digest)
+
+    def take_leaf(self, digest: bytes | None) -> None:
+        self._leaves.append(digest)
+        self._grow()
+
+    def take_message(self, sequence: int, digest: bytes) -> None:
+        self._told_up_to = sequence
+        if not self._is_lost:
+            self._messages.append((sequence, digest))
+        self._grow()
+
+    def take_late(self, sequence: int, digest: bytes) -> None:
+        """After all leaves: it counts where one of them is in its place."""
+        if self._leaves:
+            self.take_message(sequence, digest)
+
+    def pass_over(self, sequence: int) -> None:
+        """The stream leaves out what is before that."""
+        self._told_up_to = sequence - 1
+        self._grow()
+
+    def end(self) -> None:
+        """No more messages."""
+        self._told_up_to = sys.maxsize
+        self._grow()
+
+    def _grow(self) -> None:
+        leaves, messages, tree = self._leaves, self._messages, self._tree
+        while leaves:
+            place = tree.size + 1
+            if messages and messages[0][0] == place:
+                message = messages.popleft()[1]
+            elif place <= self._told_up_to or self._is_lost:
+                message = None
+            else:
+                break
+            tree.grow(leaves.popleft(), message)
+        if max(len(leaves), len(messages)) > APART_MAX:
+            self._is_lost = True
+            tree.lose()
+            messages.clear()
+
+
 class SealCheck:
     """Messages beside leaves, leaves below seals. Memory grows with what differs, and with nothing else."""
 
@@ -76,11 +142,10 @@ class SealCheck:
         keys: Keys | None = None,
         known_up_to: int,
     ) -> None:
-        self._found = Findings()
-        self._tree = SealTree(
-            iter(seals), iter(outside), keys or Keys(None, {}), self._found, outside_up_to=outside_up_to
-        )
-        self._announced = Announced(self._tree, known_up_to, self._found)
+        self._found, keys = Findings(), keys or Keys(None, {})
+        self._tree = SealTree(iter(seals), iter(outside), keys, self._found, outside_up_to=outside_up_to)
+        self._announced = Announced(self._tree, keys, known_up_to, self._found)
+        self._places = _Places(self._tree)
         self._strays: list[Leaf] = []
         self._leaves = in_order(leaves, self._strays, sealed_up_to=sealed_up_to, known_up_to=known_up_to)
         self._ahead = deque[Leaf]()
@@ -108,11 +173,12 @@ class SealCheck:
         last_leaf = self._last_leaf
         while rest := self._look_ahead():
             self._take_apart([], rest)
+        self._places.end()
         tree, found = self._tree, self._found
         for stray in self._strays:
             found.add(Kind.LEAF_STRAY, stray.sequence, stray.event_id, "-", in_hex(stray.hash))
         tree.end()
-        differences = found.differences(cut_after=last_leaf)
+        differences = found.differences(cut_after=last_leaf, leaves=tree.size)
         return Result(
             leaves=tree.size,
             seals=tree.seals,
@@ -127,6 +193,7 @@ class SealCheck:
 
     def _pass_over(self, sequence: int) -> None:
         """The leaves of the numbers that the stream leaves out before this one."""
+        self._places.pass_over(sequence)
         while (ahead := self._look_ahead()) and ahead[0].sequence + self._shift < sequence:
             self._take_apart([], [leaf for leaf in ahead if leaf.sequence + self._shift < sequence])
 
@@ -139,21 +206,20 @@ class SealCheck:
                 self._found.no_leaf(arrived.message, arrived.hash)
             elif self._last_message:
                 self._found.gap(range(self._last_message + 1, sequence))
-            self._consumed(arrived)
+            self._places.take_late(sequence, arrived.hash)
+            self._consumed(arrived, has_leaf=None)
             return True
         if leaf.hash == arrived.hash:
             self._shift = sequence - leaf.sequence
             self._compare_ids(leaf, arrived.message)
         elif leaf.hash is None and sequence - self._shift == leaf.sequence:
-            self._found.add(
-                Kind.LEAF_DELETED, leaf.sequence, event_id(arrived.message.body), in_hex(arrived.hash), "-"
-            )
+            self._found.lacks(leaf.sequence, arrived.message, arrived.hash)
         else:
             self._ahead.appendleft(leaf)
             return False
-        self._tree.grow(arrived.hash, arrived.hash)
+        self._places.take_both(sequence, arrived.hash, leaf_at=leaf.sequence)
         self._last_leaf = leaf.sequence
-        self._consumed(arrived)
+        self._consumed(arrived, has_leaf=leaf.hash is not None)
         return True
 
     def _compare_ids(self, leaf: Leaf, message: Recorded) -> None:
@@ -163,10 +229,10 @@ class SealCheck:
         if (expected := event_id(message.body)) != leaf.event_id:
             self._found.add(Kind.LEAF_EDITED, leaf.sequence, expected, f"of {expected}", f"of {leaf.event_id}")
 
-    def _consumed(self, arrived: _Message) -> None:
+    def _consumed(self, arrived: _Message, *, has_leaf: bool | None) -> None:
         self._last_message = arrived.message.sequence
         if arrived.message.subject == LEDGER_SEALED:
-            self._announced.take(arrived.message)
+            self._announced.take(arrived.message, has_leaf=has_leaf)
 
     def _look_ahead(self) -> list[Leaf]:
         self._ahead.extend(islice(self._leaves, LOOKAHEAD - len(self._ahead)))
@@ -191,13 +257,14 @@ class SealCheck:
         """These messages have no such leaves, and these leaves no such messages."""
         for _ in leaves:
             self._ahead.popleft()
-        beside = messages if len(messages) == len(leaves) else [None] * len(leaves)
-        for leaf, message in zip(leaves, beside, strict=True):
+        for leaf in leaves:
             self._found.no_message(leaf)
-            self._tree.grow(leaf.hash, message.hash if message else None)
+            self._places.take_leaf(leaf.hash)
         for arrived in messages:
             self._found.no_leaf(arrived.message, arrived.hash)
-            self._consumed(arrived)
+            self._places.take_message(arrived.message.sequence, arrived.hash)
+            is_seal = arrived.message.subject == LEDGER_SEALED
+            self._consumed(arrived, has_leaf=is_seal and self._found.is_alone(arrived.hash))
         if leaves:
             self._last_message = max(self._last_message, leaves[-1].sequence + self._shift)
 

@@ -209,6 +209,154 @@ def test_leaves_that_were_deleted_are_named(data: st.DataObject) -> None:
     assert named(record.check()) == [(Kind.LEAF_DELETED, place + 1) for place in sorted(places)]
 
 
+OF_LEAVES = {Kind.LEAF_EDITED, Kind.LEAF_DELETED, Kind.LEAF_INSERTED, Kind.LEAF_MOVED}
+Rewritten = tuple[Kind, set[int]]
+
+
+def moved_on(leaves: Sequence[Leaf]) -> list[Leaf]:
+    """As somebody writes them who leaves no number out."""
+    return [leaf._replace(sequence=n) for n, leaf in enumerate(leaves, 1)]
+
+
+def swap_leaves(record: Record, place: int, _data: st.DataObject) -> Rewritten:
+    one, other = record.leaves[place : place + 2]
+    record.leaves[place : place + 2] = [other._replace(sequence=place + 1), one._replace(sequence=place + 2)]
+    return Kind.LEAF_MOVED, {place + 1, place + 2}
+
+
+def swap_hashes(record: Record, place: int, _data: st.DataObject) -> Rewritten:
+    one, other = record.leaves[place : place + 2]
+    record.leaves[place : place + 2] = [one._replace(hash=other.hash), other._replace(hash=one.hash)]
+    return Kind.LEAF_MOVED, {place + 1, place + 2}
+
+
+def move_leaf(record: Record, place: int, data: st.DataObject) -> Rewritten:
+    """Those between move up or down, also past seals."""
+    to = data.draw(st.integers(0, record.last_sealed - 1).filter(lambda to: to != place))
+    record.leaves.insert(to, record.leaves.pop(place))
+    record.leaves = moved_on(record.leaves)
+    # Of neighbours either was moved.
+    return Kind.LEAF_MOVED, {place + 1, to + 1} if abs(place - to) == 1 else {place + 1}
+
+
+def delete_leaves(record: Record, place: int, data: st.DataObject) -> Rewritten:
+    number = min(data.draw(st.integers(1, 4)), record.last_sealed - place)
+    del record.leaves[place : place + number]
+    record.leaves = moved_on(record.leaves)
+    return Kind.LEAF_DELETED, {*range(place + 1, place + number + 1)}
+
+
+def insert_leaves(record: Record, place: int, data: st.DataObject) -> Rewritten:
+    number = min(data.draw(st.integers(1, 4)), record.last_sealed - place)
+    record.leaves[place:place] = [Leaf(0, f"strange_{n}", leaf_hash(b"%d" % n)) for n in range(number)]
+    record.leaves = moved_on(record.leaves)
+    return Kind.LEAF_INSERTED, {*range(place + 1, place + number + 1)}
+
+
+def edit_leaf(record: Record, place: int, _data: st.DataObject) -> Rewritten:
+    record.leaves[place] = record.leaves[place]._replace(hash=leaf_hash(b"another"))
+    return Kind.LEAF_EDITED, {place + 1}
+
+
+REWRITTEN = [swap_leaves, swap_hashes, move_leaf, delete_leaves, insert_leaves, edit_leaf]
+
+
+def sealed_over(record: Record, seal: Sealed) -> Sealed:
+    """The seal as it would be of the leaves as they are now."""
+    frontier = Frontier()
+    for leaf in record.leaves[: seal.head.size]:
+        frontier.append(leaf.hash or b"")
+    return seal._replace(head=Head(seal.head.size, frontier.root), subtrees=tuple(frontier.subtrees))
+
+
+@pytest.mark.parametrize("change", REWRITTEN)
+@given(data=st.data())
+def test_leaves_that_were_written_anew_are_named_and_no_message_is(
+    change: Callable[[Record, int, st.DataObject], Rewritten], data: st.DataObject
+) -> None:
+    """Nor a seal, nor the file outside: all of them fit the messages."""
+    keys = data.draw(st.sampled_from([None, KEYS]))
+    record = Record(data.draw(st.integers(10, 60)), keys=keys)
+    published = outside(record) if data.draw(st.booleans()) else []
+    if data.draw(st.booleans()):
+        record.leaves = record.leaves[: record.last_sealed]
+    kind, places = change(record, data.draw(st.integers(0, record.last_sealed - 2)), data)
+    result = record.check(keys=keys, outside=published)
+    told = [sequence for each, sequence in named(result) if each == kind]
+    assert {*told} <= places
+    assert told if kind == Kind.LEAF_MOVED else {*told} == places
+    assert {each for each, _ in named(result)} <= ({kind, Kind.LEAF_EDITED} if change == swap_hashes else {kind})
+    assert {sequence for _, sequence in named(result)} <= places
+    assert result.signed == (len(record.seals) if keys else 0)
+
+
+@pytest.mark.parametrize("change", REWRITTEN)
+@given(data=st.data())
+def test_leaves_that_were_written_anew_together_with_their_seals_are_named_and_no_message_is(
+    change: Callable[[Record, int, st.DataObject], Rewritten], data: st.DataObject
+) -> None:
+    """One seal, or all that there are; also where only the root is another, and the tree in it is not."""
+    keys = data.draw(st.sampled_from([None, KEYS]))
+    record = Record(data.draw(st.integers(10, 60)), keys=keys)
+    published = outside(record) if data.draw(st.booleans()) else []
+    kind, places = change(record, data.draw(st.integers(0, record.last_sealed - 2)), data)
+    over = [n for n, seal in enumerate(record.seals) if seal.head.size >= min(places)]
+    changed = data.draw(st.sampled_from([over[:1], over]))
+    for n in changed:
+        seal = sealed_over(record, record.seals[n])
+        is_whole = data.draw(st.booleans())
+        record.seals[n] = seal if is_whole else seal._replace(subtrees=record.seals[n].subtrees)
+    result = record.check(keys=keys, outside=published)
+    of_seals = {Kind.SEAL_EDITED, Kind.SEAL_OTHER, Kind.SEAL_SUBTREES, Kind.SIGNATURE}
+    assert {each for each, _ in named(result)} <= OF_LEAVES | of_seals
+    assert {sequence for each, sequence in named(result) if each == kind} <= places
+    assert {sequence for each, sequence in named(result) if each in OF_LEAVES} & places
+    assert {sequence for each, sequence in named(result) if each in of_seals} <= {
+        record.seals[n].head.size for n in changed
+    }
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_nobody_is_accused_where_two_say_this_and_two_say_that(is_told: bool) -> None:
+    """Leaf and newest seal against message and the seal's event, which has no leaf yet; a signature decides."""
+    record = Record(8, keys=KEYS)
+    record.leaves = record.leaves[: record.last_sealed]
+    record.leaves[3] = record.leaves[3]._replace(hash=leaf_hash(b"another"))
+    record.seals[-1] = sealed_over(record, record.seals[-1])
+    kinds = {kind for kind, _ in named(record.check(keys=KEYS if is_told else None))}
+    decided = {Kind.LEAF_EDITED, Kind.SEAL_EDITED, Kind.SIGNATURE}
+    assert kinds == {Kind.SEAL_OTHER} | (decided if is_told else {Kind.UNDECIDED})
+
+
+def test_nobody_is_accused_where_leaves_and_messages_are_too_far_apart_to_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.ledger.seal_check.APART_MAX", 3)
+    record = Record(60)
+    record.leaves, all_leaves = record.leaves[: record.last_sealed], record.leaves
+    assert record.check().differences == []
+    record.leaves = all_leaves
+    del record.leaves[10:15]
+    record.leaves = moved_on(record.leaves)
+    assert named(record.check()) == [(Kind.UNDECIDED, sequence) for sequence in range(11, 16)]
+
+
+@given(st.data(), st.sampled_from([None, KEYS]))
+def test_a_message_and_a_leaf_that_were_changed_are_told_apart_in_one_record(
+    data: st.DataObject, keys: Keys | None
+) -> None:
+    """Below two seals, each with a verdict of its own."""
+    record = Record(data.draw(st.integers(24, 60)), keys=keys)
+    sizes = [0, *(seal.head.size for seal in record.seals)]
+    one, other = data.draw(st.lists(st.integers(0, len(sizes) - 3), min_size=2, max_size=2, unique=True))
+    message = data.draw(st.integers(sizes[one], sizes[one + 1] - 1))
+    record.messages[message] = edited(record.messages[message])
+    place = data.draw(st.integers(sizes[other], sizes[other + 1] - 1))
+    edit_leaf(record, place, data)
+    told = [difference for difference in named(record.check(keys=keys)) if difference[0] != Kind.SEAL_OTHER]
+    assert sorted(told) == sorted([(Kind.EDITED, message + 1), (Kind.LEAF_EDITED, place + 1)])
+
+
 @given(st.data(), st.booleans())
 def test_leaves_of_no_message_are_named_and_nothing_else(data: st.DataObject, is_being_written: bool) -> None:
     """Also while the last messages have no leaves yet."""
